@@ -1,0 +1,1 @@
+"""KV cache eviction by learned retention gates."""

@@ -1,0 +1,95 @@
+"""Budgets as memory: what a cache of a given shape and budget costs, and which budget fits in "256MB"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+# per kept entry: log β, position, owner and slot list, 4 bytes each
+BOOKKEEPING = 16
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What decides how many bytes an entry takes. ``key_dim`` and ``value_dim`` differ for MLA models."""
+
+    layers: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    hidden_size: int
+
+    @property
+    def heads(self) -> int:
+        return self.layers * self.kv_heads
+
+    @property
+    def entry_bytes(self) -> int:
+        """Keys and values of one token in one KV head."""
+        return (self.key_dim + self.value_dim) * self.itemsize
+
+    def deferred(self, budget: int, buffer: int) -> int:
+        """g: how many tokens' gate inputs may wait, so that they stay within 4 % of the cache.
+
+        Reading the gates once per g tokens makes their traffic vanish; the waiting inputs cost
+        g·hidden·L·itemsize, more than K and V themselves where heads are few.
+        """
+        room = 0.04 * (budget + buffer) * self.kv_heads * self.entry_bytes
+        return max(1, min(32, buffer, int(room // (self.hidden_size * self.itemsize))))
+
+    def nbytes(self, budget: int, buffer: int) -> int:
+        """Most bytes a cache of M = ``budget`` and B = ``buffer`` takes once prefill is over."""
+        waiting = self.deferred(budget, buffer) * self.hidden_size * self.itemsize * self.layers
+        kept = budget * self.heads * (self.entry_bytes + BOOKKEEPING)
+        return kept + buffer * self.heads * (self.entry_bytes + 4) + waiting
+
+    def full_nbytes(self, tokens: int) -> int:
+        """Bytes of a full cache of that many tokens."""
+        return tokens * self.heads * self.entry_bytes
+
+
+def parse_budget(text: str | int) -> tuple[int | None, int | None]:
+    """``"1024"`` or 1024 to (tokens per KV head, None); ``"256MB"`` to (None, bytes)."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        tokens, size = text, None
+    else:
+        match = re.fullmatch(r"\s*([-+]?\d+(?:\.\d+)?)\s*([KMG]?I?B)?\s*", str(text).upper())
+        if not match:
+            raise ConfigError(f"budget {text!r} is neither tokens per head (1024) nor memory (256MB, 1.5GiB)")
+        number, unit = match.groups()
+        if unit is None and "." in number:
+            raise ConfigError(
+                f"budget {text!r} is not a whole number of tokens; write 1024, or a size like 256MB"
+            )
+        tokens, size = (int(number), None) if unit is None else (None, int(float(number) * _UNITS[unit]))
+    if (tokens if size is None else size) < 1:  # type: ignore[operator]
+        raise ConfigError(f"budget is {text}; expected at least 1 token per KV head, or a size like 256MB")
+    return tokens, size
+
+
+def tokens_within(size: int, shape: CacheShape, buffer: int | None) -> int:
+    """The largest M whose cache (with its buffer, by default M/8) takes at most ``size`` bytes.
+
+    Raises:
+        ConfigError: not even one token per head fits.
+    """
+
+    def cost(budget: int) -> int:
+        return shape.nbytes(budget, max(1, budget // 8) if buffer is None else buffer)
+
+    if cost(1) > size:
+        raise ConfigError(
+            f"a budget of {size:,} bytes is too small: this model needs {cost(1):,} bytes for one token per "
+            f"KV head and its buffer; give at least that"
+        )
+    low, high = 1, 2
+    while cost(high) <= size:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= size else (low, middle)
+    return low

@@ -1,0 +1,160 @@
+"""The shared gate checkpoint: one folder that every backend reads.
+
+``gates.safetensors``  the tensors of :meth:`GateConfig.tensor_shapes`
+``kvret.json``         {"format": "kvret-gates", "version": 1, "gates": GateConfig, "provenance": {...}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError, ConfigError, ModelMismatchError
+from .config import GateConfig
+from .files import whole_folder
+from .fingerprint import differences, fingerprint
+from .tensors import FLOATS, Tensor, read_tensors, write_tensors
+from .types import Array
+
+FORMAT, VERSION = "kvret-gates", 1
+CONFIG_FILE, TENSOR_FILE = "kvret.json", "gates.safetensors"
+
+
+@dataclass(frozen=True)
+class GateCheckpoint:
+    """Gates in memory: configuration, tensors by name, and where they come from."""
+
+    config: GateConfig
+    tensors: dict[str, Tensor]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_tensors(self.tensors, self.config)
+
+    def layer(self, index: int) -> dict[str, Array]:
+        """The float32 weights of one layer: ``linear1.weight`` … and ``bias``, shared ones included."""
+        weights = {}
+        for name in self.config.tensor_shapes():
+            owner, _, rest = name.removeprefix("layers.").partition(".")
+            if owner in (str(index), "shared"):
+                weights[rest] = self.tensors[name].float32()
+        return weights
+
+    def check_model(self, model_config: dict[str, Any], what: str = "the model") -> None:
+        """Refuse a base model other than the one these gates were trained for.
+
+        Raises:
+            ModelMismatchError: names every field that differs.
+        """
+        if wrong := differences(self.config.base_fingerprint, fingerprint(model_config)):
+            raise ModelMismatchError(
+                f"these gates belong to another model ({self.config.base_model or 'unnamed'}) than {what}: "
+                f"{'; '.join(wrong)}; give gates trained for this model"
+            )
+
+
+def save_gates(
+    folder: str | os.PathLike[str],
+    config: GateConfig,
+    tensors: dict[str, Array | Tensor],
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder, whole or not at all. Plain arrays are stored as float32."""
+    stored = {name: t if isinstance(t, Tensor) else Tensor.of(t) for name, t in tensors.items()}
+    checkpoint = GateCheckpoint(config, stored, provenance or {})
+    with whole_folder(folder) as scratch:
+        write_json(scratch / CONFIG_FILE, manifest(config, checkpoint.provenance))
+        write_tensors(scratch / TENSOR_FILE, {name: stored[name] for name in config.tensor_shapes()})
+
+
+def load_gates(folder: str | os.PathLike[str]) -> GateCheckpoint:
+    """Read and validate a checkpoint folder.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, another version, wrong names, shapes, types, or NaN.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; expected one with {CONFIG_FILE} and {TENSOR_FILE}")
+    config, provenance, form = read_manifest(folder)
+    if form != "shared":
+        raise CheckpointError(
+            f"{folder} holds gates in the {form!r} form; convert them with `mlx-kvret convert --to shared`"
+        )
+    return GateCheckpoint(config, read_tensors(folder / TENSOR_FILE), provenance)
+
+
+def manifest(config: GateConfig, provenance: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    """The content of ``kvret.json``; a backend's own form adds ``form`` and what it needs."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **extra,
+        "gates": config.to_dict(),
+        "provenance": provenance,
+    }
+
+
+def read_manifest(folder: Path) -> tuple[GateConfig, dict[str, Any], str]:
+    """Configuration, provenance and form (``"shared"``, ``"mlx"``) from ``kvret.json``, validated."""
+    path = folder / CONFIG_FILE
+    data = read_json(path)
+    if data.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {data.get('format')!r}; expected {FORMAT!r}")
+    if data.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {data.get('version')!r}; this release reads version {VERSION}; "
+            "convert the gates again or update mlx-kvret"
+        )
+    try:
+        config = GateConfig.from_dict(data.get("gates", {}))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    provenance = data.get("provenance", {})
+    return config, provenance if isinstance(provenance, dict) else {}, data.get("form", "shared")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError if missing or broken."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs this file") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy or convert it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}; expected an object")
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_tensors(tensors: dict[str, Tensor], config: GateConfig) -> None:
+    shapes = config.tensor_shapes()
+    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or extra:
+        parts = [
+            f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names
+        ]
+        raise CheckpointError(f"gate tensors do not fit the configuration: {'; '.join(parts)}")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise CheckpointError(f"gate tensor {name} has shape {tensor.shape}; expected {shape}")
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"gate tensor {name} has type {tensor.dtype}; expected {', '.join(FLOATS)}")
+        if not np.isfinite(tensor.float32()).all():
+            raise CheckpointError(f"gate tensor {name} holds NaN or infinity; the training run went wrong")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,98 @@
+"""safetensors with bfloat16 and without a tensor library.
+
+numpy has no bfloat16, so a tensor is kept as its bits and widened to float32 on demand (which is exact).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from ..errors import CheckpointError
+from .types import Array, Floats
+
+_STORAGE = {
+    "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "U8": np.dtype("u1"),
+}  # fmt: skip
+FLOATS = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as stored: ``dtype`` is safetensors' name, ``bits`` the numpy array that holds it."""
+
+    dtype: str
+    bits: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.bits.shape
+
+    def float32(self) -> Floats:
+        """The values, widened; exact for every float type."""
+        if self.dtype == "BF16":
+            return (self.bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return self.bits.astype(np.float32)
+
+    @classmethod
+    def of(cls, values: Array, dtype: str = "F32") -> Tensor:
+        """Round float values to ``dtype`` (nearest, ties to even)."""
+        values = np.asarray(values)
+        if dtype == "BF16":
+            raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
+            bits = (
+                (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            ).astype("<u2")
+        else:
+            bits = np.ascontiguousarray(values, _STORAGE[dtype])
+        return cls(dtype, bits)
+
+    def cast(self, dtype: str) -> Tensor:
+        """The same values in another float type; the very same tensor when the type is unchanged."""
+        return self if dtype == self.dtype else Tensor.of(self.float32(), dtype)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; a damaged or truncated file raises CheckpointError."""
+    path = Path(path)
+    try:
+        stored = deserialize(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs this file") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); copy or convert it again"
+        ) from error
+    tensors = {}
+    for name, entry in stored:
+        if entry["dtype"] not in _STORAGE:
+            raise CheckpointError(
+                f"tensor {name} in {path} has type {entry['dtype']}; expected one of {', '.join(_STORAGE)}"
+            )
+        bits = np.frombuffer(entry["data"], _STORAGE[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = Tensor(entry["dtype"], bits)
+    return tensors
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file: 8 bytes of header length, the header as JSON, then the raw data."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.bits.nbytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.bits).tobytes())

@@ -1,0 +1,37 @@
+"""Every error a user can cause, in one place.
+
+Each message says what was found, what was expected and how to mend it. The command line prints it as
+one line and exits with status 1; in Python all of them are caught by ``except KVRetError``.
+"""
+
+
+class KVRetError(Exception):
+    """Base class of all errors raised on purpose by mlx-kvret."""
+
+
+class ConfigError(KVRetError, ValueError):
+    """An option or a configuration file holds a value that cannot work."""
+
+
+class CheckpointError(KVRetError, ValueError):
+    """A gate checkpoint is damaged, incomplete, of another format version or unsafe to open."""
+
+
+class ModelMismatchError(KVRetError, ValueError):
+    """Gates or a saved cache belong to another model than the one they were given to."""
+
+
+class UnsupportedModelError(KVRetError, ValueError):
+    """The architecture cannot be hooked without giving wrong results."""
+
+
+class UnsupportedFeatureError(KVRetError, RuntimeError):
+    """The feature does not work with a bounded cache; going on would be silently wrong."""
+
+
+class CacheError(KVRetError, RuntimeError):
+    """A cache was used in a way that would break its invariants."""
+
+
+class MissingDependencyError(KVRetError, ImportError):
+    """A package that this call needs is not installed."""
