@@ -12,6 +12,14 @@ from pathlib import Path
 from ..errors import ConfigError
 
 
+def require_free(target: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder to be written; ConfigError if something is there already."""
+    target = Path(target).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists already; choose another destination or remove it first")
+    return target
+
+
 @contextlib.contextmanager
 def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch folder beside ``target`` that takes its place when the block ends without an error.
@@ -19,9 +27,7 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ConfigError: the target exists and is not an empty folder, or cannot be written.
     """
-    target = Path(target).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists already; choose another destination or remove it first")
+    target = require_free(target)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
