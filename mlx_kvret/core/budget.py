@@ -54,21 +54,16 @@ class CacheShape:
 
 def parse_budget(text: str | int) -> tuple[int | None, int | None]:
     """``"1024"`` or 1024 to (tokens per KV head, None); ``"256MB"`` to (None, bytes)."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        tokens, size = text, None
-    else:
-        match = re.fullmatch(r"\s*([-+]?\d+(?:\.\d+)?)\s*([KMG]?I?B)?\s*", str(text).upper())
-        if not match:
-            raise ConfigError(f"budget {text!r} is neither tokens per head (1024) nor memory (256MB, 1.5GiB)")
-        number, unit = match.groups()
-        if unit is None and "." in number:
-            raise ConfigError(
-                f"budget {text!r} is not a whole number of tokens; write 1024, or a size like 256MB"
-            )
-        tokens, size = (int(number), None) if unit is None else (None, int(float(number) * _UNITS[unit]))
-    if (tokens if size is None else size) < 1:  # type: ignore[operator]
+    match = re.fullmatch(r"\s*([-+]?\d+(?:\.\d+)?)\s*([KMG]I?B|B)?\s*", str(text).upper())
+    if not match:
+        raise ConfigError(f"budget {text!r} is neither tokens per head (1024) nor memory (256MB, 1.5GiB)")
+    number, unit = match.groups()
+    if unit is None and "." in number:
+        raise ConfigError(f"budget {text!r} is not a whole number of tokens; write 1024, or a size like 256MB")
+    amount = int(float(number) * _UNITS[unit]) if unit else int(number)
+    if amount < 1:
         raise ConfigError(f"budget is {text}; expected at least 1 token per KV head, or a size like 256MB")
-    return tokens, size
+    return (None, amount) if unit else (amount, None)
 
 
 def tokens_within(size: int, shape: CacheShape, buffer: int | None) -> int:
