@@ -1,0 +1,185 @@
+"""What the layers of one cache share: the pool, the clock and the rule by which entries go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from .core.budget import CacheShape
+from .core.config import EvictionConfig
+from .core.eviction import heads_per_group
+from .core.types import Ints
+from .errors import CacheError
+from .pool import Pool
+from .recent import Recent
+from .selection import keydiff_score, retention_score, select, static_score
+
+if TYPE_CHECKING:
+    from .gates import RetentionGates
+
+
+class Bounded:
+    """A cache of L competing layers that holds at most (M + B)·L·H entries between forward passes.
+
+    A compaction that is due after a forward pass is carried out by :meth:`settle`, before the next one or as
+    soon as anyone looks, whichever comes first. So tokens of the last pass can still be taken back, and a
+    decoding loop never waits. How many entries there are is arithmetic, never read from the device.
+    ``owner`` names the model and the gates, for caches saved to a file.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        config: EvictionConfig,
+        owner: dict[str, str],
+        gates: RetentionGates | None = None,
+        gate_layers: Sequence[int] | None = None,
+    ) -> None:
+        self.shape, self.config, self.owner = shape, config, owner
+        self.gates, self.gate_layers = gates, gate_layers
+        self.size = heads_per_group(config, shape.layers, shape.kv_heads)
+        self.pool = Pool(shape.heads // self.size, self.size)
+        self.counts = np.zeros(self.pool.groups, np.int64)
+        self.recents = [self._recent(layer) for layer in range(shape.layers)]
+        self.seen = [0] * shape.layers
+        self.masks: list[mx.array] = []
+        # without a threshold a group never keeps more than its budget; with one, groups fall out of step,
+        # and one that is not due when another is must find room for its rectangle
+        loose = config.threshold is not None and self.pool.groups > 1
+        self._capacity = config.budget + (config.buffer if loose else 0)
+
+    def _recent(self, layer: int) -> Recent:
+        index = self.gate_layers[layer] if self.gate_layers else layer
+        gate = partial(self.gates.log_beta, index) if self.gates is not None else None
+        defer = self.shape.deferred(self.config.budget, self.config.buffer)
+        return Recent(self.config.buffer, defer, gate)
+
+    def settle(self) -> None:
+        """Carry out what is due after the last forward pass."""
+        if len(set(self.seen)) != 1:
+            raise CacheError(
+                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: a forward pass was broken "
+                "off half way; make a new cache"
+            )
+        recent, config = self.recents[0].length, self.config
+        self.masks = []
+        if recent == 0:
+            return
+        due = self.counts + recent * self.size >= (config.budget + config.buffer) * self.size
+        if due.any():
+            self._compact(recent, due)
+        elif recent >= config.buffer:
+            room = self._capacity - int(-(-self.counts.max() // self.size))
+            if room > 0:
+                self._compact(min(recent, room), due)
+
+    def _compact(self, tokens: int, due: np.ndarray) -> None:
+        """Move the oldest ``tokens`` of the rectangle into the pool; groups that are due select first."""
+        pool, shape = self.pool, self.shape
+        needed = self._capacity if due.any() else int(-(-self.counts.max() // self.size)) + tokens
+        if needed > pool.capacity:
+            first = self.recents[0]
+            pool.grow(min(self._capacity, max(needed, 2 * pool.capacity)), first.keys, first.values)
+        rows = (pool.groups, -1)
+        start = self.seen[0] - self.recents[0].length
+        position = mx.broadcast_to(mx.arange(start, start + tokens, dtype=mx.int32), (shape.heads, tokens))
+        head = mx.broadcast_to(mx.arange(shape.heads, dtype=mx.int32)[:, None], (shape.heads, tokens))
+        retention = mx.stack([self._retention(layer, tokens, start) for layer in range(shape.layers)])
+        new = retention.reshape(rows), position.reshape(rows), head.reshape(rows)
+
+        old = pool.rows(pool.retention), pool.rows(pool.position), pool.rows(pool.owner)
+        stays, survives = old[2] < shape.heads, mx.ones(new[2].shape, mx.bool_)
+        if due.any():
+            joined = [mx.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
+            keep = select(
+                self._score(joined, tokens), *joined[1:], self.seen[0], self.config, self.size, shape.heads
+            )
+            if not due.all():
+                keep = mx.where(mx.array(due)[:, None], keep, joined[2] < shape.heads)
+            stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
+        slots = pool.destinations(stays, survives)
+        pool.admit(stays, slots, survives, *new)
+        by_layer = slots.reshape(shape.layers, -1)
+        for layer, recent in enumerate(self.recents):
+            keys, values = recent.keys[0, :, :tokens], recent.values[0, :, :tokens]
+            pool.fill(by_layer[layer], keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]))
+            recent.forget_oldest(tokens)
+        self._count(tokens, due)
+
+    def _count(self, tokens: int, due: np.ndarray) -> None:
+        """Entries per group after a compaction: arithmetic, unless a threshold decides."""
+        if self.config.threshold is not None:
+            held = mx.array(self.pool.lookup.offsets)[:: self.size]
+            self.counts = np.diff(np.array(held)).astype(np.int64)
+        else:
+            self.counts = np.where(due, self.config.budget * self.size, self.counts + tokens * self.size)
+
+    def _retention(self, layer: int, tokens: int, start: int) -> mx.array:
+        """What is stored with the oldest ``tokens`` of a layer, (H, tokens) float32."""
+        recent = self.recents[layer]
+        if self.config.policy == "learned":
+            return recent.log_beta()[:, :tokens]
+        return static_score(
+            self.config,
+            recent.keys[0, :, :tokens],
+            layer * self.shape.kv_heads,
+            np.arange(start, start + tokens),
+        )
+
+    def _score(self, candidates: list[mx.array], tokens: int) -> mx.array:
+        retention, position, head = candidates
+        if self.config.policy == "learned":
+            return retention_score(retention, position, self.seen[0], self.config.lookahead)
+        if self.config.policy == "keydiff":
+            new = mx.stack([recent.keys[0, :, :tokens] for recent in self.recents])
+            keys = mx.concatenate(
+                [self.pool.rows(self.pool.keys), new.reshape(self.pool.groups, -1, new.shape[-1])], axis=1
+            )
+            return keydiff_score(keys, head, self.shape.heads)
+        return retention
+
+    # ------------------------------------------------------------------ looking
+
+    @property
+    def entries(self) -> int:
+        """Cached entries over all layers and heads."""
+        self.settle()
+        return int(self.counts.sum()) + self.recents[0].length * self.shape.heads
+
+    def kept_positions(self) -> list[list[Ints]]:
+        """For each layer, for each KV head, the sorted positions of its entries (int64 arrays)."""
+        self.settle()
+        table, offsets = np.array(self.pool.lookup.table), self.pool.lookup.on_host()
+        position = np.array(self.pool.position)[table]
+        recent = np.arange(self.seen[0] - self.recents[0].length, self.seen[0])
+        heads = [
+            np.concatenate([np.sort(position[a:b]), recent]).astype(np.int64)
+            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
+        return [heads[i : i + self.shape.kv_heads] for i in range(0, len(heads), self.shape.kv_heads)]
+
+    def layer_nbytes(self, layer: int) -> int:
+        """Bytes of one layer's rectangle and its share of the pool; the shares add up to all of it."""
+        share, rest = divmod(self.pool.nbytes, self.shape.layers)
+        own = sum(a.nbytes for a in self.recents[layer].arrays())
+        return own + share + (rest if layer == 0 else 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bounded:
+        """A cache of its own that shares gates and configuration, which never change."""
+        self.settle()
+        twin = Bounded(self.shape, self.config, self.owner, self.gates, self.gate_layers)
+        memo[id(self)] = twin
+        twin.pool = copy.deepcopy(self.pool, memo)
+        twin.counts, twin.seen = self.counts.copy(), list(self.seen)
+        for recent, theirs in zip(twin.recents, self.recents, strict=True):
+            if theirs.length:
+                learned = self.config.policy == "learned"
+                recent.restore(
+                    mx.array(theirs.keys), mx.array(theirs.values), theirs.log_beta() if learned else None
+                )
+        return twin

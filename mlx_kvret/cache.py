@@ -1,0 +1,235 @@
+"""The cache as mlx-lm knows it: a list with one entry per layer, here with entries that share one budget."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_cache
+import numpy as np
+
+from .attention import LayerView, attend
+from .bounded import Bounded
+from .core.types import Ints
+from .errors import UnsupportedFeatureError, UnsupportedModelError
+from .saved import Loaded, layer_state
+
+
+class BoundedKVCache(mlx_cache._BaseCache):  # type: ignore[misc]
+    """One competing layer's entry: mlx-lm's single-sequence cache contract on a shared :class:`Bounded`.
+
+    ``offset`` is the number of tokens seen, not cached: RoPE positions are true positions. ``padded`` is for
+    models that compute on the fetched keys (latent attention): they get heads padded to equal length.
+    """
+
+    # by id of the keys they returned: layers that share another's keys have no cache of their own
+    _owners: weakref.WeakValueDictionary[int, BoundedKVCache] = weakref.WeakValueDictionary()
+
+    def __init__(self, shared: Bounded, layer: int, padded: bool = False) -> None:
+        self.shared, self.layer, self.padded = shared, layer, padded
+        self.fetched: tuple[mx.array, mx.array] | None = None
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> Loaded:
+        """mlx-lm loads layers one by one; they are joined when the model first sees all of them."""
+        return Loaded(state)
+
+    @classmethod
+    def owner_of(cls, keys: Any) -> BoundedKVCache | None:
+        """The cache whose last :meth:`update_and_fetch` returned exactly this array."""
+        owner = cls._owners.get(id(keys))
+        return owner if owner is not None and owner.fetched and owner.fetched[0] is keys else None
+
+    @property
+    def offset(self) -> int:
+        return self.shared.seen[self.layer]
+
+    def observe(self, x: mx.array) -> None:
+        """Take in the layer's attention input (1, T, hidden); the first layer's begins a forward pass."""
+        if x.shape[0] != 1:
+            _refuse(f"a batch of {x.shape[0]} sequences", "run one sequence at a time")
+        if self.layer == 0:
+            self.shared.settle()
+        # a slice that is still referred to would turn the next update in place into a copy
+        self.fetched = None
+        if self.shared.gates is not None:
+            self.shared.recents[self.layer].observe(x[0])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add the step's keys and values (1, H, T, D).
+
+        Returns the rectangle (1, H, r, D), from which :func:`mlx_kvret.attention.attend` goes on to the pool,
+        or, if ``padded``, all visible entries (1, H, W + r, D), W being the longest head of all layers.
+        """
+        recent = self.shared.recents[self.layer]
+        recent.append(keys, values)
+        self.shared.seen[self.layer] += keys.shape[2]
+        self.fetched = recent.keys, recent.values
+        if not self.padded or self._width() == 0:
+            self._owners[id(self.fetched[0])] = self
+            return self.fetched
+        old_keys, old_values, _ = self.view().kept(0, keys.shape[1], self._width())
+        return (
+            mx.concatenate([old_keys[None], recent.keys], axis=2),
+            mx.concatenate([old_values[None], recent.values], axis=2),
+        )
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """mlx-lm's ``scaled_dot_product_attention`` for this cache; (1, Hq, T, D) to (1, Hq, T, Dv)."""
+        assert self.fetched is not None
+        if not self.padded and keys is self.fetched[0] and values is self.fetched[1]:
+            causal = isinstance(mask, str) or any(mask is made for made in self.shared.masks)
+            if mask is None or causal:
+                return attend(queries, self.view(), scale, causal, sinks)
+        elif self.padded and isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            bias = self.padding_bias().astype(mask.dtype)
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask + bias, sinks=sinks
+            )
+        raise UnsupportedModelError(
+            "this model's attention changes its mask or the cached keys in a way that cannot follow evicted "
+            "entries; use another model"
+        )
+
+    def view(self) -> LayerView:
+        """What the layer attends to, after :meth:`update_and_fetch`."""
+        assert self.fetched is not None
+        return LayerView(self.shared.pool, self.layer, *self.fetched)
+
+    def padding_bias(self) -> mx.array:
+        """0 for the real and -inf for the padded entries of :meth:`update_and_fetch`, (H, 1, W + r)."""
+        view, width = self.view(), self._width()
+        if width == 0:
+            return mx.zeros((view.kv_heads, 1, view.keys.shape[2]))
+        _, _, real = view.kept(0, view.kv_heads, width)
+        bias = mx.where(real, 0.0, -mx.inf)
+        return mx.concatenate([bias, mx.zeros((view.kv_heads, view.keys.shape[2]))], axis=1)[:, None]
+
+    def _width(self) -> int:
+        offsets = self.shared.pool.lookup.on_host()
+        return int((offsets[1:] - offsets[:-1]).max())
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """mlx-lm's mask for N new tokens, as if every layer held the same entries, all of them visible."""
+        if window_size is not None:
+            raise UnsupportedModelError(
+                f"this model masks a window of {window_size} tokens over a cache of all tokens, which has no "
+                "meaning once entries are evicted; use a model with sliding-window caches"
+            )
+        if N == 1:
+            return None
+        if not (self.padded or return_array):
+            return "causal"
+        self.shared.settle()
+        recent = self.shared.recents[self.layer].length
+        places = mx.arange(-self._width() if self.padded else 0, recent + N)
+        mask = places <= recent + mx.arange(N)[:, None]
+        self.shared.masks.append(mask)
+        return mask
+
+    # -------------------------------------------------- prompt files, trimming, what cannot work
+
+    @property
+    def state(self) -> list[Any]:
+        """Arrays and strings that mlx-lm saves; the first layer carries what all share."""
+        return layer_state(self.shared, self.layer)
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.shared.layer_nbytes(self.layer)
+
+    def is_trimmable(self) -> bool:
+        """Whether tokens can be taken back: those no compaction has decided upon yet."""
+        return self.empty() or self.shared.recents[self.layer].length > 0
+
+    def trim(self, n: int) -> int:
+        """Take back the newest ``n`` tokens.
+
+        Raises:
+            UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
+        """
+        recent = self.shared.recents[self.layer]
+        if n > recent.length:
+            raise UnsupportedFeatureError(
+                f"cannot take back {n} tokens: all but the newest {recent.length} have been through a "
+                "compaction; make a new cache and read the prompt again"
+            )
+        recent.trim(n)
+        self.shared.seen[self.layer] -= n
+        return n
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> NoReturn:
+        _refuse(f"kv_bits={bits}", "drop it and lower the budget instead")
+
+    def merge(self, caches: Any) -> NoReturn:
+        _refuse("batched generation", "run one sequence at a time")
+
+    extract = filter = extend = prepare = finalize = merge
+
+
+class BoundedCache(list[Any]):
+    """A prompt cache: one entry per layer, as mlx-lm wants it, and figures over all of them.
+
+    Entries of competing layers are :class:`BoundedKVCache`; sliding-window and state-space layers keep their
+    own kind. ``shared`` is None if nothing is ever evicted (policy ``"full"``).
+    """
+
+    def __init__(self, entries: Iterable[Any], shared: Bounded | None, competing: list[Any]) -> None:
+        super().__init__(entries)
+        self.shared, self.competing = shared, competing
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen so far."""
+        return int(self.competing[0].offset)
+
+    @property
+    def entries(self) -> int:
+        """Cached entries of the competing layers: one token in one KV head of one layer each."""
+        if self.shared is not None:
+            return self.shared.entries
+        return sum(c.offset * c.keys.shape[1] for c in self.competing if c.keys is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything cached: keys, values, retention, positions, tables, waiting gate inputs."""
+        if self.shared is not None:
+            self.shared.settle()
+        return sum(c.nbytes for c in self)
+
+    def kept_positions(self) -> list[list[Ints]]:
+        """For each competing layer, for each KV head, the sorted positions of its entries."""
+        if self.shared is not None:
+            return self.shared.kept_positions()
+        heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
+        return [[np.arange(c.offset)] * n for c, n in zip(self.competing, heads, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
+        entries = copy.deepcopy(list(self), memo)
+        # memo maps each old entry to its copy
+        return BoundedCache(entries, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise UnsupportedFeatureError(f"{what} does not work with a bounded cache; {instead}")
+
+
+# mlx-lm's loader looks a saved entry's class up in its own module
+mlx_cache.BoundedKVCache = BoundedKVCache

@@ -1,0 +1,209 @@
+"""Attach to a stock mlx-lm model: nothing is forked, and detaching restores it completely.
+
+Three hooks. Attention instances get a subclass that shows their input to the cache. Their module's
+``scaled_dot_product_attention`` hands calls for a bounded cache to that cache. The model gets a subclass
+whose ``make_cache`` returns bounded caches, so that every mlx-lm entry point uses them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.cache as mlx_cache
+
+from .cache import BoundedCache, BoundedKVCache
+from .core.config import EvictionConfig
+from .errors import UnsupportedModelError
+from .gates import RetentionGates
+from .probe import Layout, probe
+
+ATTENTION = "scaled_dot_product_attention"
+REFUSED = {
+    "afm7": "it takes RoPE offsets from the number of cached keys",
+    "phi3small": "it builds its mask from the number of cached keys",
+    "iquestloopcoder": "it keeps a second cache whose entries must match the first one's",
+    "gemma2": "it computes attention by hand instead of calling mlx-lm's attention function",
+    "olmo": "it computes attention by hand instead of calling mlx-lm's attention function",
+    "plamo2": "it calls MLX's attention directly instead of mlx-lm's function",
+    "deepseek_v41": "it calls MLX's attention directly instead of mlx-lm's function",
+}
+
+
+@dataclass
+class Attachment:
+    """What is known of an attached model: its layout, its gates, and how new caches are made."""
+
+    layout: Layout
+    gates: RetentionGates | None
+    owner: dict[str, str]
+    eviction: EvictionConfig = field(default_factory=EvictionConfig.create)
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, or None."""
+    found: Attachment | None = model.__dict__.get("_kvret")
+    return found
+
+
+def install(model: nn.Module, gates: RetentionGates | None, owner: dict[str, str]) -> Attachment:
+    """Hook a model that is not hooked yet.
+
+    Raises:
+        UnsupportedModelError: its attention cannot be hooked without giving wrong results.
+    """
+    name = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
+    module = type(_language_model(model)).__module__.rpartition(".")[2]
+    for refused in (name, module):
+        if why := REFUSED.get(refused):
+            raise UnsupportedModelError(f"{refused} models cannot be bounded: {why}; use another model")
+    attentions = list(attention_modules(model))
+    if not attentions:
+        raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
+    for attention in attentions:
+        _check(attention, name)
+    _swap_attention(attentions)
+    try:
+        latent = any(hasattr(attention, "kv_lora_rank") for attention in attentions)
+        layout = probe(model, _stock_cache(model), name, latent)
+        if gates is not None:
+            layout.check_gates(gates)
+        made = Attachment(layout, gates, owner)
+    except BaseException:
+        _restore_attention(attentions)
+        raise
+    _swap_model(model, made)
+    return made
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`install`; a model without hooks stays as it is."""
+    if attachment(model) is None:
+        return
+    _restore_attention(list(attention_modules(model)))
+    model.__class__ = type(model).__mro__[1]
+    del model.__dict__["_kvret"]
+
+
+def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> BoundedCache:
+    """An empty cache for an attached model."""
+    return made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
+
+
+def _stock_cache(model: nn.Module) -> list[Any]:
+    stock = type(model).__mro__[1] if attachment(model) else type(model)
+    if hasattr(stock, "make_cache"):
+        return list(stock.make_cache(model))
+    return [mlx_cache.KVCache() for _ in model.layers]
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    return getattr(model, "language_model", model)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose ``__call__`` feeds a KV cache."""
+    for module in model.modules():
+        call = getattr(_stock_class(module), "__call__", None)
+        code = getattr(inspect.unwrap(call), "__code__", None) if call else None
+        if code and "update_and_fetch" in code.co_names and "cache" in code.co_varnames:
+            yield module
+
+
+def _stock_class(module: nn.Module) -> type:
+    cls = type(module)
+    return cls.__mro__[1] if "_kvret_hook" in cls.__dict__ else cls
+
+
+def _check(attention: nn.Module, name: str) -> None:
+    call = inspect.unwrap(type(attention).__call__)
+    if ATTENTION not in call.__code__.co_names:
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: {type(attention).__name__} does not call mlx-lm's {ATTENTION}; "
+            "use another model"
+        )
+    if hasattr(attention, "indexer"):
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: an indexer picks cached tokens by place; use another model"
+        )
+
+
+@functools.cache
+def _hooked(cls: type) -> type:
+    """A subclass of an attention class that shows its input to the cache first."""
+    signature = inspect.signature(inspect.unwrap(cls.__call__))  # type: ignore[operator]
+    place = list(signature.parameters).index("cache") - 1
+    stock = cls.__call__  # type: ignore[operator]
+
+    @functools.wraps(stock)
+    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs["cache"] if "cache" in kwargs else args[place - 1] if len(args) >= place else None
+        observe = getattr(cache, "observe", None)
+        if observe is not None:
+            observe(x)
+        return stock(self, x, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "_kvret_hook": True})
+
+
+def _swap_attention(attentions: list[nn.Module]) -> None:
+    for attention in attentions:
+        defined_in = sys.modules[inspect.unwrap(type(attention).__call__).__module__]
+        _dispatch(defined_in)
+        attention.__class__ = _hooked(type(attention))
+
+
+def _restore_attention(attentions: list[nn.Module]) -> None:
+    for attention in attentions:
+        attention.__class__ = _stock_class(attention)
+
+
+def _dispatch(module: Any) -> None:
+    """Let a model module's attention function hand bounded caches their calls; inert for all others."""
+    stock = getattr(module, ATTENTION)
+    if hasattr(stock, "_kvret_stock"):
+        return
+
+    @functools.wraps(stock)
+    def attention(queries: Any, keys: Any, values: Any, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
+        owner = (
+            cache if hasattr(cache, "attend") else BoundedKVCache.owner_of(keys) if cache is None else None
+        )
+        if owner is None:
+            return stock(queries, keys, values, cache, *args, **kwargs)
+        return owner.attend(queries, keys, values, *args, **kwargs)
+
+    attention._kvret_stock = stock  # type: ignore[attr-defined]
+    setattr(module, ATTENTION, attention)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def _swap_model(model: nn.Module, made: Attachment) -> None:
+    cls = type(model)
+
+    def make_cache(self: nn.Module) -> BoundedCache:
+        return new_cache(self, made, made.eviction)
+
+    @functools.wraps(cls.__call__)
+    def call(self: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("cache", args[0] if args else None)
+        if isinstance(cache, list):
+            made.layout.join(cache, made.gates, made.owner)
+        return cls.__call__(self, inputs, *args, **kwargs)
+
+    hooked = type(
+        cls.__name__, (cls,), {"make_cache": make_cache, "__call__": call, "__module__": cls.__module__}
+    )
+    model.__class__ = hooked
+    model.__dict__["_kvret"] = made

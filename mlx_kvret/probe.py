@@ -1,0 +1,191 @@
+"""What a model caches, found out by one forward pass that is built but never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.cache as mlx_cache
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from .bounded import Bounded
+from .cache import BoundedCache, BoundedKVCache
+from .core.budget import CacheShape
+from .core.config import EvictionConfig
+from .errors import ModelMismatchError, UnsupportedModelError
+from .gates import RetentionGates
+from .saved import Loaded, restore, shape_and_config
+
+# where a competing entry stands in a prompt cache: its index, and its index in a CacheList there
+Place = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The competing layers of a model: their common shape, their places, and the number of all layers.
+
+    ``latent`` models compute on the cached keys (MLA), so they get them padded instead of ragged.
+    """
+
+    shape: CacheShape
+    places: tuple[Place, ...]
+    layers: int
+    latent: bool
+
+    def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
+        """Which gate belongs to which competing layer.
+
+        Raises:
+            ModelMismatchError: the gates' shape is not the model's.
+        """
+        config, shape = gates.config, self.shape
+        found = {"KV heads": config.kv_heads, "hidden size": config.hidden_size}
+        wrong = [
+            f"{name} {value}, the model has {expected}"
+            for (name, value), expected in zip(
+                found.items(), (shape.kv_heads, shape.hidden_size), strict=True
+            )
+            if value != expected
+        ]
+        if config.layers not in (shape.layers, self.layers):
+            wrong.append(f"{config.layers} layers, the model has {shape.layers} that can be bounded")
+        if wrong:
+            raise ModelMismatchError(
+                f"these gates ({config.base_model or 'base model unnamed'}) are for another model: "
+                f"{'; '.join(wrong)}; give gates trained for this model"
+            )
+        if config.layers == shape.layers:
+            return tuple(range(shape.layers))
+        return tuple(index for index, _ in self.places)
+
+    def bounded_cache(
+        self, entries: list[Any], config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]
+    ) -> BoundedCache:
+        """Stock entries with the competing ones replaced (policy ``"full"`` replaces none)."""
+        if config.policy == "full":
+            return BoundedCache(entries, None, [_at(entries, place) for place in self.places])
+        shared = self.shared(config, gates, owner)
+        competing = self._place(entries, shared)
+        return BoundedCache(entries, shared, competing)
+
+    def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
+        """An empty pool for this model."""
+        if config.policy != "learned" or gates is None:
+            return Bounded(self.shape, config, owner)
+        return Bounded(self.shape, config, owner, gates, self.check_gates(gates))
+
+    def join(self, cache: list[Any], gates: RetentionGates | None, owner: dict[str, str]) -> Bounded | None:
+        """Turn layers read from a prompt file into a working cache, in place; None if there are none.
+
+        Raises:
+            ModelMismatchError: the file was written for another model or with other gates.
+        """
+        loaded = [_at(cache, place) for place in self.places if place[0] < len(cache)]
+        if not any(isinstance(entry, Loaded) for entry in loaded):
+            return None
+        header = loaded[0].header
+        shape, config = shape_and_config(header)
+        theirs = header["owner"] if config.policy == "learned" else {"model": header["owner"]["model"]}
+        if wrong := [name for name, value in theirs.items() if value != owner[name]]:
+            raise ModelMismatchError(
+                f"the saved cache belongs to another {wrong[0]} ({theirs[wrong[0]]}) than the one in use "
+                f"({owner[wrong[0]]}); load that one, or read the prompt again"
+            )
+        if shape != self.shape:
+            raise ModelMismatchError(f"the saved cache is for {shape}, the model has {self.shape}")
+        shared = self.shared(config, gates, owner)
+        restore(shared, loaded)
+        self._place(cache, shared)
+        return shared
+
+    def _place(self, entries: list[Any], shared: Bounded) -> list[BoundedKVCache]:
+        competing = [BoundedKVCache(shared, layer, self.latent) for layer in range(self.shape.layers)]
+        for (index, inner), entry in zip(self.places, competing, strict=True):
+            if inner is None:
+                entries[index] = entry
+            else:
+                nested = list(entries[index].caches)
+                nested[inner] = entry
+                entries[index] = mlx_cache.CacheList(*nested)
+        return competing
+
+
+class _Probe(mlx_cache.KVCache):  # type: ignore[misc]
+    """A stock cache that notes what it is given and whether attention gets what it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: int | None = None
+        self.attended: str = "never"
+
+    def observe(self, x: mx.array) -> None:
+        self.hidden = x.shape[-1]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        self.fetched = super().update_and_fetch(keys, values)
+        return self.fetched
+
+    def attend(self, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        same = keys is self.fetched[0] and values is self.fetched[1]
+        self.attended = "as fetched" if same else "transformed"
+        return scaled_dot_product_attention(queries, keys, values, None, *args, **kwargs)
+
+
+def probe(model: nn.Module, stock: list[Any], name: str, latent: bool) -> Layout:
+    """Build, without computing it, a forward pass of a hooked model on caches that take notes.
+
+    Raises:
+        UnsupportedModelError: attention reads the cache in a way that cannot be bounded.
+    """
+    places = list(_stock_places(stock))
+    if not places:
+        raise UnsupportedModelError(
+            f"{name} models keep no layer's full KV cache, so there is nothing to bound; use them as they are"
+        )
+    for index, inner in places:
+        if inner is None:
+            stock[index] = _Probe()
+        else:
+            stock[index].caches = tuple(
+                _Probe() if i == inner else c for i, c in enumerate(stock[index].caches)
+            )
+    model(mx.zeros((1, 2), mx.int32), cache=stock)
+    used = [(place, _at(stock, place)) for place in places if _at(stock, place).offset]
+    strange = [p for _, p in used if p.hidden is None or p.attended not in ("as fetched", "transformed")]
+    if strange or not used or (not latent and any(p.attended == "transformed" for _, p in used)):
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: their attention changes cached keys or values, or bypasses "
+            "mlx-lm's attention function; use another model"
+        )
+    shapes = {_shape(p, len(used)) for _, p in used}
+    if len(shapes) > 1:
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: their layers cache entries of different shapes "
+            f"({', '.join(map(str, sorted(shapes, key=str)))})"
+        )
+    return Layout(shapes.pop(), tuple(place for place, _ in used), len(stock), latent)
+
+
+def _shape(probe: _Probe, layers: int) -> CacheShape:
+    keys, values = probe.fetched
+    return CacheShape(
+        layers, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size, probe.hidden or 0
+    )
+
+
+def _stock_places(entries: list[Any]) -> Iterator[Place]:
+    for index, entry in enumerate(entries):
+        if type(entry) is mlx_cache.KVCache:
+            yield index, None
+        elif type(entry) is mlx_cache.CacheList:
+            for inner, nested in enumerate(entry.caches):
+                if type(nested) is mlx_cache.KVCache:
+                    yield index, inner
+
+
+def _at(entries: list[Any], place: Place) -> Any:
+    index, inner = place
+    return entries[index] if inner is None else entries[index].caches[inner]
