@@ -1,0 +1,1 @@
+"""The torch wing: the rooms of ``mlx_kvret`` under the same names, for CUDA and CPU."""

@@ -1,0 +1,174 @@
+"""Attention in which every entry fades with its age: logits of query t and key i get ``(t - i)·log β_i``.
+
+The bias has rank 2: ``(t - c)·log β_i + (c - i)·log β_i`` for any c. So two more columns of queries and keys
+carry it, and stock fused attention computes outputs and gradients without a T×T bias. Queries are taken in
+blocks with c at the block's start: then both parts have the sign of the whole, or are small, and nothing is
+lost to cancellation at 128k tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# rows of queries (tokens times query heads per KV head) that share one call: bounds the mask of a block
+ROWS = 2048
+
+
+class Mask(Protocol):
+    """What a query may see, asked for one block at a time."""
+
+    def block(self, queries: range, keys: range) -> torch.Tensor:
+        """(B or 1, 1, queries, keys) bool, True where visible."""
+
+    def first_key(self, queries: range) -> int:
+        """No key before this one is visible to any of these queries."""
+
+
+def decay_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor | None,
+    mask: Mask,
+    scale: float,
+    rows: int = ROWS,
+) -> torch.Tensor:
+    """Causal attention of a sequence on itself, fading if ``log_beta`` is given.
+
+    Args:
+        query: (B, H·G, T, D); ``key`` (B, H, T, D); ``value`` (B, H, T, Dv).
+        log_beta: (B, T, H) float32, at most 0.
+        mask: must hide every key after its query.
+        scale: of the products of queries and keys.
+        rows: G times the number of tokens of a block of queries.
+
+    Returns:
+        (B, H·G, T, Dv), the type of ``value``.
+    """
+    batch, heads, tokens = key.shape[:3]
+    groups = query.shape[1] // heads
+    step = max(1, rows // groups)
+    # float16 cannot hold age·log β, and pieces of it would be subnormal
+    compute = torch.float32 if query.dtype == torch.float16 else query.dtype
+    query, key, padded = query.to(compute), key.to(compute), value.to(compute)
+    out = []
+    for start in range(0, tokens, step):
+        block = range(start, min(start + step, tokens))
+        tensors = (query[:, :, block.start : block.stop], key, padded, log_beta)
+        if torch.is_grad_enabled() and tokens > step:
+            # the extended keys of every block together would take T²·D / step
+            made = checkpoint(_block, *tensors, mask, block, scale, use_reentrant=False)
+        else:
+            made = _block(*tensors, mask, block, scale)
+        out.append(made.view(batch, heads * groups, len(block), -1))
+    return torch.cat(out, 2).to(value.dtype)
+
+
+def _block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor | None,
+    mask: Mask,
+    block: range,
+    scale: float,
+) -> torch.Tensor:
+    """One block of queries against the keys it may see: (B, H, G·t, Dv)."""
+    (batch, heads, _, width), count = key.shape, len(block)
+    keys = range(mask.first_key(block), block.stop)
+    groups = query.shape[1] // heads
+    # query heads of a KV head become rows, so that keys are not repeated
+    query = query.reshape(batch, heads, groups * count, width)
+    key, value = key[:, :, keys.start : keys.stop], value[:, :, keys.start : keys.stop]
+    size = value.shape[-1]
+    if log_beta is not None:
+        query, key = _extend(query, key, log_beta[:, keys.start : keys.stop], block, keys, scale)
+    # fused kernels want one head size, a multiple of 8
+    wide = -(-max(query.shape[-1], size) // 8) * 8
+    query, key, value = (F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
+    seen = mask.block(block, keys)[:, :, None].expand(-1, 1, groups, count, len(keys))
+    seen = seen.reshape(-1, 1, groups * count, len(keys))
+    out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
+    return out[..., :size]
+
+
+def _extend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    log_beta: torch.Tensor,
+    block: range,
+    keys: range,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append the columns whose product is ``(t - i)·log β_i / scale``."""
+    fade = log_beta.transpose(1, 2).unsqueeze(-1) / scale
+    before = (block.start - torch.arange(keys.start, keys.stop, device=key.device)).unsqueeze(-1) * fade
+    age = torch.arange(len(block), device=query.device, dtype=torch.float32)
+    age = age.repeat(query.shape[2] // len(block)).unsqueeze(-1).expand(*query.shape[:3], 1)
+    parts = pieces(fade, key.dtype)
+    columns = [piece.expand(*query.shape[:3], len(parts)) for piece in pieces(age, query.dtype, len(block))]
+    ones = torch.ones((), dtype=query.dtype, device=query.device).expand(*query.shape[:3], len(parts))
+    query = torch.cat([query, *columns, ones], -1)
+    key = torch.cat([key, *parts * len(columns), *pieces(before, key.dtype)], -1)
+    return query, key
+
+
+def pieces(x: torch.Tensor, dtype: torch.dtype, integers_below: int | None = None) -> list[torch.Tensor]:
+    """Tensors of ``dtype`` whose sum is the float32 tensor ``x``: one for float32, three for bfloat16.
+
+    Products of pieces are summed in float32 inside a fused kernel, so half-precision attention can carry
+    float32 columns. Fewer pieces hold integers of few bits.
+    """
+    mantissa = 1 - round(math.log2(torch.finfo(dtype).eps))
+    bits = 24 if integers_below is None else max(1, (integers_below - 1).bit_length())
+    found: list[torch.Tensor] = []
+    for _ in range(-(-bits // mantissa)):
+        piece = x.to(dtype)
+        found.append(piece)
+        # the first piece alone carries the gradient, which is the same for all
+        x = (x - piece.float()).detach()
+    return found
+
+
+def naive_decay_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor | None,
+    mask: Mask,
+    scale: float,
+) -> torch.Tensor:
+    """The specification of :func:`decay_attention`: the whole T×T matrix."""
+    batch, heads, tokens = key.shape[:3]
+    query = query.view(batch, heads, -1, tokens, query.shape[-1])
+    logits = torch.einsum("bhgtd,bhid->bhgti", query, key) * scale
+    if log_beta is not None:
+        place = torch.arange(tokens, device=key.device)
+        logits = logits + (place[:, None] - place) * log_beta.transpose(1, 2)[:, :, None, None, :]
+    everything = range(tokens)
+    logits = logits.masked_fill(~mask.block(everything, everything)[:, :, None], -torch.inf)
+    return torch.einsum("bhgti,bhid->bhgtd", logits.softmax(-1), value).flatten(1, 2)
+
+
+class PackedMask:
+    """Causal within each document of a row. ``starts`` (B, T): where the token's document begins."""
+
+    def __init__(self, starts: torch.Tensor):
+        self.starts = starts
+        self._first: Sequence[int] = starts.amin(0).tolist()
+
+    def block(self, queries: range, keys: range) -> torch.Tensor:
+        device = self.starts.device
+        row = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        column = torch.arange(keys.start, keys.stop, device=device)[None]
+        begin = self.starts[:, None, queries.start : queries.stop, None]
+        return (column <= row) & (column >= begin)
+
+    def first_key(self, queries: range) -> int:
+        return self._first[queries.start]
