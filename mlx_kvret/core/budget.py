@@ -59,7 +59,7 @@ def parse_budget(text: str | int) -> tuple[int | None, int | None]:
         raise ConfigError(f"budget {text!r} is neither tokens per head (1024) nor memory (256MB, 1.5GiB)")
     number, unit = match.groups()
     if unit is None and "." in number:
-        raise ConfigError(f"budget {text!r} is not a whole number of tokens; write 1024, or a size like 256MB")
+        raise ConfigError(f"budget {text!r} is no whole number of tokens; write 1024, or a size like 256MB")
     amount = int(float(number) * _UNITS[unit]) if unit else int(number)
     if amount < 1:
         raise ConfigError(f"budget is {text}; expected at least 1 token per KV head, or a size like 256MB")

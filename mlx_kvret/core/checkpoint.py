@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class GateCheckpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_tensors(self.tensors, self.config)
+        shapes = self.config.tensor_shapes()
+        check_tensors(self.tensors, {name: (shape, FLOATS) for name, shape in shapes.items()})
 
     def layer(self, index: int) -> dict[str, Array]:
         """The float32 weights of one layer: ``linear1.weight`` … and ``bias``, shared ones included."""
@@ -46,22 +48,28 @@ class GateCheckpoint:
         return weights
 
     def check_model(self, model_config: dict[str, Any], what: str = "the model") -> None:
-        """Refuse a base model other than the one these gates were trained for.
+        """As :func:`check_base`."""
+        check_base(self.config, model_config, what)
 
-        Raises:
-            ModelMismatchError: names every field that differs.
-        """
-        if wrong := differences(self.config.base_fingerprint, fingerprint(model_config)):
-            raise ModelMismatchError(
-                f"these gates belong to another model ({self.config.base_model or 'unnamed'}) than {what}: "
-                f"{'; '.join(wrong)}; give gates trained for this model"
-            )
+
+def check_base(gates: GateConfig, model_config: dict[str, Any], what: str = "the model") -> None:
+    """Refuse a base model other than the one that gates were trained for.
+
+    Raises:
+        ModelMismatchError: names every field that differs.
+    """
+    ours = f"{gates.base_fingerprint} hidden_size={gates.hidden_size}"
+    if wrong := differences(ours, fingerprint(model_config)):
+        raise ModelMismatchError(
+            f"these gates belong to another model ({gates.base_model or 'unnamed'}) than {what}: "
+            f"{'; '.join(wrong)}; give gates trained for this model"
+        )
 
 
 def save_gates(
     folder: str | os.PathLike[str],
     config: GateConfig,
-    tensors: dict[str, Array | Tensor],
+    tensors: Mapping[str, Array | Tensor],
     provenance: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all. Plain arrays are stored as float32."""
@@ -116,7 +124,9 @@ def read_manifest(folder: Path) -> tuple[GateConfig, dict[str, Any], str]:
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     provenance = data.get("provenance", {})
-    return config, provenance if isinstance(provenance, dict) else {}, data.get("form", "shared")
+    if not isinstance(provenance, dict):
+        raise CheckpointError(f"{path}: provenance is {provenance!r}; expected an object")
+    return config, provenance, data.get("form", "shared")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist; a checkpoint folder needs this file") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or convert it again") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}; expected an object")
@@ -138,22 +148,32 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_tensors(tensors: dict[str, Tensor], config: GateConfig) -> None:
-    shapes = config.tensor_shapes()
-    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], Sequence[str]]]
+) -> None:
+    """Check tensors against the shape and the allowed types expected under each name.
+
+    Raises:
+        CheckpointError: missing or unexpected names, another shape or type, NaN or infinity.
+    """
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         parts = [
             f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", extra)) if names
         ]
-        raise CheckpointError(f"gate tensors do not fit the configuration: {'; '.join(parts)}")
-    for name, shape in shapes.items():
+        raise CheckpointError(
+            f"gate tensors do not fit the configuration: {'; '.join(parts)}; copy or convert the gates again"
+        )
+    for name, (shape, types) in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape:
             raise CheckpointError(f"gate tensor {name} has shape {tensor.shape}; expected {shape}")
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(f"gate tensor {name} has type {tensor.dtype}; expected {', '.join(FLOATS)}")
-        if not np.isfinite(tensor.float32()).all():
-            raise CheckpointError(f"gate tensor {name} holds NaN or infinity; the training run went wrong")
+        if tensor.dtype not in types:
+            raise CheckpointError(f"gate tensor {name} has type {tensor.dtype}; expected {', '.join(types)}")
+        if tensor.dtype in FLOATS and not np.isfinite(tensor.float32()).all():
+            raise CheckpointError(
+                f"gate tensor {name} holds NaN or infinity; the file is damaged or its training run failed"
+            )
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,11 @@ DEFAULT_BUDGET = 1024
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _of_type(name: str, value: object, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}; expected {what}")
 
 
 def _at_least(name: str, value: object, least: int) -> None:
@@ -56,6 +62,12 @@ class GateConfig:
             _at_least(f"gate {name}", getattr(self, name), 1)
         if self.training_budget is not None:
             _at_least("training_budget", self.training_budget, 1)
+        _of_type("shared_projection", self.shared_projection, bool, "true or false")
+        for name in ("base_model", "base_fingerprint"):
+            _of_type(name, getattr(self, name), str, "a text")
+        bias = self.bias_init
+        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not math.isfinite(bias):
+            raise ConfigError(f"bias_init is {bias!r}; expected a finite number")
 
     @property
     def projections(self) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +13,15 @@ from ..errors import ConfigError
 
 
 def require_free(target: str | os.PathLike[str]) -> Path:
-    """The absolute path of a folder to be written; ConfigError if something is there already."""
+    """The absolute path of a folder to be written.
+
+    Raises:
+        ConfigError: something other than an empty folder is there already, or the path cannot be looked at.
+    """
     target = Path(target).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    with _explained(target):
+        taken = os.path.lexists(target) and (not target.is_dir() or any(target.iterdir()))
+    if taken:
         raise ConfigError(f"{target} exists already; choose another destination or remove it first")
     return target
 
@@ -30,11 +36,11 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     target = require_free(target)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        scratch = _scratch(target)
+        scratch.mkdir()
     try:
         with _explained(target):
             yield scratch
-            scratch.chmod(0o755)
             if target.exists():
                 target.rmdir()
             scratch.rename(target)
@@ -44,12 +50,15 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A scratch file beside ``target`` (same suffix) that replaces it when the block ends well."""
+    """A scratch file beside ``target`` (same suffix) that replaces it when the block ends without an error.
+
+    Raises:
+        ConfigError: the target cannot be written.
+    """
     target = Path(target).expanduser().absolute()
+    scratch = _scratch(target)
     with _explained(target):
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
-    scratch = Path(name)
+        scratch.touch(exist_ok=False)
     try:
         with _explained(target):
             yield scratch
@@ -58,10 +67,17 @@ def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def _scratch(target: Path) -> Path:
+    # not from tempfile, whose files and folders are for their owner only
+    return target.with_name(f".{target.stem[:64]}.{secrets.token_hex(8)}{target.suffix[:64]}")
+
+
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"cannot write {target}: {reason}; nothing was left behind") from error
+        raise ConfigError(
+            f"cannot write {target}: {reason}; it is as it was before, mend the cause or choose another place"
+        ) from error

@@ -34,7 +34,7 @@ def fingerprint(config: dict[str, Any]) -> str:
 
 def differences(found: str, expected: str) -> list[str]:
     """Fields in which two fingerprints differ, each as ``"hidden_size is 64, expected 128"``."""
-    theirs, ours = (dict(pair.split("=", 1) for pair in line.split()) for line in (found, expected))
+    theirs, ours = (dict(pair.partition("=")[::2] for pair in line.split()) for line in (found, expected))
     return [
         f"{name} is {theirs[name]}, expected {ours[name]}"
         for name in theirs

@@ -5,6 +5,7 @@ numpy has no bfloat16, so a tensor is kept as its bits and widened to float32 on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -44,19 +45,27 @@ class Tensor:
     @classmethod
     def of(cls, values: Array, dtype: str = "F32") -> Tensor:
         """Round float values to ``dtype`` (nearest, ties to even)."""
-        values = np.asarray(values)
-        if dtype == "BF16":
-            raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
-            bits = (
-                (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            ).astype("<u2")
-        else:
-            bits = np.ascontiguousarray(values, _STORAGE[dtype])
-        return cls(dtype, bits)
+        if dtype != "BF16":
+            return cls(dtype, np.asarray(values, _STORAGE[dtype], order="C"))
+        values = np.asarray(values, np.float32, order="C")
+        raw = values.view(np.uint32)
+        rounded = raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))
+        # rounding up carries some NaN over into zero
+        bits = np.where(np.isnan(values), np.uint32(0x7FC00000), rounded) >> np.uint32(16)
+        return cls(dtype, bits.astype("<u2"))
 
     def cast(self, dtype: str) -> Tensor:
         """The same values in another float type; the very same tensor when the type is unchanged."""
         return self if dtype == self.dtype else Tensor.of(self.float32(), dtype)
+
+
+def tensors_id(tensors: dict[str, Tensor]) -> str:
+    """A short name for the exact content of named tensors: 12 hexadecimal digits of a SHA-256."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape};".encode())
+        digest.update(np.ascontiguousarray(tensors[name].bits).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -85,6 +94,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file: 8 bytes of header length, the header as JSON, then the raw data."""
+    # wide types first, so that each tensor begins at a multiple of its item size: readers map them in place
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].bits.itemsize))
     header, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.bits.nbytes
