@@ -1,0 +1,163 @@
+"""Compiles translated kernels with clang, and the runtime that executes them. Results are kept by content hash."""
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .capture import Capture
+from .errors import KernelError, ToolchainError
+from .translate import broken_rules, to_cpp
+
+SHIM = Path(__file__).parent / "shim"
+PACKAGES = "clang-19 libclang-rt-19-dev"
+CACHE = Path(os.environ.get("METAL_HOST_CACHE") or Path(tempfile.gettempdir()) / f"metal_host-{os.getuid()}")
+
+WARNINGS = "-Wno-everything -Wuninitialized -Wsometimes-uninitialized -Wconditional-uninitialized -Werror=return-type"
+KERNEL_FLAGS = (
+    f"-std=c++17 -nostdinc -I{SHIM} {WARNINGS} -ferror-limit=8 -fno-caret-diagnostics -fno-exceptions -fno-rtti"
+    # Literals are single precision and every operation rounds to its own type, as on the GPU.
+    " -Xclang -cl-single-precision-constant -ffp-contract=off"
+    " -Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none"
+    # An unwritten local holds NaN or a large number, so reading it shows in the result.
+    " -ftrivial-auto-var-init=pattern"
+).split()
+VARIANTS = {
+    "types": "-DMSL_TYPES -fsyntax-only -Wimplicit-float-conversion".split(),
+    "run": "-O2".split(),
+    "asan": "-O1 -g1 -fsanitize=address,bounds,shift,integer-divide-by-zero,signed-integer-overflow"
+    " -fno-sanitize-recover=all -fno-omit-frame-pointer".split(),
+    "tsan": "-O1 -g1 -DMSL_TRACED -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0"
+    " -mllvm -tsan-instrument-read-before-write=1 -fno-slp-vectorize -fno-vectorize".split(),
+}
+LINK_FLAGS = ["-shared", "-rtlib=compiler-rt"]  # compiler-rt converts to and from bfloat
+RUNTIME_FLAGS = "-std=c++17 -O2 -fPIC -Wall -Wextra".split()
+
+
+@functools.cache
+def compiler() -> list[str]:
+    """The clang command, with the machine's flags for half precision."""
+    clang = os.environ.get("METAL_HOST_CXX") or shutil.which("clang++-19")
+    if clang is None:
+        raise ToolchainError(
+            "metal_host executes Metal kernels on Linux with clang 19, and found no clang++-19.\n"
+            f"On Debian or Ubuntu: apt-get install {PACKAGES}  (or set METAL_HOST_CXX to another clang >= 19)"
+        )
+    machine = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
+    return [clang, *machine]
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Of everything but the kernel that decides a build."""
+    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(
+        repr((version, compiler(), KERNEL_FLAGS, VARIANTS, LINK_FLAGS, RUNTIME_FLAGS)).encode()
+    )
+    for path in sorted(p for p in SHIM.rglob("*") if p.is_file()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def folder() -> Path:
+    path = CACHE / _fingerprint()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _command(arguments: list[str], output: Path) -> subprocess.CompletedProcess[str]:
+    """Run clang; `output` appears whole or not at all."""
+    scratch = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    done = subprocess.run([*compiler(), *arguments, "-o", str(scratch)], capture_output=True, text=True)
+    if done.returncode == 0 and scratch.exists():
+        os.replace(scratch, output)
+    return done
+
+
+def _runtime(name: str, sources: list[str], flags: list[str]) -> Path:
+    output = folder() / name
+    if not output.exists():
+        paths = [str(SHIM / "runtime" / s) for s in sources]
+        done = _command([*RUNTIME_FLAGS, *flags, *paths], output)
+        if done.returncode:
+            raise ToolchainError(
+                f"metal_host could not build its runtime {name}. On Debian or Ubuntu: apt-get install {PACKAGES}\n"
+                + done.stderr
+            )
+    return output
+
+
+@functools.cache
+def runtime_library() -> Path:
+    return _runtime("libmetal_host.so", ["scheduler.cpp", "trace.cpp", "fiber.cpp"], ["-shared"])
+
+
+@functools.cache
+def asan_program() -> Path:
+    """The process that loads kernels built for the address sanitizer."""
+    sources = ["asan_main.cpp", "scheduler.cpp", "trace.cpp", "fiber.cpp"]
+    return _runtime("asan_main", sources, ["-fsanitize=address,undefined", "-rdynamic"])
+
+
+@functools.cache
+def _precompiled(variant: str) -> Path:
+    """The shim's headers, parsed once per variant."""
+    output = folder() / f"prelude.{variant}.pch"
+    if not output.exists():
+        flags = [f for f in VARIANTS[variant] if f != "-fsyntax-only"]
+        done = _command(
+            [*KERNEL_FLAGS, *flags, "-fPIC", "-x", "c++-header", str(SHIM / "mlx_prelude.h")], output
+        )
+        if done.returncode:
+            raise ToolchainError(f"metal_host's shim does not compile ({variant}):\n{done.stderr}")
+    return output
+
+
+class Build:
+    """One captured kernel and its compiled variants."""
+
+    def __init__(self, kernel: Capture) -> None:
+        self.kernel = kernel
+        self.key = hashlib.sha256(kernel.source.encode()).hexdigest()[:24]
+
+    def check_types(self) -> None:
+        """Raise KernelError unless the source keeps Metal's rules and types."""
+        passed = folder() / f"{self.key}.types"
+        if passed.exists():
+            return
+        findings = broken_rules(self.kernel)
+        done = self._compile("types", folder() / f"{self.key}.nothing")
+        for line in done.stderr.splitlines():
+            harmless = "warning: implicit conversion" in line and "'bfloat'" not in line.split(" to ")[-1]
+            if (": error:" in line or ": warning:" in line) and not harmless:
+                findings.append(line)
+        if findings or done.returncode:
+            raise KernelError("types", self.kernel.name, "\n".join(findings or [done.stderr]))
+        passed.touch()
+
+    def library(self, variant: str) -> Path:
+        output = folder() / f"{self.key}.{variant}.so"
+        if not output.exists():
+            done = self._compile(variant, output)
+            if done.returncode:
+                raise KernelError(
+                    variant, self.kernel.name, f"does not compile for execution:\n{done.stderr}"
+                )
+        return output
+
+    def prepare(self, variants: list[str]) -> None:
+        """Build several variants at once."""
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(self.library, variants))
+
+    def _compile(self, variant: str, output: Path) -> subprocess.CompletedProcess[str]:
+        source = folder() / f"{self.key}.{'types.' if variant == 'types' else ''}cpp"
+        source.write_text(to_cpp(self.kernel, types_only=variant == "types"))
+        flags = [*KERNEL_FLAGS, *VARIANTS[variant], "-fPIC", "-include-pch", str(_precompiled(variant))]
+        if variant != "types":
+            flags += LINK_FLAGS
+        return _command([*flags, str(source)], output)

@@ -1,0 +1,84 @@
+"""`check`: the four passes over one call, each compared with the naive twin."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .counters import Traffic
+from .emulator import EMULATED, Mode, executing, installed
+from .errors import KernelError
+
+Outputs = mx.array | Sequence[mx.array]
+PASSES = {
+    # The types pass comes with the first call of every source, before anything is executed.
+    "asan": [Mode("asan")],
+    "tsan": [Mode("tsan", schedule=1)],
+    # Unwritten memory holds NaN or large numbers of either sign; the order of threads must not matter.
+    "run": [
+        Mode("run", schedule=0, poison=0xFF),
+        Mode("run", schedule=1, poison=0x7B),
+        Mode("run", schedule=7, poison=0xC1),
+    ],
+}
+
+
+def check(call: Callable[[], Outputs], twin: Callable[[], Outputs], tol: float = 0.0) -> None:
+    """Run `call()` in every pass and compare what it returns with `twin()`.
+
+    tol: floats must satisfy |got - wanted| <= tol·(1 + |wanted|), NaN equal to NaN; integers are always exact.
+    Raises KernelError, whose `found_by` names the pass (types, asan, tsan, run). Where Metal exists, `call` simply
+    runs on the GPU.
+    """
+    wanted = _arrays(twin())
+    if not EMULATED:
+        _compare("metal", _arrays(call()), wanted, tol)
+        return
+    for name, modes in PASSES.items():
+        for mode in modes:
+            with installed(), executing(mode):
+                _compare(name, _arrays(call()), wanted, tol)
+
+
+def count(call: Callable[[], Outputs]) -> Traffic:
+    """Memory traffic, barriers and simdgroup functions of every kernel launched by `call()` (emulated only)."""
+    if not EMULATED:
+        raise RuntimeError(
+            "traffic is counted by the emulator; here Metal runs the kernels (metal_host.EMULATED is False)"
+        )
+    mode = Mode("tsan", launches=[])
+    with installed(), executing(mode):
+        mx.eval(_arrays(call()))
+    return Traffic.of(mode.launches or [])
+
+
+def _arrays(outputs: Outputs) -> list[mx.array]:
+    return [outputs] if isinstance(outputs, mx.array) else list(outputs)
+
+
+def _compare(found_by: str, got: list[mx.array], wanted: list[mx.array], tol: float) -> None:
+    if len(got) != len(wanted):
+        raise KernelError(found_by, "call", f"{len(got)} outputs, the twin has {len(wanted)}")
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise KernelError(
+                found_by, f"output {i}", f"{a.shape} {a.dtype}, the twin's is {b.shape} {b.dtype}"
+            )
+        x, y = _as_numpy(a), _as_numpy(b)
+        if np.issubdtype(x.dtype, np.floating):
+            with np.errstate(invalid="ignore"):
+                good = (np.abs(x - y) <= tol * (1 + np.abs(y))) | (x == y) | (np.isnan(x) & np.isnan(y))
+        else:
+            good = x == y
+        if not good.all():
+            at = tuple(int(j) for j in np.argwhere(~good)[0])
+            share = f"{int((~good).sum())} of {good.size} elements"
+            raise KernelError(
+                found_by, f"output {i}", f"{share} differ from the twin; at {at}: {x[at]}, twin {y[at]}"
+            )
+
+
+def _as_numpy(array: mx.array) -> np.ndarray:
+    if mx.issubdtype(array.dtype, mx.floating):
+        return np.array(array.astype(mx.float32), np.float64)
+    return np.array(array)

@@ -1,0 +1,97 @@
+"""From Metal's dialect to C++: threadgroup variables, the entry point, and rules a C++ compiler doesn't check."""
+
+import re
+
+from .capture import Capture
+
+THREADGROUP_VARIABLES = re.compile(
+    r"\bthreadgroup\s+((?:[A-Za-z_][\w:]*(?:\s*<[^;<>]*>)?\s+)+?)"
+    r"([A-Za-z_]\w*\s*(?:\[[^\]]*\]\s*)*(?:,\s*[A-Za-z_]\w*\s*(?:\[[^\]]*\]\s*)*)*);"
+)
+DECLARATOR = re.compile(r"([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)")
+INSTANTIATION = re.compile(r"template\s*\[\[host_name\([^;]*;", re.DOTALL)
+FORBIDDEN = [
+    (r"\bstd::", "std:: does not exist in Metal"),
+    (r"\b(?:try|catch|throw|goto|new|delete|virtual|dynamic_cast|thread_local|asm|typeid)\b", "not in Metal"),
+    (r"\b(?:long\s+)?double\b", "no double in Metal"),
+    (r"\bprintf\b", "no printf in Metal"),
+    (r"#\s*include\s*<(?!metal)", "only Metal's headers can be included"),
+    (r"\b(?:__builtin|msl_)\w+|\b(?:_Float16|__bf16|__attribute__)\b", "a name of clang or of the emulator"),
+    (
+        r"(?<![\w\)\]\[])\[\s*[&=]?[\w\s,&]*\]\s*(?:\([^)]*\))?\s*(?:mutable\s*)?(?:->\s*\w+\s*)?\{",
+        "no lambdas in Metal",
+    ),
+]
+BARE_POINTER = re.compile(
+    r"(?:^|[;{(,])\s*((?:const\s+|volatile\s+)*(?:float|half|bfloat\w*|u?int|u?char|u?short|bool|u?long|u?int\d+_t"
+    r"|(?:float|half|bfloat|u?int)[234]|T)\s*[*&]\s*\w+)",
+    re.MULTILINE,
+)
+
+
+def without_comments(source: str) -> str:
+    """Comments become blanks, so that lines and columns stay."""
+
+    def blank(match: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", match.group(0))
+
+    return re.sub(r"//[^\n]*|/\*.*?\*/", blank, source, flags=re.DOTALL)
+
+
+def broken_rules(kernel: Capture) -> list[str]:
+    """Rules of Metal that clang would not see broken, as `file:line: what`."""
+    header = kernel.source[: kernel.source.index("[[kernel]]")]
+    found = []
+    for file, text in (("header.metal", header), ("kernel.metal", kernel.body)):
+        text = without_comments(text)
+        rules = [(m, why) for rule, why in FORBIDDEN for m in re.finditer(rule, text)]
+        rules += [(m, "a pointer or reference without an address space") for m in BARE_POINTER.finditer(text)]
+        if file == "header.metal":
+            outside = "a threadgroup variable outside the kernel function"
+            rules += [(m, outside) for m in THREADGROUP_VARIABLES.finditer(text)]
+        for match, why in rules:
+            start = match.start(1) if match.re.groups and match.start(1) >= 0 else match.start()
+            found.append(
+                f"{file}:{text.count(chr(10), 0, start) + 1}: {why}: {text[start : match.end()].strip()!r}"
+            )
+    return found
+
+
+def _threadgroup_variables(source: str) -> str:
+    """`threadgroup T a[N], b;` becomes one MSL_THREADGROUP(number, T, name, [N]) per variable."""
+    numbers = iter(range(1 << 30))
+
+    def declare(match: re.Match[str]) -> str:
+        return " ".join(
+            f"MSL_THREADGROUP({next(numbers)}, {match.group(1).strip()}, {name}, {dimensions.strip()});"
+            for name, dimensions in DECLARATOR.findall(match.group(2))
+        )
+
+    return THREADGROUP_VARIABLES.sub(declare, source)
+
+
+def _entry_point(kernel: Capture) -> str:
+    """Calls the kernel for one thread, with buffers and attributes in the order of its signature."""
+    arguments = [f"{'*' if b.reference else ''}({b.type}*)buffers[{i}]" for i, b in enumerate(kernel.buffers)]
+    for kind, name in kernel.attributes:
+        arguments.append(
+            f"msl_triple_as<{kind}>(self->{name})" if kind[-1].isdigit() else f"({kind})self->{name}"
+        )
+    return (
+        'extern "C" MSL_UNTRACED void msl_kernel_entry(void** buffers, const msl_attributes* self) {\n'
+        f"  {kernel.instance}({', '.join(arguments)});\n}}\n"
+    )
+
+
+def to_cpp(kernel: Capture, types_only: bool) -> str:
+    """The translation unit. With `types_only` the kernel is instantiated but not called."""
+    header, body = without_comments(kernel.header), without_comments(kernel.body)
+    parts = [
+        '#include "mlx_prelude.h"\n#line 1 "header.metal"\n',
+        header,
+        '#line 1 "kernel.metal"\n',
+        _threadgroup_variables(INSTANTIATION.sub("", body)),
+        '\n#line 1 "entry"\n',
+        f"auto msl_instance = &{kernel.instance};\n" if types_only else _entry_point(kernel),
+    ]
+    return "".join(parts)
