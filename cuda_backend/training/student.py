@@ -1,0 +1,276 @@
+"""The frozen base model with hooks: one stock transformers model is teacher and student.
+
+As the teacher it attends fully. As the student every global attention layer fades its entries by the gates.
+Nothing of the model is copied: a pre-hook on each attention module runs the gate, an attention function in
+transformers' registry fades, and the stock head turns hidden states into logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import AttentionInterface
+
+from mlx_kvret.errors import UnsupportedModelError
+
+from ..gates import RetentionGates
+from .attention import decay_attention
+
+IMPLEMENTATION = "kvret_training"
+# arguments of an attention call that change its result in ways the fading attention does not follow
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass: final hidden states (B, T, hidden), and log β of all heads (B, L·H, T) or None."""
+
+    hidden: torch.Tensor
+    log_beta: torch.Tensor | None
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Attention modules by their layer: the innermost ones with a ``layer_idx`` whose forward takes a cache."""
+    found = {name: module for name, module in model.named_modules() if _takes_cache(module)}
+    inner = {n: m for n, m in found.items() if not any(other.startswith(f"{n}.") for other in found)}
+    return {int(module.layer_idx): module for module in inner.values()}  # type: ignore[arg-type]
+
+
+def competing_layers(model: PreTrainedModel) -> list[int]:
+    """Layers that cache every token, in order; sliding windows and state spaces are left alone."""
+    layers = DynamicCache(config=model.config).layers
+    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    if not isinstance(getattr(module, "layer_idx", None), int):
+        return False
+    # "cache" since transformers 5.24, "past_key_values" before
+    return not {"cache", "past_key_values"}.isdisjoint(inspect.signature(module.forward).parameters)
+
+
+class Student:
+    """A hooked model.
+
+    ``layers`` counts the layers that get gates; ``kv_heads`` and ``hidden_size`` are theirs.
+
+    Raises:
+        UnsupportedModelError: the model's attention or head cannot be hooked without giving wrong results.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.eval().requires_grad_(False)
+        self._active: RetentionGates | None = None
+        self._shapes: dict[int, tuple[int, int]] = {}
+        self._first: list[int] = []
+        self._collected: dict[int, torch.Tensor] | None = None
+        self._stock = model.config._attn_implementation
+        modules = attention_modules(model)
+        self._competing = [modules[index] for index in competing_layers(model) if index in modules]
+        if not self._competing:
+            raise UnsupportedModelError(
+                f"{_name(model)} has no attention layer that caches every token, so there is nothing to evict; "
+                "train gates for a model with global attention"
+            )
+        place = {id(module): layer for layer, module in enumerate(self._competing)}
+        self.layers = len(self._competing)
+        self._handles = [
+            module.register_forward_pre_hook(partial(self._before, place.get(id(module))), with_kwargs=True)
+            for module in modules.values()
+        ]
+        try:
+            self._probe()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take every hook off the model again."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = module.training = False
+        self.model.set_attn_implementation(self._stock)
+
+    def checkpoint_layers(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise UnsupportedModelError(
+                f"{_name(self.model)} cannot recompute its layers; train without gradient checkpointing, on "
+                "shorter sequences"
+            )
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, preserve_rng_state=False
+            )
+            # the flag of the layer alone: what is inside stays in evaluation mode, without dropout
+            layer.training = True
+
+    @property
+    def kv_heads(self) -> int:
+        return self._shapes[0][0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self._shapes[0][1]
+
+    def teach(self, ids: torch.Tensor, starts: torch.Tensor) -> Trace:
+        """Full attention, without a gradient. Arguments as in :meth:`learn`."""
+        with torch.no_grad():
+            return self._run(ids, starts, None)
+
+    def learn(self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates) -> Trace:
+        """Fading attention over packed documents.
+
+        The backward pass must come before the next forward pass, for layers may be recomputed in it.
+
+        Args:
+            ids: (B, T) tokens. ``starts`` (B, T): the place at which each token's document begins.
+        """
+        return self._run(ids, starts, gates)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (N, hidden) to logits (N, vocabulary), by the model's own head."""
+        decoder = self.model.get_decoder()
+        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        try:
+            dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            return self.model(input_ids=dummy, use_cache=False).logits[0]
+        finally:
+            del decoder.forward
+
+    def _run(self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates | None) -> Trace:
+        self._active, self._first, self._collected = gates, starts.amin(0).tolist(), {}
+        position = torch.arange(ids.shape[1], device=ids.device) - starts
+        out = self.model.get_decoder()(input_ids=ids, position_ids=position, use_cache=False)
+        collected, self._collected = self._collected, None
+        if gates is None:
+            return Trace(out.last_hidden_state, None)
+        log_beta = torch.stack([collected[layer] for layer in range(self.layers)], 1)
+        return Trace(out.last_hidden_state, log_beta.transpose(2, 3).flatten(1, 2))
+
+    def _before(self, layer: int | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        vars(module)["_kvret"] = _Call(partial(self._fade, layer, x), self._first)
+
+    def _fade(self, layer: int | None, x: torch.Tensor, kv_heads: int) -> torch.Tensor | None:
+        """log β (B, T, H) for a competing layer of the student, else None."""
+        if layer is None:
+            return None
+        self._shapes[layer] = (kv_heads, x.shape[-1])
+        if self._active is None:
+            return None
+        log_beta = self._active.log_beta(layer, x)
+        # None while a layer is recomputed
+        if self._collected is not None:
+            self._collected[layer] = log_beta
+        return log_beta
+
+    def _probe(self) -> None:
+        """Run a few tokens through the hooks, and compare with the model as it is."""
+        name = _name(self.model)
+        if not self.model._supports_attention_backend:
+            raise UnsupportedModelError(
+                f"{name} does not take its attention function from transformers' registry; use another model"
+            )
+        ids = torch.arange(1, 9, device=self.model.device)[None]
+        with torch.no_grad():
+            stock = self.model(input_ids=ids, use_cache=False).logits[0]
+            self.model.set_attn_implementation(IMPLEMENTATION)
+            ours = self.logits(self._run(ids, torch.zeros_like(ids), None).hidden[0])
+        if len(self._shapes) < self.layers:
+            raise UnsupportedModelError(
+                f"{name} computes attention without the function it was given; use another model"
+            )
+        if len(set(self._shapes.values())) != 1:
+            raise UnsupportedModelError(
+                f"{name} has global layers of different shapes (KV heads, input width): "
+                f"{sorted(set(self._shapes.values()))}; gates need one shape, use another model"
+            )
+        difference = float((ours - stock).abs().max())
+        if not difference <= 64 * torch.finfo(stock.dtype).eps * float(stock.abs().max()):
+            raise UnsupportedModelError(
+                f"{name} gives other logits when hooked (by up to {difference:.2g}); use another model"
+            )
+
+
+def _name(model: PreTrainedModel) -> str:
+    return type(model).__name__
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What an attention call needs beyond its arguments: log β given the KV heads, and first visible keys."""
+
+    fade: Callable[[int], torch.Tensor | None]
+    first: list[int]
+
+
+class _BlockMask:
+    """The model's own mask, built for one block at a time. Implements ``attention.Mask``."""
+
+    def __init__(self, how: dict[str, Any], first: list[int], window: int | None):
+        self._how, self._first, self._window = how, first, window
+
+    def block(self, queries: range, keys: range) -> torch.Tensor:
+        where = {"q_length": len(queries), "q_offset": queries.start}
+        where |= {"kv_length": len(keys), "kv_offset": keys.start}
+        return sdpa_mask(**self._how | where | {"allow_is_causal_skip": False})
+
+    def first_key(self, queries: range) -> int:
+        reach = queries.start - self._window + 1 if self._window else 0
+        return max(self._first[queries.start], reach)
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """What a mask function would build, kept as its arguments."""
+
+    how: dict[str, Any]
+
+
+def _defer_mask(**how: Any) -> _Deferred:
+    return _Deferred(how)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    name = type(module).__name__
+    if wrong := [argument for argument in _UNKNOWN if others.get(argument) is not None]:
+        raise UnsupportedModelError(
+            f"{name} uses {', '.join(wrong)} in attention, which training does not follow; use another model"
+        )
+    if not isinstance(attention_mask, _Deferred) or "_kvret" not in vars(module):
+        raise UnsupportedModelError(f"{name} builds its attention mask by hand; use another model")
+    call = vars(module).pop("_kvret")
+    mask = _BlockMask(attention_mask.how, call.first, sliding_window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = decay_attention(query, key, value, call.fade(key.shape[1]), mask, scale)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+AttentionMaskInterface.register(IMPLEMENTATION, _defer_mask)
