@@ -21,7 +21,7 @@ from mlx_kvret.core.checkpoint import (
     save_gates,
 )
 from mlx_kvret.core.files import require_free
-from mlx_kvret.errors import CheckpointError, ConfigError
+from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 from . import trimkv
 from .casting import cast
@@ -38,7 +38,7 @@ FORMS = ("shared", "mlx", "trimkv")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written. A tied tensor counts once; ``agreement`` has rows only if values changed."""
+    """What was written. A tied tensor counts once; ``agreement`` is there only if values changed."""
 
     src: Path
     src_form: str
@@ -46,20 +46,18 @@ class Conversion:
     dst_form: str
     tensors: int
     nbytes: int
-    agreement: tuple[Agreement, ...] = ()
-    note: str = ""
+    agreement: Agreement | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         size = f"{self.nbytes / 1e6:.1f} MB"
-        lines = [f"{self.src_form} → {self.dst_form}: {self.tensors} tensors, {size} in {self.dst}"]
-        if self.agreement:
-            first = self.agreement[0]
-            where = "synthetic inputs, not a prompt" if first.synthetic else "a prompt"
-            lines.append(f"kept entries that agree with the source ({first.tokens} tokens, {where}):")
-            lines += [f"  budget {row.budget:>5}  {row.share:.2%}" for row in self.agreement]
-        else:
-            lines.append("lossless: every value is unchanged")
-        return "\n".join([*lines, *([f"note: {self.note}"] if self.note else [])])
+        return "\n".join(
+            [
+                f"{self.src_form} → {self.dst_form}: {self.tensors} tensors, {size} in {self.dst}",
+                str(self.agreement or "lossless: every value is unchanged"),
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
 
 
 def detect(folder: str | os.PathLike[str]) -> str:
@@ -90,8 +88,20 @@ def detect(folder: str | os.PathLike[str]) -> str:
 
 
 def load_any(folder: str | os.PathLike[str]) -> GateCheckpoint:
-    """Gates from a shared or a trimkv folder, exactly as they are stored there."""
-    return trimkv.load_trimkv(folder) if detect(folder) == "trimkv" else load_gates(folder)
+    """Gates from a folder in any form; 8-bit ones are dequantised.
+
+    Raises:
+        CheckpointError: the folder cannot be used.
+        MissingDependencyError: a trimkv folder needs torch.
+    """
+    form = detect(folder)
+    if form == "trimkv":
+        return trimkv.load_trimkv(folder)
+    if form == "shared":
+        return load_gates(folder)
+    from .mlx_form import load_mlx
+
+    return load_mlx(folder)
 
 
 def convert(
@@ -102,6 +112,7 @@ def convert(
     dtype: str | None = None,
     bits: int | None = None,
     model: str | os.PathLike[str] | None = None,
+    prompt: str | None = None,
 ) -> Conversion:
     """Convert a gate folder; ``dst`` appears whole or not at all.
 
@@ -109,33 +120,43 @@ def convert(
         to: the form to write.
         dtype: float32, bfloat16 or float16 for all tensors; None keeps each tensor's type.
         bits: 8 to quantise (mlx only).
-        model: folder of the base model, whose config a trimkv folder carries (trimkv only); needed for
-            gates that were never in that form, and in place of the kept config for those that were.
+        model: folder of the base model. The gates are checked against it. A trimkv folder carries its
+            config, so it is needed for gates that were never in that form. If values change, the agreement
+            is measured in it, and without it on synthetic inputs.
+        prompt: the text to measure on, instead of the one that comes with the package.
 
     Raises:
         ConfigError: an option that cannot work or has no effect, or ``dst`` cannot be written.
-        CheckpointError: ``src`` cannot be used.
+        CheckpointError: ``src`` or ``model`` cannot be used.
         ModelMismatchError: the gates belong to another base model than ``model``.
+        MissingDependencyError: a trimkv folder needs torch.
     """
-    _check_options(to, bits, model)
-    target, form = require_free(dst), detect(src)
-    source = _load(src, form)
-    base = read_json(Path(model).expanduser() / trimkv.CONFIG_FILE) if model is not None else None
+    if to not in FORMS:
+        raise ConfigError(f"cannot convert to {to!r}; expected one of {', '.join(FORMS)}")
+    if bits is not None and to != "mlx":
+        raise ConfigError(f"bits has no effect on the {to} form; drop it or convert to mlx")
+    if prompt is not None and model is None:
+        raise ConfigError("a prompt is measured in the base model; give its folder as model as well")
+    target, form, source = require_free(dst), detect(src), load_any(src)
+    base = None
+    if model is not None:
+        base = read_json(Path(model).expanduser() / trimkv.CONFIG_FILE)
+        source.check_model(base, str(model))
 
-    result = cast(source, dtype) if dtype else source
+    result = source if dtype is None else cast(source, dtype)
+    changed = bits is not None or _changed(source, result)
     if to == "mlx":
         from . import mlx_form
 
-        gates = mlx_form.to_mlx(result, bits=bits)
-        rows = _agreement(source, gates) if bits or _changed(source, result) else ()
-        mlx_form.save_mlx(target, gates, source.provenance)
+        gates = mlx_form.to_mlx(result, bits)
+        agreement = _agreement(source, gates, model, prompt) if changed else None
+        mlx_form.save_mlx(target, gates, result.provenance)
     else:
-        rows = _agreement(source, _gates(result)) if _changed(source, result) else ()
+        agreement = _agreement(source, _gates(result), model, prompt) if changed else None
         if to == "trimkv":
             trimkv.save_trimkv(target, result, base)
         else:
-            save_gates(target, result.config, dict(result.tensors), result.provenance)
-    kept = source.provenance.get("trimkv")
+            save_gates(target, result.config, result.tensors, result.provenance)
     return Conversion(
         src=Path(src),
         src_form=form,
@@ -143,38 +164,50 @@ def convert(
         dst_form=to,
         tensors=len(source.tensors),
         nbytes=sum(file.stat().st_size for file in target.iterdir()),
-        agreement=rows,
-        note=str(kept.get("note", "")) if isinstance(kept, dict) else "",
+        agreement=agreement,
+        notes=_notes(source),
     )
-
-
-def _check_options(to: str, bits: int | None, model: object) -> None:
-    if to not in FORMS:
-        raise ConfigError(f"cannot convert to {to!r}; expected one of {', '.join(FORMS)}")
-    for name, value, only in (("bits", bits, "mlx"), ("model", model, "trimkv")):
-        if value is not None and to != only:
-            raise ConfigError(f"{name} has no effect on the {to} form; drop it or convert to {only}")
-
-
-def _load(folder: str | os.PathLike[str], form: str) -> GateCheckpoint:
-    if form != "mlx":
-        return load_any(folder)
-    from .mlx_form import load_mlx
-
-    return load_mlx(folder)
 
 
 def _changed(source: GateCheckpoint, result: GateCheckpoint) -> bool:
     return any((source.tensors[name].float32() != t.float32()).any() for name, t in result.tensors.items())
 
 
-def _agreement(source: GateCheckpoint, gates: RetentionGates) -> tuple[Agreement, ...]:
-    from .agreement import agreements
+def _agreement(
+    source: GateCheckpoint,
+    gates: RetentionGates,
+    model: str | os.PathLike[str] | None,
+    prompt: str | None,
+) -> Agreement:
+    from .agreement import agreement, synthetic_inputs
 
-    return agreements(_gates(source), gates)
+    reference, why = _gates(source), "no base model was given"
+    if model is not None:
+        from .prompt import prompt_inputs
+
+        try:
+            inputs = prompt_inputs(model, reference, prompt)
+        except (CheckpointError, ConfigError, UnsupportedModelError) as error:
+            if prompt is not None:
+                raise
+            why = str(error)
+        else:
+            return agreement(reference, gates, inputs.items(), f"a prompt in {model}")
+    return agreement(reference, gates, synthetic_inputs(source.config), f"synthetic inputs, no prompt: {why}")
 
 
 def _gates(checkpoint: GateCheckpoint) -> RetentionGates:
     from mlx_kvret.gates import from_checkpoint
 
     return from_checkpoint(checkpoint)
+
+
+def _notes(source: GateCheckpoint) -> tuple[str, ...]:
+    """What a reader of the source should know of it."""
+    notes = []
+    kept = source.provenance.get("trimkv")
+    if isinstance(kept, dict) and "note" in kept:
+        notes.append(str(kept["note"]))
+    if stored := source.provenance.get("dequantized_from"):
+        notes.append(f"the weights of the large maps have been through 8 bits ({stored})")
+    return tuple(notes)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvret.core.config import EvictionConfig, GateConfig
+from mlx_kvret.core.config import EvictionConfig, GateConfig, Scope
 from mlx_kvret.core.eviction import select
 from mlx_kvret.core.retention import retention_score
 from mlx_kvret.core.types import Array, Floats, Mask
@@ -21,73 +21,75 @@ TOKENS = 512
 
 @dataclass(frozen=True)
 class Agreement:
-    """Share of the entries kept by the reference that the other gates keep as well, at one budget.
+    """Share of the entries kept by the reference that the other gates keep as well.
 
-    ``budget`` is M of ``tokens``; ``synthetic`` says that the inputs were :func:`synthetic_inputs`.
+    ``shares`` maps budgets M (tokens per KV head, of ``tokens``) to shares in [0, 1]; ``inputs`` says in
+    words what the gates were given.
     """
 
-    budget: int
+    shares: dict[int, float]
     tokens: int
-    share: float
-    synthetic: bool
+    scope: Scope
+    inputs: str
+
+    def __str__(self) -> str:
+        rows = "".join(f"\n  budget {budget:>5}  {share:.2%}" for budget, share in self.shares.items())
+        return f"kept as by the source, {self.tokens} tokens, scope {self.scope} ({self.inputs}):{rows}"
 
 
 def agreement(
-    reference: RetentionGates, other: RetentionGates, inputs: Sequence[Array], budget: int
-) -> float:
-    """Share of the entries kept by ``reference`` that ``other`` keeps too, at a global budget of M tokens.
+    reference: RetentionGates,
+    other: RetentionGates,
+    inputs: Iterable[tuple[int, Array | mx.array]],
+    what: str,
+) -> Agreement:
+    """Agreement of one compaction at 1/2, 1/4 and 1/8 of the tokens.
+
+    ``rg10`` gates compete globally, ``rg`` gates within their head, as each kind was trained to.
 
     Args:
-        inputs: attention inputs of a prompt, per layer (T, hidden).
-        budget: M, below T (else nothing is evicted and the share is 1).
+        inputs: a gate layer and the attention inputs of a prompt there, (T, hidden), for each layer.
+        what: what the inputs are, for the report.
+
+    Raises:
+        ConfigError: inputs of another shape, or none.
     """
-    a, b = (_kept(_log_beta(gates, inputs), budget) for gates in (reference, other))
-    return _share(a, b)
-
-
-def agreements(
-    reference: RetentionGates, other: RetentionGates, inputs: Sequence[Array] | None = None
-) -> tuple[Agreement, ...]:
-    """Agreement at 1/2, 1/4 and 1/8 of the tokens; without inputs on synthetic ones."""
-    given = synthetic_inputs(reference.config) if inputs is None else inputs
-    ours, theirs = _log_beta(reference, given), _log_beta(other, given)
-    tokens = ours.shape[-1]
-    rows = []
-    for budget in (tokens // fraction for fraction in FRACTIONS):
-        share = _share(_kept(ours, budget), _kept(theirs, budget))
-        rows.append(Agreement(budget, tokens, share, inputs is None))
-    return tuple(rows)
-
-
-def synthetic_inputs(config: GateConfig, tokens: int = TOKENS, seed: int = 0) -> list[Floats]:
-    """Stand-ins for a prompt: unit-normal vectors, RMS-normalised as an attention input is; L arrays."""
-    random = np.random.default_rng(seed)
-    x = random.standard_normal((config.layers, tokens, config.hidden_size), np.float32)
-    return list(x / np.sqrt((x * x).mean(-1, keepdims=True)))
-
-
-def _share(reference: Mask, other: Mask) -> float:
-    return float((reference & other).sum() / reference.sum())
-
-
-def _log_beta(gates: RetentionGates, inputs: Sequence[Array]) -> Floats:
-    """(L, H, T) in float32."""
-    config = gates.config
-    if len(inputs) != config.layers or any(
-        x.ndim != 2 or x.shape != (len(inputs[0]), config.hidden_size) for x in inputs
-    ):
+    pairs = [_log_beta((reference, other), layer, x) for layer, x in inputs]
+    tokens = {pair.shape[-1] for pair in pairs}
+    if len(tokens) != 1 or tokens == {0}:
         raise ConfigError(
-            f"inputs have shapes {[tuple(x.shape) for x in inputs][:4]}; expected {config.layers} arrays "
-            f"(tokens, {config.hidden_size}), one per layer"
+            f"inputs of {sorted(tokens)} tokens; expected as many for each layer, and at least one token"
         )
-    columns = [np.array(gates.log_beta(layer, mx.array(x))).T for layer, x in enumerate(inputs)]
-    return np.stack(columns).astype(np.float32)
+    (count,) = tokens
+    scope: Scope = "global" if reference.config.kind == "rg10" else "head"
+    ours, theirs = np.stack(pairs, 1)
+    shares = {}
+    for budget in sorted({max(1, count // fraction) for fraction in FRACTIONS}, reverse=True):
+        kept, also = _kept(ours, budget, scope), _kept(theirs, budget, scope)
+        shares[budget] = float((kept & also).sum() / kept.sum())
+    return Agreement(shares, count, scope, what)
 
 
-def _kept(log_beta: Floats, budget: int) -> Mask:
-    """Entries kept by one global compaction, as a flat mask over (L, H, T)."""
+def synthetic_inputs(config: GateConfig, tokens: int = TOKENS, seed: int = 0) -> Iterator[tuple[int, Floats]]:
+    """Stand-ins for a prompt: normal vectors with a root mean square of 1, as attention inputs have."""
+    random = np.random.default_rng(seed)
+    for layer in range(config.layers):
+        x = random.standard_normal((tokens, config.hidden_size), np.float32)
+        yield layer, x / np.sqrt((x * x).mean(-1, keepdims=True))
+
+
+def _log_beta(both: tuple[RetentionGates, RetentionGates], layer: int, x: Array | mx.array) -> Floats:
+    """(2, H, T): log β of one layer by the two sets of gates."""
+    hidden = both[0].config.hidden_size
+    if x.ndim != 2 or x.shape[1] != hidden:
+        raise ConfigError(f"inputs of layer {layer} have shape {tuple(x.shape)}; expected (tokens, {hidden})")
+    return np.stack([np.array(gates.log_beta(layer, mx.array(x))).T for gates in both])
+
+
+def _kept(log_beta: Floats, budget: int, scope: Scope) -> Mask:
+    """Entries kept by one compaction, as a flat mask over (L, H, T)."""
     layers, heads, tokens = log_beta.shape
     position = np.tile(np.arange(tokens), layers * heads)
     head = np.repeat(np.arange(layers * heads), tokens)
     score = retention_score(log_beta.reshape(-1), position, tokens)
-    return select(score, position, head, tokens, EvictionConfig(budget, buffer=0), layers, heads)
+    return select(score, position, head, tokens, EvictionConfig(budget, 0, scope), layers, heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -21,13 +22,11 @@ def cast(checkpoint: GateCheckpoint, dtype: str) -> GateCheckpoint:
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return dataclasses.replace(
-        checkpoint,
-        tensors={name: _cast(name, t, dtype) for name, t in checkpoint.tensors.items()},
-    )
+    tensors = {name: _cast(name, tensor, dtype) for name, tensor in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def common_dtype(tensors: dict[str, Tensor]) -> str | None:
+def common_dtype(tensors: Mapping[str, Tensor]) -> str | None:
     """The one float type of all tensors, or None if there are several (integers do not count)."""
     found = {t.dtype for t in tensors.values()} & set(DTYPES.values())
     return next((name for name, code in DTYPES.items() if {code} == found), None)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,10 @@ import numpy as np
 from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.errors import CheckpointError, MissingDependencyError
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+from .casting import DTYPES
+
+# before it, even a load of weights only could be made to run code (CVE-2025-32434)
+SAFE_TORCH = (2, 6)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -20,27 +26,29 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: missing, damaged, not a state dict of float tensors, or it asks for code to run.
-        MissingDependencyError: torch is not installed.
+        MissingDependencyError: torch is not installed, or too old to be safe.
     """
     torch = _torch()
     try:
-        # weights_only: a pickle may call any function; this loader knows tensors and containers only
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # a pickle may call any function; a load of weights only knows tensors and containers
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; a trimkv folder needs this file") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(
-            f"{path} is not a whole torch file of plain tensors, nothing in it was executed "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); download it again"
-        ) from error
+        raise CheckpointError(f"{path} {_refusal(error)}; nothing in it was executed") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a state dict of tensors")
-    return {_name(path, name): _from_torch(torch, path, name, value) for name, value in state.items()}
+    try:
+        return {name: _from_torch(torch, name, value) for name, value in state.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Save a state dict. Names that share a :class:`Tensor` share their storage in the file, too."""
     torch = _torch()
     made = {id(tensor): _to_torch(torch, tensor) for tensor in tensors.values()}
@@ -50,33 +58,40 @@ def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def _torch() -> ModuleType:
+def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
         raise MissingDependencyError(
             "trimkv gates are torch files and torch is not installed; run `pip install torch`"
         ) from error
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < SAFE_TORCH:
+        raise MissingDependencyError(
+            f"torch {torch.__version__} cannot open torch files safely; run `pip install -U torch`"
+        )
     return torch
 
 
-def _name(path: Path, name: object) -> str:
+def _refusal(error: Exception) -> str:
+    # torch's own text advises to load the file unsafely
+    asks = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, UnpicklingError) else None
+    if asks:
+        return f"asks for {asks[1]}, expected plain tensors only; get the gates from a source you trust"
+    return "is not a whole torch file of plain tensors; download it again"
+
+
+def _from_torch(torch: Any, name: object, value: Any) -> Tensor:
     if not isinstance(name, str):
-        raise CheckpointError(f"{path} has the key {name!r}; expected tensor names")
-    return name
-
-
-def _from_torch(torch: Any, path: Path, name: str, value: Any) -> Tensor:
-    kinds = {getattr(torch, theirs): ours for ours, theirs in _DTYPES.items()}
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.dtype not in kinds:
+        raise CheckpointError(f"found the key {name!r}; expected tensor names")
+    codes = {getattr(torch, dtype): code for dtype, code in DTYPES.items()}
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    if not plain or value.dtype not in codes:
         what = getattr(value, "dtype", type(value).__name__)
-        raise CheckpointError(f"{name} in {path} is {what}; expected a {', '.join(_DTYPES.values())} tensor")
+        raise CheckpointError(f"{name} is {what}; expected a dense tensor of {', '.join(DTYPES)}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f"{name} in {path} claims more values than the file holds; download it again")
-    value = value.detach().contiguous()
-    if kinds[value.dtype] == "BF16":
-        return Tensor("BF16", value.view(torch.int16).numpy().view("<u2"))
-    return Tensor(kinds[value.dtype], value.numpy())
+        raise CheckpointError(f"{name} claims more values than the file holds; download it again")
+    value, code = value.detach().contiguous(), codes[value.dtype]
+    return Tensor(code, value.view(torch.int16).numpy().view("<u2") if code == "BF16" else value.numpy())
 
 
 def _to_torch(torch: Any, tensor: Tensor) -> Any:

@@ -87,7 +87,8 @@ def from_state(config: dict[str, Any], state: dict[str, Tensor]) -> GateCheckpoi
 
     last = _NAMES[kind][-2:]
     same = all(_equal(gates[layer][name], first[name]) for layer in layers for name in last)
-    shared = same and claims_tied(config)
+    tied = claims_tied(config, kind)
+    shared = same and tied
     gate_config = to_gate_config(
         config, kind=kind, layers=layers, kv_heads=bias[0], hidden_size=maps[1], width=maps[0],
         shared_projection=shared,
@@ -101,7 +102,8 @@ def from_state(config: dict[str, Any], state: dict[str, Tensor]) -> GateCheckpoi
     kept: dict[str, Any] = {"config": config, "prefix": prefix}
     if layers != list(range(len(layers))):
         kept["layers"] = layers
-    if claims_tied(config) and not same:
+    # gates of kind rg never were tied, whatever their config says
+    if tied and not same and kind == "rg10":
         kept["note"] = FALSELY_TIED
     return GateCheckpoint(gate_config, tensors, {"trimkv": kept})
 

@@ -18,9 +18,9 @@ _ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 _ATTENTION = ("full_attention", "attention")
 
 
-def claims_tied(config: dict[str, Any]) -> bool:
+def claims_tied(config: dict[str, Any], kind: str) -> bool:
     """Whether the last projection and the bias are said to be the same in every layer."""
-    return bool(_field(config, "tie_retention_gate_layers", True))
+    return bool(_field(config, "tie_retention_gate_layers", kind == "rg10"))
 
 
 def to_gate_config(
@@ -51,7 +51,7 @@ def to_gate_config(
         raise CheckpointError(f"retention_gate_bias_init is {bias!r} in config.json; expected a number")
     memory = _field(config, "memory_size")
     # below 1 it is a share of the sequence, not a number of tokens
-    whole = _is_number(memory) and memory >= 1 and memory == int(memory)
+    whole = _is_number(memory) and memory >= 1 and float(memory).is_integer()
     try:
         return GateConfig(
             kind=kind,  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""``mlx-kvret convert``: gate folders from one form to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from ..errors import ConfigError
+
+EPILOG = """\b
+Examples:
+  mlx-kvret convert ngocbh/DBTrimKV-Qwen3-4B-Math gates --to shared
+  mlx-kvret convert gates gates-bf16 --to shared --dtype bfloat16
+  mlx-kvret convert gates gates-8bit --to mlx --bits 8 --model ./Qwen3-4B
+  mlx-kvret convert gates released --to trimkv --model Qwen/Qwen3-4B
+"""
+
+
+@click.command("convert", epilog=EPILOG)
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["shared", "mlx", "trimkv"]), help="Form to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Float type of all tensors; without it each keeps its own.",
+)
+@click.option("--bits", type=int, metavar="8", help="Store the large maps in 8 bits (mlx only).")
+@click.option(
+    "--model",
+    metavar="FOLDER",
+    help="The base model (folder or hub id): checks the gates, measures what a rounding changes, and gives "
+    "its config to a trimkv folder.",
+)
+@click.option(
+    "--prompt-file",
+    type=click.File("rb"),
+    help="Text to measure on in the base model, '-' for stdin; without it a built-in one.",
+)
+def command(
+    src: str,
+    dst: Path,
+    to: str,
+    dtype: str | None,
+    bits: int | None,
+    model: str | None,
+    prompt_file: BinaryIO | None,
+) -> None:
+    """Convert the gates in SRC, a folder or a hub id in any form, and write the new folder DST.
+
+    \b
+    shared  safetensors + json, for every backend
+    mlx     the same for MLX alone: in one float type, or in 8 bits
+    trimkv  as TRIM-KV and DBTrimKV release their gates (needs torch)
+
+    DST appears whole or not at all. If values change, the share of cache entries on whose eviction old and
+    new gates agree is printed.
+    """
+    from converters import convert
+    from mlx_kvret.hub import resolve
+
+    done = convert(
+        resolve(src, "gates"),
+        dst,
+        to,
+        dtype=dtype,
+        bits=bits,
+        model=resolve(model) if model else None,
+        prompt=_text(prompt_file) if prompt_file else None,
+    )
+    click.echo(str(done))
+
+
+def _text(file: BinaryIO) -> str:
+    try:
+        return file.read().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt file is no text in UTF-8 ({error}); save it as UTF-8") from error
