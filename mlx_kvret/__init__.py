@@ -1,1 +1,23 @@
-"""KV cache eviction by learned retention gates."""
+"""Generate within a fixed KV memory budget, by learned eviction (arXiv 2605.09649).
+
+>>> import mlx_kvret
+>>> model, tokenizer = mlx_kvret.load("demo")
+>>> mlx_kvret.generate(model, tokenizer, "remember Anna amber ... recall Anna", budget=64)
+
+Importing this package imports neither MLX nor torch; the wing that is used comes with the first call.
+"""
+
+from .api import attach, backends, detach, generate, load, make_cache, stream_generate
+from .errors import KVRetError
+
+__all__ = [
+    "KVRetError",
+    "attach",
+    "backends",
+    "detach",
+    "generate",
+    "load",
+    "make_cache",
+    "stream_generate",
+]
+__version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,8 @@ class Bounded:
         """Carry out what is due after the last forward pass."""
         if len(set(self.seen)) != 1:
             raise CacheError(
-                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: a forward pass was broken "
-                "off half way; make a new cache"
+                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: a forward pass was "
+                "broken off half way; make a new cache"
             )
         recent, config = self.recents[0].length, self.config
         self.masks = []
@@ -95,9 +96,15 @@ class Bounded:
         old = pool.rows(pool.retention), pool.rows(pool.position), pool.rows(pool.owner)
         stays, survives = old[2] < shape.heads, mx.ones(new[2].shape, mx.bool_)
         if due.any():
-            joined = [mx.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
+            joined = [mx.concatenate([a, b], axis=1) for a, b in zip(old, new, strict=True)]
             keep = select(
-                self._score(joined, tokens), *joined[1:], self.seen[0], self.config, self.size, shape.heads
+                self._score(joined, tokens),
+                joined[1],
+                joined[2],
+                self.seen[0],
+                self.config,
+                self.size,
+                shape.heads,
             )
             if not due.all():
                 keep = mx.where(mx.array(due)[:, None], keep, joined[2] < shape.heads)
@@ -157,9 +164,9 @@ class Bounded:
         table, offsets = np.array(self.pool.lookup.table), self.pool.lookup.on_host()
         position = np.array(self.pool.position)[table]
         recent = np.arange(self.seen[0] - self.recents[0].length, self.seen[0])
-        heads = [
+        heads: list[Ints] = [
             np.concatenate([np.sort(position[a:b]), recent]).astype(np.int64)
-            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+            for a, b in itertools.pairwise(offsets)
         ]
         return [heads[i : i + self.shape.kv_heads] for i in range(0, len(heads), self.shape.kv_heads)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_cache
@@ -14,11 +14,11 @@ import numpy as np
 from .attention import LayerView, attend
 from .bounded import Bounded
 from .core.types import Ints
-from .errors import UnsupportedFeatureError, UnsupportedModelError
+from .errors import CacheError, UnsupportedFeatureError, UnsupportedModelError
 from .saved import Loaded, layer_state
 
 
-class BoundedKVCache(mlx_cache._BaseCache):  # type: ignore[misc]
+class BoundedKVCache(mlx_cache._BaseCache):
     """One competing layer's entry: mlx-lm's single-sequence cache contract on a shared :class:`Bounded`.
 
     ``offset`` is the number of tokens seen, not cached: RoPE positions are true positions. ``padded`` is for
@@ -26,7 +26,7 @@ class BoundedKVCache(mlx_cache._BaseCache):  # type: ignore[misc]
     """
 
     # by id of the keys they returned: layers that share another's keys have no cache of their own
-    _owners: weakref.WeakValueDictionary[int, BoundedKVCache] = weakref.WeakValueDictionary()
+    _owners: ClassVar[weakref.WeakValueDictionary[int, BoundedKVCache]] = weakref.WeakValueDictionary()
 
     def __init__(self, shared: Bounded, layer: int, padded: bool = False) -> None:
         self.shared, self.layer, self.padded = shared, layer, padded
@@ -145,6 +145,10 @@ class BoundedKVCache(mlx_cache._BaseCache):  # type: ignore[misc]
         """Arrays and strings that mlx-lm saves; the first layer carries what all share."""
         return layer_state(self.shared, self.layer)
 
+    @state.setter
+    def state(self, state: list[Any]) -> None:
+        raise CacheError("a bounded layer is not restored on its own; load the whole prompt file")
+
     def size(self) -> int:
         return self.offset
 
@@ -231,5 +235,5 @@ def _refuse(what: str, instead: str) -> NoReturn:
     raise UnsupportedFeatureError(f"{what} does not work with a bounded cache; {instead}")
 
 
-# mlx-lm's loader looks a saved entry's class up in its own module
-mlx_cache.BoundedKVCache = BoundedKVCache
+# mlx-lm's loader looks a saved entry's class up by name in its own module
+vars(mlx_cache)["BoundedKVCache"] = BoundedKVCache

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .core.checkpoint import GateCheckpoint
 from .core.config import GateConfig
@@ -18,6 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "relu": nn.relu,
 }
 _VIEWS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_CODES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -65,6 +67,12 @@ def to_array(tensor: Tensor) -> mx.array:
     """A stored tensor as an MLX array of the same type."""
     array = mx.array(tensor.bits)
     return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array.astype(_VIEWS[tensor.dtype])
+
+
+def to_tensor(array: mx.array) -> Tensor:
+    """An MLX array as a tensor to be stored, of the same type."""
+    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return Tensor(_CODES[array.dtype], np.array(bits))
 
 
 def from_checkpoint(checkpoint: GateCheckpoint) -> RetentionGates:

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ import mlx_lm.models.cache as mlx_cache
 
 from .cache import BoundedCache, BoundedKVCache
 from .core.config import EvictionConfig
-from .errors import UnsupportedModelError
+from .errors import CheckpointError, KVRetError, UnsupportedModelError
 from .gates import RetentionGates
 from .probe import Layout, probe
 
@@ -96,6 +97,25 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
     return made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
 
 
+def loaded_cache(path: str | Path, made: Attachment) -> tuple[BoundedCache, dict[str, str]]:
+    """A cache from an mlx-lm prompt file, and the file's metadata.
+
+    Raises:
+        CheckpointError: no such file, damaged, or no prompt cache.
+        ModelMismatchError: it belongs to another model or other gates.
+    """
+    path = Path(path).expanduser()
+    try:
+        entries, notes = mlx_cache.load_prompt_cache(str(path), return_metadata=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; check the path") from error
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, KVRetError):
+            raise
+        raise CheckpointError(f"{path} is not a whole prompt cache ({error}); save it again") from error
+    return made.layout.reopened(entries, made.gates, made.owner), notes
+
+
 def _stock_cache(model: nn.Module) -> list[Any]:
     stock = type(model).__mro__[1] if attachment(model) else type(model)
     if hasattr(stock, "make_cache"):
@@ -104,7 +124,8 @@ def _stock_cache(model: nn.Module) -> list[Any]:
 
 
 def _language_model(model: nn.Module) -> nn.Module:
-    return getattr(model, "language_model", model)
+    inner: Any = getattr(model, "language_model", model)
+    return inner
 
 
 # ---------------------------------------------------------------- attention
@@ -113,8 +134,9 @@ def _language_model(model: nn.Module) -> nn.Module:
 def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Modules whose ``__call__`` feeds a KV cache."""
     for module in model.modules():
-        call = getattr(_stock_class(module), "__call__", None)
-        code = getattr(inspect.unwrap(call), "__code__", None) if call else None
+        if not callable(module):
+            continue
+        code = getattr(inspect.unwrap(_stock_class(module).__call__), "__code__", None)
         if code and "update_and_fetch" in code.co_names and "cache" in code.co_varnames:
             yield module
 
@@ -128,8 +150,8 @@ def _check(attention: nn.Module, name: str) -> None:
     call = inspect.unwrap(type(attention).__call__)
     if ATTENTION not in call.__code__.co_names:
         raise UnsupportedModelError(
-            f"{name} models cannot be bounded: {type(attention).__name__} does not call mlx-lm's {ATTENTION}; "
-            "use another model"
+            f"{name} models cannot be bounded: {type(attention).__name__} does not call mlx-lm's "
+            f"{ATTENTION}; use another model"
         )
     if hasattr(attention, "indexer"):
         raise UnsupportedModelError(
@@ -140,9 +162,9 @@ def _check(attention: nn.Module, name: str) -> None:
 @functools.cache
 def _hooked(cls: type) -> type:
     """A subclass of an attention class that shows its input to the cache first."""
-    signature = inspect.signature(inspect.unwrap(cls.__call__))  # type: ignore[operator]
+    signature = inspect.signature(inspect.unwrap(cls.__call__))
     place = list(signature.parameters).index("cache") - 1
-    stock = cls.__call__  # type: ignore[operator]
+    stock = cls.__call__
 
     @functools.wraps(stock)
     def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:

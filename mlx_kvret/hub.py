@@ -11,15 +11,7 @@ from .errors import ConfigError, MissingDependencyError
 
 # a subset of what mlx-lm fetches, so that its downloads are complete for us when offline
 _FILES = {
-    "model": [
-        "*.json",
-        "model*.safetensors",
-        "tokenizer.model",
-        "*.tiktoken",
-        "tiktoken.model",
-        "*.txt",
-        "*.jinja",
-    ],
+    "model": ["*.json", "model*.safetensors", "tokenizer.model", "*tiktoken*", "*.txt", "*.jinja"],
     "gates": ["*.json", "*.safetensors", "*.pth"],
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)

@@ -47,7 +47,7 @@ class Pool:
         self._index()
 
     def grow(self, capacity: int, keys: mx.array, values: mx.array) -> None:
-        """Room for ``capacity`` tokens per head; the first time in the types and widths of ``keys``, ``values``."""
+        """Room for ``capacity`` tokens per head, in the types and widths of ``keys`` and ``values``."""
         added = (capacity - self.capacity) * self.size
         if self.capacity == 0:
             self.keys = mx.zeros((self.groups, keys.shape[-1]), keys.dtype)

@@ -15,6 +15,7 @@ from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache
 from .core.budget import CacheShape
 from .core.config import EvictionConfig
+from .core.fingerprint import differences
 from .errors import ModelMismatchError, UnsupportedModelError
 from .gates import RetentionGates
 from .saved import Loaded, restore, shape_and_config
@@ -88,18 +89,32 @@ class Layout:
             return None
         header = loaded[0].header
         shape, config = shape_and_config(header)
-        theirs = header["owner"] if config.policy == "learned" else {"model": header["owner"]["model"]}
-        if wrong := [name for name, value in theirs.items() if value != owner[name]]:
-            raise ModelMismatchError(
-                f"the saved cache belongs to another {wrong[0]} ({theirs[wrong[0]]}) than the one in use "
-                f"({owner[wrong[0]]}); load that one, or read the prompt again"
-            )
+        wrong = differences(owner["model"], header["owner"]["model"])
         if shape != self.shape:
-            raise ModelMismatchError(f"the saved cache is for {shape}, the model has {self.shape}")
+            wrong.append(f"the model has {self.shape}, expected {shape}")
+        if config.policy == "learned" and owner.get("gates") != header["owner"].get("gates"):
+            wrong.append(f"gates are {owner.get('gates')}, expected {header['owner'].get('gates')}")
+        if wrong:
+            raise ModelMismatchError(
+                f"the saved cache belongs to another model or other gates: {'; '.join(wrong)}; load those, "
+                "or read the prompt again"
+            )
         shared = self.shared(config, gates, owner)
         restore(shared, loaded)
         self._place(cache, shared)
         return shared
+
+    def reopened(
+        self, entries: list[Any], gates: RetentionGates | None, owner: dict[str, str]
+    ) -> BoundedCache:
+        """A prompt cache from layers just read from a file. Raises as :meth:`join`."""
+        if len(entries) != self.layers:
+            raise ModelMismatchError(
+                f"the saved cache has {len(entries)} layers, the model {self.layers}; load the model it was "
+                "saved with, or read the prompt again"
+            )
+        shared = self.join(entries, gates, owner)
+        return BoundedCache(entries, shared, [_at(entries, place) for place in self.places])
 
     def _place(self, entries: list[Any], shared: Bounded) -> list[BoundedKVCache]:
         competing = [BoundedKVCache(shared, layer, self.latent) for layer in range(self.shape.layers)]
@@ -113,7 +128,7 @@ class Layout:
         return competing
 
 
-class _Probe(mlx_cache.KVCache):  # type: ignore[misc]
+class _Probe(mlx_cache.KVCache):
     """A stock cache that notes what it is given and whether attention gets what it returned."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ FORMAT = "kvret-prompt-cache 1"
 
 
 class Loaded:
-    """A layer read from a prompt file, on its own of no use: the model joins all of them when it sees them."""
+    """A layer read from a prompt file; the model joins all of them when it first sees them together."""
 
     def __init__(self, state: list[Any]) -> None:
         try:
@@ -54,7 +54,7 @@ def layer_state(shared: Bounded, layer: int) -> list[Any]:
         "capacity": shared.pool.capacity,
     }
     recent = shared.recents[layer]
-    new = [None, None, None]
+    new: list[Any] = [None, None, None]
     if recent.length:
         learned = shared.config.policy == "learned"
         new = [recent.keys, recent.values, recent.log_beta() if learned else None]

@@ -1,0 +1,157 @@
+"""The public functions. Each finds the wing a model belongs to and hands the call on."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError, MissingDependencyError
+
+Backend = Literal["auto", "mlx", "cuda", "torch"]
+_NEEDS = {
+    "mlx": (
+        ("mlx", "mlx_lm"),
+        "pip install 'mlx[cpu]' mlx-lm" if sys.platform == "linux" else "pip install mlx-lm",
+    ),
+    "cuda": (("torch", "transformers"), "pip install 'mlx-kvret[cuda]'"),
+    "torch": (("torch", "transformers"), "pip install 'mlx-kvret[torch]'"),
+}
+
+
+def load(
+    model: str | Path, gates: str | Path | None = None, *, backend: Backend = "auto", **options: Any
+) -> tuple[Any, Any]:
+    """A model ready to generate within a budget, and its tokenizer.
+
+    Args:
+        model: a model folder, a hub id (``org/name``), or ``"demo"`` for the model shipped with the package.
+        gates: a gate folder or hub id in any form; None for none (the demo brings its own). Without gates
+            only policies that need none work.
+        backend: ``"mlx"``, ``"cuda"``, ``"torch"`` (CPU), or ``"auto"``: MLX on Apple Silicon, CUDA where
+            torch sees a GPU, else whichever is installed, MLX first.
+        options: of the backend's own loader.
+
+    Returns:
+        ``(model, tokenizer)``; the tokenizer is None if the folder has none: prompts are then token ids.
+
+    Raises:
+        ConfigError, CheckpointError, ModelMismatchError, UnsupportedModelError, MissingDependencyError.
+    """
+    return _wing(choose_backend(backend)).load(model, gates, **_device(backend, options))
+
+
+def attach(model: Any, gates: Any = None) -> Any:
+    """Hook a model that was loaded by mlx-lm or transformers; returns the same model.
+
+    From then on mlx-lm's own functions use a bounded cache. ``gates`` is a folder, a hub id, a
+    :class:`~mlx_kvret.core.checkpoint.GateCheckpoint`, or None for policies that need none.
+    """
+    return wing_of(model).attach(model, gates)
+
+
+def detach(model: Any) -> Any:
+    """Undo :func:`attach` completely; returns the same model."""
+    return wing_of(model).detach(model)
+
+
+def make_cache(model: Any, budget: int | str | None = None, buffer: int | None = None, **options: Any) -> Any:
+    """An empty cache of a fixed size, for the model's own calls and for :func:`generate`.
+
+    ``model(tokens, cache=cache)`` (MLX) or ``model(ids, past_key_values=cache)`` (torch) runs one forward
+    pass and then any eviction that is due. ``cache.kept_positions()``, ``cache.entries``, ``cache.seen`` and
+    ``cache.nbytes`` tell what is held.
+
+    Args:
+        budget: M in tokens per KV head, or memory: ``"256MB"``; 1024 unless given.
+        buffer: B, tokens per head it may grow beyond M before a compaction; M/8 unless given.
+        options: of :class:`~mlx_kvret.core.config.EvictionConfig`: ``scope``, ``policy``, ``min_per_head``,
+            ``sinks``, ``window``, ``lookahead``, ``threshold``, ``seed``.
+    """
+    return wing_of(model).make_cache(model, budget, buffer, **options)
+
+
+def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
+    """The text a model goes on with after a prompt, however long, within a fixed KV budget.
+
+    Args:
+        prompt: text, or a list of token ids.
+        budget, buffer and eviction options: as of :func:`make_cache`.
+        max_tokens: the most tokens to generate (256).
+        cache: a cache to go on with, whose tokens come before the prompt; instead of ``budget`` and the like.
+        verbose: print the text as it comes, and figures at the end.
+        options: the backend's sampling options (mlx-lm: ``sampler``, ``logits_processors``, ...).
+    """
+    return str(wing_of(model).generate(model, tokenizer, prompt, **options))
+
+
+def stream_generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> Iterator[Any]:
+    """As :func:`generate`, token by token: mlx-lm's response fields and ``seen``, ``entries``, ``nbytes``."""
+    yield from wing_of(model).stream_generate(model, tokenizer, prompt, **options)
+
+
+def backends() -> dict[str, str]:
+    """Each backend and ``"ok"``, or what is missing and the command that mends it."""
+    found = {}
+    for name, (packages, command) in _NEEDS.items():
+        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+        found[name] = f"{', '.join(missing)} not installed; run `{command}`" if missing else "ok"
+    if found["cuda"] == "ok" and not _sees_gpu():
+        found["cuda"] = "torch sees no GPU; use backend torch for the CPU"
+    return found
+
+
+def choose_backend(backend: str) -> str:
+    """The backend that ``"auto"`` means here; a given one is checked.
+
+    Raises:
+        ConfigError: no such backend, or no GPU for ``"cuda"``.
+        MissingDependencyError: what it needs is not installed.
+    """
+    if backend != "auto" and backend not in _NEEDS:
+        raise ConfigError(f"backend is {backend!r}; expected auto, {', '.join(_NEEDS)}")
+    found = backends()
+    if backend != "auto":
+        if found[backend] == "ok":
+            return backend
+        if "not installed" in found[backend]:
+            raise MissingDependencyError(f"backend {backend}: {found[backend]}")
+        raise ConfigError(f"backend {backend}: {found[backend]}")
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    for name in ("mlx", "cuda", "torch") if apple else ("cuda", "mlx", "torch"):
+        if found[name] == "ok":
+            return name
+    raise MissingDependencyError(
+        f"no backend is installed: {found['mlx']}, or {_NEEDS['torch'][1]!r} for torch"
+    )
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _device(backend: str, options: dict[str, Any]) -> dict[str, Any]:
+    chosen = choose_backend(backend)
+    return options if chosen == "mlx" else {"device": "cuda" if chosen == "cuda" else "cpu"} | options
+
+
+def _wing(backend: str) -> Any:
+    return importlib.import_module("mlx_kvret.wing" if backend == "mlx" else "cuda_backend.wing")
+
+
+def wing_of(model: Any) -> Any:
+    """The wing of a loaded model, told by the class it inherits from."""
+    families = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    if "mlx" in families:
+        return _wing("mlx")
+    if "torch" in families:
+        return _wing("torch")
+    raise ConfigError(
+        f"model is a {type(model).__name__}; expected one from mlx_kvret.load, mlx_lm.load or transformers"
+    )

@@ -1,0 +1,77 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+import click
+
+from ..core.config import Policy, Scope
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(function: F) -> F:
+    """``--model --gates --backend``."""
+    for option in (
+        click.option("--backend", default="auto", show_default=True,
+                     type=click.Choice(["auto", "mlx", "cuda", "torch"]), help="What runs the model."),
+        click.option("--gates", help="Folder or hub id of the retention gates (the demo brings its own)."),
+        click.option("--model", required=True, help="Model folder, hub id (org/name), or 'demo'."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def eviction_options(function: F) -> F:
+    """``--budget`` and what else decides what is kept; collected by :func:`eviction`."""
+    for option in (
+        click.option("--seed", type=int, help="Of the random policy."),
+        click.option("--threshold", type=float, help="Drop entries whose predicted use is below this."),
+        click.option("--lookahead", type=int, help="Steps over which future use is summed.  [default: 1]"),
+        click.option("--window", type=int, help="Most recent positions, never evicted."),
+        click.option("--sinks", type=int, help="First positions, never evicted."),
+        click.option("--min-per-head", type=int, help="Entries that every head keeps first."),
+        click.option("--scope", type=click.Choice(get_args(Scope)), help="Who competes.  [default: global]"),
+        click.option("--policy", type=click.Choice(get_args(Policy)), default="learned", show_default=True,
+                     help="What decides who stays."),
+        click.option("--buffer", type=int, help="Tokens per head over the budget before a compaction."
+                     "  [default: budget/8]"),
+        click.option("--budget", default="1024", show_default=True,
+                     help="Tokens per KV head, or memory: 256MB, 1.5GiB."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+NAMES = (
+    "budget",
+    "buffer",
+    "policy",
+    "scope",
+    "min_per_head",
+    "sinks",
+    "window",
+    "lookahead",
+    "threshold",
+    "seed",
+)
+
+
+def eviction(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the eviction options that were given out of a command's keywords."""
+    found = {name: options.pop(name) for name in NAMES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def sampling_options(function: F) -> F:
+    """``--max-tokens`` and how the next token is drawn."""
+    for option in (
+        click.option("--sampling-seed", type=int, help="Make sampling repeatable."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling."),
+        click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy."),
+        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most new tokens."),
+    ):  # fmt: skip
+        function = option(function)
+    return function

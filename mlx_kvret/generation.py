@@ -1,0 +1,144 @@
+"""Text within a budget: mlx-lm's own generation loop on a bounded cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import make_prompt_cache
+
+from .cache import BoundedCache
+from .errors import ConfigError, UnsupportedFeatureError
+
+EVICTION = (
+    "budget",
+    "buffer",
+    "scope",
+    "policy",
+    "min_per_head",
+    "sinks",
+    "window",
+    "lookahead",
+    "threshold",
+    "seed",
+)
+CACHE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
+
+
+@dataclass
+class Response(GenerationResponse):
+    """mlx-lm's response, and the cache after it.
+
+    ``seen`` tokens were read or written, ``entries`` (one token in one KV head of one layer) are held in
+    ``cache_nbytes`` bytes.
+    """
+
+    seen: int = 0
+    entries: int = 0
+    cache_nbytes: int = 0
+
+
+class TokenIds:
+    """Stands in for a tokenizer where there is none: the text of a token is its number."""
+
+    bos_token = eos_token_id = chat_template = None
+    clean_up_tokenization_spaces = False
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | list[int] | mx.array,
+    *,
+    max_tokens: int = 256,
+    cache: BoundedCache | None = None,
+    draft_model: nn.Module | None = None,
+    **options: Any,
+) -> Iterator[Response]:
+    """As :func:`mlx_kvret.stream_generate`; other ``options`` go to ``mlx_lm.stream_generate``.
+
+    Raises:
+        ConfigError: an empty prompt, text without a tokenizer, or options that contradict each other.
+        UnsupportedFeatureError: an option of mlx-lm's caches, which would have no effect.
+    """
+    eviction = {name: options.pop(name) for name in EVICTION if name in options}
+    if useless := [name for name in CACHE_OPTIONS if options.get(name) is not None]:
+        raise UnsupportedFeatureError(
+            f"{', '.join(useless)} has no effect on a bounded cache; drop it and set budget, or pass cache"
+        )
+    if max_tokens == 0 or max_tokens < -1:
+        raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
+    if isinstance(prompt, str) and tokenizer is None:
+        raise ConfigError("the model has no tokenizer, so the prompt must be a list of token ids, not text")
+    ids = prompt if not isinstance(prompt, str) else encode(tokenizer, prompt, cache is None)
+    if len(ids) == 0:
+        raise ConfigError("the prompt is empty; give at least one token")
+    if cache is None:
+        from .wing import make_cache
+
+        cache = make_cache(model, **eviction)
+    elif eviction:
+        raise ConfigError(
+            f"{', '.join(eviction)} were decided when the cache was made; drop them or drop cache"
+        )
+    held: list[Any] = cache
+    if draft_model is not None:
+        held = [*cache, *make_prompt_cache(draft_model)]
+    reader: Any = TokenIds() if tokenizer is None else tokenizer
+    stream = mlx_lm.stream_generate(
+        model,
+        reader,
+        mx.array(ids),
+        max_tokens=max_tokens,
+        draft_model=draft_model,
+        prompt_cache=held,
+        **options,
+    )
+    for response in stream:
+        fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
+        # with a draft model tokens may still be taken back, so that nothing may be settled yet
+        settled = draft_model is None or response.finish_reason is not None
+        entries, nbytes = (cache.entries, cache.nbytes) if settled else (0, 0)
+        yield Response(**fields, seen=cache.seen, entries=entries, cache_nbytes=nbytes)
+
+
+def encode(tokenizer: Any, text: str, first: bool) -> list[int]:
+    """Token ids of a prompt; a begin token is added only at the very start of a cache."""
+    bos = tokenizer.bos_token
+    ids = tokenizer.encode(text, add_special_tokens=first and (bos is None or not text.startswith(bos)))
+    return list(ids)
+
+
+def generate(
+    model: nn.Module, tokenizer: Any, prompt: str | list[int], *, verbose: bool = False, **options: Any
+) -> str:
+    """As :func:`mlx_kvret.generate`."""
+    text, last = "", None
+    for last in stream_generate(model, tokenizer, prompt, **options):
+        text += last.text
+        if verbose:
+            print(last.text, end="", flush=True)
+    if verbose and last is not None:
+        print(f"\n{figures(last)}")
+    return text
+
+
+def figures(last: Response) -> str:
+    """One line on a finished generation."""
+    return (
+        f"prompt {last.prompt_tokens} tokens at {last.prompt_tps:.1f}/s, "
+        f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s, "
+        f"{last.entries:,} entries of {last.seen:,} tokens seen in {last.cache_nbytes / 1e6:.2f} MB"
+    )

@@ -1,0 +1,157 @@
+"""The MLX wing's side of the public functions in :mod:`mlx_kvret.api`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import save_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import load_model, load_tokenizer
+
+from . import demo, hooks
+from .cache import BoundedCache
+from .core.budget import CacheShape, parse_budget, tokens_within
+from .core.checkpoint import GateCheckpoint, check_base
+from .core.config import DEFAULT_BUDGET, EvictionConfig
+from .core.files import whole_file
+from .core.fingerprint import fingerprint
+from .core.tensors import tensors_id
+from .errors import CheckpointError, ConfigError, UnsupportedModelError
+from .gates import RetentionGates, from_checkpoint, to_tensor
+from .generation import generate, stream_generate
+from .hub import resolve
+
+__all__ = ["attach", "detach", "generate", "load", "make_cache", "stream_generate"]
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+
+
+def load(model: str | Path, gates: str | Path | None = None, **options: Any) -> tuple[nn.Module, Any]:
+    """As :func:`mlx_kvret.load`; ``options`` are those of ``mlx_lm.utils.load_model``."""
+    if str(model) == "demo":
+        model, gates = demo.MODEL, demo.GATES if gates is None else gates
+    folder = resolve(model)
+    checkpoint = None if gates is None else read_gates(gates)
+    try:
+        network, config = load_model(folder, **options)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} holds no model: {error}; expected config.json and safetensors"
+        ) from error
+    except ValueError as error:
+        raise UnsupportedModelError(f"mlx-lm cannot load {folder}: {error}") from error
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
+    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
+    _attach(network, checkpoint, config)
+    return network, tokenizer
+
+
+def read_gates(gates: str | Path | GateCheckpoint) -> GateCheckpoint | RetentionGates:
+    """Gates from a folder or hub id in any form; those in the MLX form come ready to run."""
+    if isinstance(gates, GateCheckpoint):
+        return gates
+    from converters import detect, load_any
+
+    folder = resolve(gates, "gates")
+    if detect(folder) != "mlx":
+        return load_any(folder)
+    from converters.mlx_form import load_mlx_gates
+
+    return load_mlx_gates(folder)
+
+
+def attach(model: nn.Module, gates: str | Path | GateCheckpoint | None = None) -> nn.Module:
+    """As :func:`mlx_kvret.attach`."""
+    args = getattr(model, "args", None)
+    config = {name: value for name, value in vars(args).items() if value is not None} if args else {}
+    return _attach(model, None if gates is None else read_gates(gates), config)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """As :func:`mlx_kvret.detach`."""
+    hooks.remove(model)
+    return model
+
+
+def make_cache(
+    model: nn.Module, budget: int | str | None = None, buffer: int | None = None, **options: Any
+) -> BoundedCache:
+    """As :func:`mlx_kvret.make_cache`."""
+    attached = hooks.attachment(model) or hooks.attachment(attach(model))
+    assert attached is not None
+    config = eviction(attached.layout.shape, DEFAULT_BUDGET if budget is None else budget, buffer, **options)
+    if config.policy == "learned" and attached.gates is None:
+        raise ConfigError(
+            "this model has no retention gates; load it with gates, or choose a policy that needs none "
+            "(recent, knorm, keydiff, random, full)"
+        )
+    return hooks.new_cache(model, attached, config)
+
+
+def eviction(shape: CacheShape, budget: int | str, buffer: int | None, **options: Any) -> EvictionConfig:
+    """The eviction configuration that a user's options mean for a cache of this shape."""
+    tokens, size = parse_budget(budget)
+    if tokens is None:
+        assert size is not None
+        tokens = tokens_within(size, shape, buffer)
+    return EvictionConfig.create(tokens, buffer, **options)
+
+
+def full_nbytes(model: nn.Module, tokens: int) -> int:
+    """Bytes of keys and values that a full cache of the bounded layers would take."""
+    attached = hooks.attachment(model)
+    assert attached is not None
+    return attached.layout.shape.full_nbytes(tokens)
+
+
+def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
+    """A model folder's config and what its bounded layers cache; weights are mapped, not read."""
+    model, config = load_model(folder, lazy=True)
+    _attach(model, None, config)
+    attached = hooks.attachment(model)
+    assert attached is not None
+    return config, attached.layout.shape
+
+
+def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    """Options of :func:`stream_generate` that draw tokens with a temperature; 0 is greedy."""
+    if temp < 0 or not 0 < top_p <= 1:
+        raise ConfigError(f"temp is {temp}, top_p {top_p}; expected temp >= 0 and 0 < top_p <= 1")
+    if seed is not None:
+        mx.random.seed(seed)
+    return {"sampler": make_sampler(temp, top_p)}
+
+
+def save_cache(path: str | Path, cache: BoundedCache, notes: dict[str, str] | None = None) -> None:
+    """Write a cache to a file, whole or not at all, with strings to be kept beside it."""
+    with whole_file(path) as scratch:
+        save_prompt_cache(str(scratch), cache, notes)
+
+
+def load_cache(path: str | Path, model: nn.Module) -> tuple[BoundedCache, dict[str, str]]:
+    """A saved cache of this model and its gates, and the strings saved beside it.
+
+    Raises:
+        CheckpointError: not such a file. ModelMismatchError: of another model or other gates.
+    """
+    attached = hooks.attachment(model)
+    assert attached is not None
+    return hooks.loaded_cache(path, attached)
+
+
+def _attach(
+    model: nn.Module, gates: GateCheckpoint | RetentionGates | None, config: dict[str, Any]
+) -> nn.Module:
+    hooks.remove(model)
+    owner = {"model": fingerprint(config)}
+    if gates is not None:
+        check_base(gates.config, config)
+        gates = from_checkpoint(gates) if isinstance(gates, GateCheckpoint) else gates
+        weights: Any = tree_flatten(gates.parameters())
+        owner["gates"] = tensors_id({name: to_tensor(array) for name, array in weights})
+    hooks.install(model, gates, owner)
+    return model
