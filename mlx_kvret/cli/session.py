@@ -88,6 +88,7 @@ def stats_line(last: Any, full_nbytes: int) -> str:
     """The closing line: speed, kept of seen, and KV memory against the full cache's."""
     return (
         f"[{last.prompt_tokens} prompt tokens at {last.prompt_tps:.0f}/s, "
-        f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s; kept {last.entries:,} entries of {last.seen:,} tokens; "
+        f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s; "
+        f"kept {last.entries:,} entries of {last.seen:,} tokens; "
         f"KV {last.cache_nbytes / 1e6:.2f} MB, full cache {full_nbytes / 1e6:.2f} MB]"
     )
