@@ -30,14 +30,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     torch = _torch()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # a pickle may call any function; a load of weights only knows tensors and containers
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; a trimkv folder needs this file") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # a pickle may call any function; a load of weights only knows tensors and containers
+            state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path} {_refusal(error)}; nothing in it was executed") from error
     if not isinstance(state, dict):

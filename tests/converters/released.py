@@ -1,20 +1,16 @@
-"""Small trimkv folders as the released ones are built."""
-
-from __future__ import annotations
+"""Small trimkv folders, built as the released ones are."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
 LAYERS, HEADS, HIDDEN, WIDTH = 3, 2, 64, 32
 TEXT, VISION = "model.", "model.language_model."
+FILES = CONFIG, WEIGHTS = "config.json", "trimkv_weights.pth"
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
-def config(kind: str = "rg10", tied: bool = True, vision: bool = False, **more: Any) -> dict[str, Any]:
+def config(kind="rg10", tied=True, vision=False, **more):
     base = {
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
@@ -36,20 +32,13 @@ def config(kind: str = "rg10", tied: bool = True, vision: bool = False, **more: 
     return {"model_type": "test"} | joined | top | more
 
 
-def state(
-    kind: str = "rg10",
-    tied: bool = True,
-    dtype: torch.dtype = torch.float32,
-    prefix: str = TEXT,
-    layers: tuple[int, ...] = tuple(range(LAYERS)),
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
+def state(kind="rg10", tied=True, dtype=torch.float32, prefix=TEXT, layers=range(LAYERS), seed=0):
     generator = torch.Generator().manual_seed(seed)
 
-    def random(*shape: int, scale: float = 0.2) -> torch.Tensor:
+    def random(*shape, scale=0.2):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-    def last() -> tuple[torch.Tensor, torch.Tensor]:
+    def last():
         return random(HEADS, WIDTH), random(HEADS) + 8
 
     shared = last()
@@ -64,36 +53,21 @@ def state(
     return tensors
 
 
-def write(folder: Path, config: dict[str, Any], state: Any) -> Path:
+def write(folder, config, state):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.save(state, folder / "trimkv_weights.pth")
+    (folder / CONFIG).write_text(json.dumps(config))
+    torch.save(state, folder / WEIGHTS)
     return folder
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    weights = torch.load(folder / "trimkv_weights.pth", weights_only=True)
-    return json.loads((folder / "config.json").read_text()), weights
+def read(folder):
+    weights = torch.load(folder / WEIGHTS, weights_only=True)
+    return json.loads((folder / CONFIG).read_text()), weights
 
 
-def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same_bits(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
-        assert found[name].numpy(force=True).tobytes() == tensor.numpy().tobytes() if (
-            tensor.dtype != torch.bfloat16
-        ) else torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
-
-
-@pytest.fixture
-def trimkv_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes ``tmp_path/released`` from keywords of :func:`config` and :func:`state`."""
-
-    def make(
-        kind: str = "rg10", tied: bool = True, dtype: torch.dtype = torch.float32, vision: bool = False
-    ) -> Path:
-        weights = state(kind, tied, dtype, VISION if vision else TEXT)
-        return write(tmp_path / "released", config(kind, tied, vision), weights)
-
-    return make
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
