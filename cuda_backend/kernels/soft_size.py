@@ -1,7 +1,7 @@
 """The soft size of a cache, ``S_t = Σ_{i <= t} β_i^(t - i)``, in memory linear in the number of tokens.
 
-Every β belongs to an entry, not to a step, so there is no recurrence: the work is T², the memory need not be.
-:func:`soft_size` runs a Triton kernel on CUDA (or under ``TRITON_INTERPRET=1``) and torch in blocks elsewhere.
+Every β belongs to an entry, not to a step, so there is no recurrence: the work is T², the memory need not
+be. :func:`soft_size` runs a Triton kernel on CUDA or under ``TRITON_INTERPRET=1``, elsewhere torch in blocks.
 :func:`naive_soft_size` is the specification of both.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 from torch.utils.checkpoint import checkpoint
 
 # elements of one chunk of logits: 256 MB in float32
@@ -49,14 +49,12 @@ def distillation(
     return kl, ce
 
 
-def _parts(
-    head: Head, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    logits = head(student).float()
+def _parts(head: Head, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    given = log_softmax(head(student).float(), -1)
     with torch.no_grad():
         wanted = log_softmax(head(teacher).float(), -1)
-    kl = kl_div(log_softmax(logits, -1), wanted, log_target=True, reduction="sum")
-    return torch.stack([kl, cross_entropy(logits, target, reduction="sum")])
+    kl = kl_div(given, wanted, log_target=True, reduction="sum")
+    return torch.stack([kl, nll_loss(given, target, reduction="sum")])
 
 
 def capacity(size: torch.Tensor, position: torch.Tensor, budget: int, scope: str) -> torch.Tensor:

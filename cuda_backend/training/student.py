@@ -42,7 +42,7 @@ class Trace:
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention modules by their layer: the innermost ones with a ``layer_idx`` whose forward takes a cache."""
+    """Attention modules by layer: the innermost ones with a ``layer_idx`` whose forward takes a cache."""
     found = {name: module for name, module in model.named_modules() if _takes_cache(module)}
     inner = {n: m for n, m in found.items() if not any(other.startswith(f"{n}.") for other in found)}
     return {int(module.layer_idx): module for module in inner.values()}  # type: ignore[arg-type]
@@ -81,8 +81,8 @@ class Student:
         self._competing = [modules[index] for index in competing_layers(model) if index in modules]
         if not self._competing:
             raise UnsupportedModelError(
-                f"{_name(model)} has no attention layer that caches every token, so there is nothing to evict; "
-                "train gates for a model with global attention"
+                f"{_name(model)} has no attention layer that caches every token, so there is nothing to "
+                "evict; train gates for a model with global attention"
             )
         place = {id(module): layer for layer, module in enumerate(self._competing)}
         self.layers = len(self._competing)

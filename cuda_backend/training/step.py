@@ -1,0 +1,82 @@
+"""One step of training: the gradient of a whole batch, in micro-batches and over processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mlx_kvret.training.config import TrainConfig
+from mlx_kvret.training.packing import Batch
+from mlx_kvret.training.report import Losses
+
+from ..gates import RetentionGates
+from ..kernels.soft_size import soft_size
+from .loss import active, capacity, distillation
+from .processes import Processes, my_rows
+from .student import Student
+
+
+def gradient(
+    student: Student,
+    gates: RetentionGates,
+    batch: Batch,
+    config: TrainConfig,
+    processes: Processes,
+    micro_batch: int,
+) -> Losses:
+    """Leave the batch's gradient in the gates, the same in every process; returns the mean losses."""
+    gates.zero_grad()
+    learnt = max(int(batch.learn.sum()), 1)
+    over = max(int(active(torch.from_numpy(batch.position), config.budget).sum()), 1)
+    sums = torch.zeros(4, device=processes.device)
+    rows = my_rows(len(batch.ids), processes)
+    for first in range(0, len(rows), micro_batch):
+        chosen = rows[first : first + micro_batch]
+        if (batch.position[chosen] < 0).all():
+            continue
+        kl, ce, hinge, size = _forward(student, gates, batch, chosen, config, processes.device)
+        loss = (kl + ce) / (2 * learnt) + config.capacity_weight * hinge / over
+        loss.backward()
+        sums += torch.stack([kl, ce, hinge, size]).detach()
+    sums = _reduce(gates, sums, processes)
+    entries = student.layers * student.kv_heads
+    return Losses.of(sums.tolist(), batch, over, entries, config.capacity_weight)
+
+
+def _forward(
+    student: Student,
+    gates: RetentionGates,
+    batch: Batch,
+    rows: list[int],
+    config: TrainConfig,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over some rows: KL, cross-entropy, hinge of the capacity, soft size over heads and tokens."""
+    ids, starts, position, learn = (
+        torch.from_numpy(np.ascontiguousarray(array[rows])).to(device)
+        for array in (batch.ids, batch.starts, batch.position, batch.learn)
+    )
+    teacher = student.teach(ids, starts).hidden
+    trace = student.learn(ids, starts, gates)
+    assert trace.log_beta is not None
+    target = ids.roll(-1, 1)[learn]
+    vocabulary = student.model.config.get_text_config().vocab_size
+    kl, ce = distillation(student.logits, trace.hidden[learn], teacher[learn], target, vocabulary)
+    size = soft_size(trace.log_beta, starts)
+    hinge = capacity(size, position, config.budget, config.scope)
+    return kl, ce, hinge, (size.detach() * (position >= 0)[:, None]).sum()
+
+
+def _reduce(gates: RetentionGates, sums: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """Add up gradients and sums of all processes in one message."""
+    weights = list(gates.parameters())
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    if processes.count == 1:
+        return sums
+    flat = processes.sum(torch.cat([*(weight.grad.flatten() for weight in weights), sums]))
+    *parts, sums = flat.split([*(weight.numel() for weight in weights), len(sums)])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.grad.copy_(part.view_as(weight))
+    return sums

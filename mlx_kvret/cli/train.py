@@ -1,0 +1,115 @@
+"""``mlx-kvret train``: retention gates for a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXAMPLES = """
+\b
+Examples:
+  mlx-kvret train Qwen/Qwen3-4B --data chats.jsonl --loss assistant --output qwen3-4b-gates
+  mlx-kvret train ./model --dataset org/long-texts --length 32768 --budget 256 --output run
+  mlx-kvret train ./model --data book.txt --data more.jsonl --kind rg --scope head --output run
+  mlx-kvret train ./model --data chats.jsonl --output run --resume
+  accelerate launch --num_processes 4 -m mlx_kvret.cli train ./model --data chats.jsonl --output run
+
+The output folder holds log.csv, plots.png, the run's last checkpoint and, at the end, the gates in its
+folder "gates", ready for `mlx-kvret generate --gates run/gates`.
+"""
+
+
+@click.command("train", epilog=EXAMPLES)
+@click.argument("model")
+@click.option(
+    "--data", "files", multiple=True, metavar="FILE",
+    help="A .txt file (one document) or .jsonl file (per line an object with text or messages). Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--dataset", "datasets", multiple=True, metavar="NAME",
+    help="A data set of the hub or a folder, opened by the datasets package. Repeatable.",
+)  # fmt: skip
+@click.option("--split", default="train", show_default=True, help="Which split of the data sets.")
+@click.option("--output", "folder", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the output folder.")
+@click.option("--skip-bad", is_flag=True, help="Leave out bad records instead of stopping; they are counted.")
+@click.option("--kind", default="rg10", show_default=True, help="Gates with three maps (rg10) or two (rg).")
+@click.option("--width", default=512, show_default=True, help="Inner width of the gates.")
+@click.option("--bias", default=18.0, show_default=True, help="First bias of the gates; high means keep all.")
+@click.option(
+    "--shared/--separate", "shared_projection", default=None,
+    help="One last projection for all layers, or one each.  [default: shared for rg10]",
+)  # fmt: skip
+@click.option("--budget", default=128, show_default=True, help="M, tokens per KV head of the capacity loss.")
+@click.option(
+    "--scope", default="global", show_default=True,
+    help="Hold the budget over all heads (global) or in every head (head).",
+)  # fmt: skip
+@click.option("--capacity-weight", default=1.0, show_default=True, help="λ, weight of the capacity loss.")
+@click.option("--length", default=16384, show_default=True, help="Tokens of a sequence.")
+@click.option("--batch", default=4, show_default=True, help="Sequences per step, over all processes.")
+@click.option("--micro-batch", default=1, show_default=True, help="Sequences in the model at once.")
+@click.option(
+    "--loss", default="all", show_default=True, help="Learn from all tokens or from the assistant's only."
+)
+@click.option("--learning-rate", default=2e-4, show_default=True, help="Highest learning rate.")
+@click.option("--warmup", default=0.03, show_default=True, help="Share of the run with a rising rate.")
+@click.option("--epochs", default=1, show_default=True, help="Passes over the data.")
+@click.option("--steps", type=int, help="Number of steps, instead of epochs.")
+@click.option("--clip", default=1.0, show_default=True, help="Largest norm of the gradient.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the base model; gates are float32.")
+@click.option("--seed", default=0, show_default=True, help="Of first weights and data order.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--save-every", default=100, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--recompute/--no-recompute", default=True, show_default=True,
+    help="Recompute layers in the backward pass: slower, far less memory.",
+)  # fmt: skip
+def command(
+    model: str,
+    files: tuple[str, ...],
+    datasets: tuple[str, ...],
+    split: str,
+    folder: Path,
+    resume: bool,
+    skip_bad: bool,
+    device: str,
+    micro_batch: int,
+    save_every: int,
+    recompute: bool,
+    **settings: Any,
+) -> None:
+    """Train retention gates for MODEL, a folder or hub id of a transformers model, which stays as it is.
+
+    The gates learn to fade what the model will not need: the fading model must agree with the full one,
+    within a budget. Defaults are the published settings.
+    """
+    from ..errors import MissingDependencyError
+    from ..training.config import TrainConfig
+    from ..training.plots import plot_run
+    from ..training.records import Records
+
+    if settings["shared_projection"] is None:
+        settings["shared_projection"] = settings["kind"] == "rg10"
+    config = TrainConfig(**settings)
+    records = Records(files, datasets, split, skip_bad)
+    try:
+        from cuda_backend.training.loop import RunOptions, train
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"training needs torch and transformers ({error}); run `pip install 'mlx-kvret[torch]'`"
+        ) from error
+    options = RunOptions(folder, resume, device, micro_batch, save_every, recompute)
+    gates = train(model, records, config, options)
+    if gates is None:
+        return
+    if records.skipped:
+        click.echo(f"skipped {len(records.skipped)} bad records, first: {records.skipped[0]}", err=True)
+    try:
+        click.echo(f"plots: {plot_run(folder)}")
+    except MissingDependencyError as error:
+        click.echo(f"no plots: {error}", err=True)
+    click.echo(f"gates: {gates}")

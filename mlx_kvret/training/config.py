@@ -1,0 +1,137 @@
+"""Validated settings of a training run: everything that decides which weights come out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..core.config import GateConfig, Kind
+from ..core.fingerprint import fingerprint, text_config
+from ..errors import ConfigError
+
+TrainScope = Literal["global", "head"]
+Loss = Literal["all", "assistant"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; the defaults are the published ones (arXiv 2605.09649) where there are any.
+
+    Args:
+        kind, width, bias, shared_projection: of the gates, see :class:`GateConfig`.
+        budget: M of the capacity loss, tokens per KV head. Inference may use any other.
+        scope: the soft cache is held to M on average over all heads, or in every head (TRIM-KV).
+        capacity_weight: λ.
+        length: tokens of a packed sequence, T.
+        batch: sequences of a step, over all processes.
+        loss: learn from every token, or from what the assistant says in ``messages`` records.
+        learning_rate: the highest one; it rises over the first ``warmup`` of the run and falls as a cosine.
+        epochs: passes over the data, unless ``steps`` says how many steps to take.
+        clip: largest norm of the gradient.
+        weight_decay: of AdamW.
+        dtype: of the base model; the gates are float32 always.
+        seed: of the gates' first weights and the order of the data.
+    """
+
+    kind: Kind = "rg10"
+    width: int = 512
+    bias: float = 18.0
+    shared_projection: bool = True
+    budget: int = 128
+    scope: TrainScope = "global"
+    capacity_weight: float = 1.0
+    length: int = 16384
+    batch: int = 4
+    loss: Loss = "all"
+    learning_rate: float = 2e-4
+    warmup: float = 0.03
+    epochs: int = 1
+    steps: int | None = None
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    dtype: DType = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", Kind), ("scope", TrainScope), ("loss", Loss), ("dtype", DType)):
+            if getattr(self, name) not in get_args(allowed):
+                expected = ", ".join(get_args(allowed))
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {expected}")
+        for name, least in (
+            ("width", 1),
+            ("budget", 1),
+            ("length", 2),
+            ("batch", 1),
+            ("epochs", 1),
+            ("seed", 0),
+        ):
+            self._whole(name, least)
+        if self.steps is not None:
+            self._whole("steps", 1)
+        self._number("bias", -math.inf)
+        self._number("capacity_weight", 0)
+        self._number("weight_decay", 0)
+        self._number("learning_rate", 0, above=True)
+        self._number("clip", 0, above=True)
+        self._number("warmup", 0)
+        if self.warmup >= 1:
+            raise ConfigError(f"warmup is {self.warmup}; expected a share of the run, at least 0 and below 1")
+        if self.budget >= self.length:
+            raise ConfigError(
+                f"budget is {self.budget} tokens per head and sequences have {self.length}, so nothing would "
+                "ever be over the budget; lower the budget or raise the length"
+            )
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+
+    def _number(self, name: str, least: float, above: bool = False) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < least or (above and value == least):
+            bound = "" if math.isinf(least) else f" {'above' if above else 'of at least'} {least:g}"
+            raise ConfigError(f"{name} is {value!r}; expected a number{bound}")
+
+    def check_model(self, config: dict[str, Any]) -> None:
+        """Refuse sequences longer than the base model (its ``config.json``) was made for."""
+        longest = text_config(config).get("max_position_embeddings")
+        if isinstance(longest, int) and self.length > longest:
+            raise ConfigError(
+                f"length is {self.length} tokens, the model was made for {longest}; lower the length"
+            )
+
+    def gates(
+        self, layers: int, kv_heads: int, hidden_size: int, model: dict[str, Any], name: str
+    ) -> GateConfig:
+        """The configuration of new gates for a base model, given its ``config.json`` and its name."""
+        activation = text_config(model).get("hidden_act") or text_config(model).get("hidden_activation")
+        return GateConfig(
+            kind=self.kind,
+            layers=layers,
+            kv_heads=kv_heads,
+            hidden_size=hidden_size,
+            width=self.width,
+            activation=str(activation or "silu"),
+            bias_init=self.bias,
+            shared_projection=self.shared_projection,
+            training_budget=self.budget,
+            base_model=name,
+            base_fingerprint=fingerprint(model),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Settings in which two runs differ, each as ``"batch is 8, was 4"``."""
+    return [
+        f"{name} is {found.get(name)!r}, was {expected.get(name)!r}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
