@@ -1,4 +1,4 @@
-"""Takes the place of `mx.fast.metal_kernel`: a call is captured, built once per generated source, and executed."""
+"""Takes the place of `mx.fast.metal_kernel`: a call is captured, built once per source, and executed."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -32,10 +32,12 @@ class Mode:
     variant: str = "run"  # run, asan, tsan
     schedule: int = 0
     poison: int = 0xFF
+    prepare: tuple[str, ...] = ()  # variants to build with the first call of a source
     launches: list[Launch] | None = field(default=None, compare=False)
 
 
-_mode: ContextVar[Mode] = ContextVar("metal_host_mode", default=Mode())
+_mode: ContextVar[Mode] = ContextVar("metal_host_mode")
+_plain = Mode()
 _builds: dict[str, Build] = {}
 
 
@@ -51,8 +53,11 @@ def executing(mode: Mode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Let `mx.fast.metal_kernel` make emulated kernels. They stay emulated after the block; kernels made before it
-    are real ones. `mx.compile` is off inside, since a kernel that runs in Python can't be traced."""
+    """Let `mx.fast.metal_kernel` make emulated kernels.
+
+    They stay emulated after the block; kernels made before it are real ones. `mx.compile` is off inside, since
+    a kernel that runs in Python can't be traced.
+    """
     if not EMULATED or isinstance(mx.fast.metal_kernel, _Factory):
         yield
         return
@@ -101,7 +106,7 @@ class EmulatedKernel:
         build = self._build(arrays, output_shapes, output_dtypes, grid, threadgroup, template)
         if verbose:
             print(build.kernel.source)
-        mode = _mode.get()
+        mode = _mode.get(_plain)
         memory: dict[str, Memory] = {}
         for name, array in zip(self.input_names, arrays, strict=True):
             data = as_bits(mx.contiguous(array) if build.kernel.row_contiguous else array)
@@ -123,7 +128,7 @@ class EmulatedKernel:
         return [from_bits(memory[n].data, d) for n, d in zip(self.output_names, output_dtypes, strict=True)]
 
     def _build(self, arrays, output_shapes, output_dtypes, grid, threadgroup, template) -> Build:
-        # What MLX's generated source depends on: types, 0-d or not, fewer than 8 elements or not (constant or device).
+        # MLX's generated source depends on types, and on size: 0-d is a reference, fewer than 8 elements `constant`.
         kinds = tuple((a.dtype, a.ndim == 0, a.size < 8) for a in arrays)
         key = (kinds, tuple(output_dtypes), tuple((n, str(v)) for n, v in template or ()))
         if key not in self.builds:
@@ -136,6 +141,7 @@ class EmulatedKernel:
             kernel = capture(self.real, shape_only, grid=grid, threadgroup=threadgroup, **call)
             build = self.builds[key] = _builds.setdefault(kernel.source, Build(kernel))
             build.check_types()
+            build.prepare(_mode.get(_plain).prepare)
         return self.builds[key]
 
 

@@ -2,7 +2,7 @@
 
 
 class KernelError(AssertionError):
-    """A kernel failed one of the passes; `found_by` is its name."""
+    """A kernel failed; `found_by` is the pass that noticed: types, run, asan or tsan."""
 
     def __init__(self, found_by: str, kernel: str, message: str) -> None:
         super().__init__(f"{found_by}: {kernel}: {message}")

@@ -136,8 +136,8 @@ def run(job: Launch, traced: bool = False) -> None:
         failed = _runtime().msl_run(ctypes.byref(launch))
     job.counts = list(buffers)
     if failed:
-        message = launch.error.decode(errors="replace")
-        raise KernelError(name, job.build.kernel.name, message + _source_line(library, launch.fault))
+        message = launch.error.decode(errors="replace") + _source_line(library, launch.fault)
+        raise KernelError(name if launch.fault else "run", job.build.kernel.name, message)
 
 
 def _source_line(library: Path, offset: int) -> str:
@@ -180,8 +180,26 @@ def _sanitized(job: Launch, path: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise KernelError("asan", name, f"did not end within {TIMEOUT} s") from None
+    if done.returncode == 3:  # the scheduler's own findings: barriers, simdgroup functions, limits
+        raise KernelError("run", name, done.stderr.strip())
     if done.returncode:
-        raise KernelError("asan", name, done.stderr.strip()[:4000] or f"died with status {done.returncode}")
+        raise KernelError("asan", name, _essence(done.stderr) or f"died with status {done.returncode}")
+
+
+def _essence(report: str) -> str:
+    """What a sanitizer found and where in the Metal source."""
+    found = re.search(r"AddressSanitizer: \S+|[^\n]*runtime error: [^\n]*", report)
+    access = re.search(r"^(?:READ|WRITE) of size \d+", report, re.MULTILINE)
+    frame = re.search(r"\((\S+\.asan\.so)\+0x([0-9a-f]+)\)", report)
+    parts = [found.group(0)] if found else [report.strip()[:2000]]
+    if access:
+        parts.append(access.group(0))
+    line = re.search(r"(?:kernel|header)\.metal:\d+", report)
+    if line is None and frame:
+        parts.append(_source_line(Path(frame.group(1)), int(frame.group(2), 16) + 1).strip())
+    elif line and line.group(0) not in parts[0]:
+        parts.append(f"at {line.group(0)}")
+    return ", ".join(parts)
 
 
 def _fast_folder() -> str | None:
