@@ -77,7 +77,7 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
+        reason = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
         raise ConfigError(
             f"cannot write {target}: {reason}; it is as it was before, mend the cause or choose another place"
         ) from error

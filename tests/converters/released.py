@@ -6,7 +6,7 @@ import torch
 
 LAYERS, HEADS, HIDDEN, WIDTH = 3, 2, 64, 32
 TEXT, VISION = "model.", "model.language_model."
-FILES = CONFIG, WEIGHTS = "config.json", "trimkv_weights.pth"
+CONFIG, WEIGHTS = "config.json", "trimkv_weights.pth"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 

@@ -105,7 +105,9 @@ def test_eight_bits_load_as_they_were_saved_and_compute_alike(tmp_path, shared):
     dequantised = mlx_form.to_mlx(load_any(tmp_path / "mlx"))
     for layer in range(3):
         assert mx.array_equal(loaded.log_beta(layer, x), made.log_beta(layer, x))
-        np.testing.assert_allclose(loaded.log_beta(layer, x), dequantised.log_beta(layer, x), rtol=1e-3, atol=1e-8)
+        np.testing.assert_allclose(
+            loaded.log_beta(layer, x), dequantised.log_beta(layer, x), rtol=1e-3, atol=1e-8
+        )
 
 
 def test_way_back_from_eight_bits_is_told(tmp_path, shared):

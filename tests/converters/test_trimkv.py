@@ -66,7 +66,13 @@ NAMES = {
 
 def test_configuration_joins_both_files(tmp_path):
     gates = load_any(write(tmp_path / "released", config(vision=True), state(prefix=VISION))).config
-    assert (gates.kind, gates.layers, gates.kv_heads, gates.hidden_size, gates.width) == ("rg10", 3, 2, 64, 32)
+    assert (gates.kind, gates.layers, gates.kv_heads, gates.hidden_size, gates.width) == (
+        "rg10",
+        3,
+        2,
+        64,
+        32,
+    )
     assert (gates.training_budget, gates.bias_init, gates.base_model) == (128, 18.0, "org/base-é")
     assert "hidden_size=64" in gates.base_fingerprint and "rope_theta=1e+06" in gates.base_fingerprint
 
@@ -108,7 +114,10 @@ def test_tied_tensors_are_stored_once(tmp_path):
 
 
 def test_only_attention_layers_have_gates(tmp_path):
-    kinds = {"num_hidden_layers": 5, "layer_types": ["linear_attention", "full_attention"] * 2 + ["full_attention"]}
+    kinds = {
+        "num_hidden_layers": 5,
+        "layer_types": ["linear_attention", "full_attention"] * 2 + ["full_attention"],
+    }
     released = config(**kinds), state(layers=(1, 3, 4))
     convert(write(tmp_path / "released", *released), tmp_path / "shared", "shared")
     convert(tmp_path / "shared", tmp_path / "again", "trimkv")
@@ -128,7 +137,9 @@ def base(tmp_path, **more):
 @pytest.mark.parametrize("kind", ["rg", "rg10"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_gates_that_never_were_trimkv_take_the_models_config(tmp_path, kind, tied):
-    native = dataclasses.replace(load_any(write(tmp_path / "r", config(kind, tied), state(kind, tied))), provenance={})
+    native = dataclasses.replace(
+        load_any(write(tmp_path / "r", config(kind, tied), state(kind, tied))), provenance={}
+    )
     with pytest.raises(ConfigError, match="give the base model's folder"):
         trimkv.save_trimkv(tmp_path / "out", native)
     folder = base(tmp_path, kind=kind)

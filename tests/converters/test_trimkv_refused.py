@@ -57,7 +57,9 @@ def test_truncated_torch_file(tmp_path, keep):
     refused(folder, "not a whole torch file")
 
 
-@pytest.mark.parametrize("content", [b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_no_torch_file(tmp_path, content):
     folder = write(tmp_path / "released", config(), state())
     (folder / WEIGHTS).write_bytes(content)
@@ -76,7 +78,10 @@ def test_no_torch_file(tmp_path, content):
         ({"a": torch.zeros(3, 3).to_sparse()}, "a is torch.float32; expected a dense"),
         ({"a": torch.zeros(3, device="meta")}, "a is torch.float32; expected a dense"),
         ({"a": torch.zeros(1).expand(10**12)}, "claims more values"),
-        (collections.OrderedDict(state() | {"lm_head.weight": torch.zeros(3)}), "no part of a retention gate: lm_head"),
+        (
+            collections.OrderedDict(state() | {"lm_head.weight": torch.zeros(3)}),
+            "no part of a retention gate: lm_head",
+        ),
         (state() | {GATE + "linear9.weight": torch.zeros(3)}, "no part of a retention gate"),
         (state() | {f"{TEXT}layers.01.self_attn.retention_gate.bias": torch.zeros(2)}, "no part of"),
         (state() | state(prefix="other."), "several models: model., other"),
@@ -95,7 +100,9 @@ def test_missing_tensor(tmp_path, name):
 
 def test_missing_layer(tmp_path):
     refused(write(tmp_path / "released", config(), state(layers=(0, 2))), "missing for layers 1 of 3")
-    refused(write(tmp_path / "released", config(), state(layers=range(4))), "layer 3, config.json has 3 layers")
+    refused(
+        write(tmp_path / "released", config(), state(layers=range(4))), "layer 3, config.json has 3 layers"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -116,7 +123,9 @@ def test_weights_that_are_no_numbers(tmp_path, value, dtype):
     ],
 )
 def test_wrong_shape(tmp_path, name, shape, says):
-    refused(write(tmp_path / "released", config(tied=False), state() | {GATE + name: torch.zeros(shape)}), says)
+    refused(
+        write(tmp_path / "released", config(tied=False), state() | {GATE + name: torch.zeros(shape)}), says
+    )
 
 
 def test_first_layer_without_two_dimensions(tmp_path):
@@ -160,7 +169,7 @@ def test_missing_file(tmp_path, name):
 def test_torch_is_missing_or_unsafe(tmp_path, monkeypatch):
     folder = write(tmp_path / "released", config(), state())
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
-    with pytest.raises(MissingDependencyError, match="torch 2.5.1"):
+    with pytest.raises(MissingDependencyError, match=r"torch 2.5.1\+cu121"):
         load_any(folder)
 
     def without_torch(name, *args):
