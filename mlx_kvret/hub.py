@@ -11,9 +11,11 @@ from .errors import ConfigError, MissingDependencyError
 
 # a subset of what mlx-lm fetches, so that its downloads are complete for us when offline
 _FILES = {
-    "model": "*.json model*.safetensors tokenizer.model tiktoken.model *.tiktoken *.txt *.jinja".split(),
-    "gates": "*.json *.safetensors *.pth".split(),
-}
+    "model": [
+        "*.json", "model*.safetensors", "tokenizer.model", "tiktoken.model", "*.tiktoken", "*.txt", "*.jinja"
+    ],
+    "gates": ["*.json", "*.safetensors", "*.pth"],
+}  # fmt: skip
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 

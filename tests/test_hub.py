@@ -51,7 +51,7 @@ def test_folders_come_first(tmp_path, monkeypatch):
 )
 def test_neither_folder_nor_hub_id(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no hub id .* check the path of the gates"):
+    with pytest.raises(ConfigError, match=r"no hub id .* check the path of the gates"):
         hub.resolve(name, "gates")
 
 
