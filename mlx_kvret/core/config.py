@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,10 @@ def _of_type(name: str, value: object, kind: type, what: str) -> None:
 def _at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,8 @@ class GateConfig:
         _of_type("shared_projection", self.shared_projection, bool, "true or false")
         for name in ("base_model", "base_fingerprint"):
             _of_type(name, getattr(self, name), str, "a text")
-        bias = self.bias_init
-        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not math.isfinite(bias):
-            raise ConfigError(f"bias_init is {bias!r}; expected a finite number")
+        if not _is_number(self.bias_init) or not abs(self.bias_init) <= sys.float_info.max:
+            raise ConfigError(f"bias_init is {self.bias_init!r}; expected a finite number")
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -109,12 +112,12 @@ class EvictionConfig:
         buffer: B, tokens per KV head the cache may grow beyond M before a compaction is due.
         scope: entries compete over all layers and heads (``"global"``), within a layer or within a head.
         policy: ``"learned"`` (retention gates), a baseline that needs none, or ``"full"`` (never evicts).
-        min_per_head: each head first keeps its own best that many entries.
+        min_per_head: each head first keeps its own best that many entries, protected ones included.
         sinks: the first positions, never evicted.
         window: the most recent positions, never evicted.
         lookahead: K, steps over which the future utility is summed.
         threshold: α; entries with a score below log α are dropped at a compaction even within the budget.
-        seed: of the ``random`` policy.
+        seed: of the ``random`` policy, which looks at its low 32 bits.
     """
 
     budget: int = DEFAULT_BUDGET
@@ -137,7 +140,7 @@ class EvictionConfig:
         _choice("policy", self.policy, get_args(Policy))
         if self.sinks + self.window > self.budget:
             raise ConfigError(
-                f"sinks + window is {self.sinks + self.window}, more than the budget of {self.budget} tokens "
+                f"sinks + window is {self.sinks} + {self.window}, more than the budget of {self.budget} tokens "
                 "per head; lower them or raise the budget"
             )
         if self.min_per_head > self.budget:
@@ -148,7 +151,7 @@ class EvictionConfig:
             raise ConfigError(
                 f"lookahead and threshold act on learned scores, the policy is {self.policy!r}; drop them"
             )
-        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+        if self.threshold is not None and not (_is_number(self.threshold) and 0 < self.threshold <= 1):
             raise ConfigError(f"threshold is {self.threshold!r}; expected α with 0 < α <= 1")
 
     @classmethod
@@ -179,11 +182,6 @@ class EvictionConfig:
         if buffer is None:
             buffer = max(1, budget // 8)
         return cls(budget, buffer, scope, policy, sinks=sinks, window=window, **options)
-
-    @property
-    def bounded_count(self) -> bool:
-        """Whether a compaction leaves a number of entries that is known without looking at scores."""
-        return self.threshold is None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -41,8 +41,9 @@ def select(
 ) -> Mask:
     """One compaction: which of N entries stay, as a mask (N,). Groups that are not due keep everything.
 
-    Order within a group: protected entries and each head's own best ``min_per_head`` first, then by score;
-    ties go to the newer token, then to the lower (layer, head). Of this order the first M per head stay.
+    Order within a group: protected entries first, and each head's own best until it has ``min_per_head``,
+    then by score; ties go to the newer token, then to the lower (layer, head). Of this order the first
+    M·(heads of the group) stay.
     With a threshold, unprotected entries below log α go as well. NaN counts as the lowest score.
     """
     score = np.where(np.isnan(score), -np.inf, np.asarray(score, np.float32)).astype(np.float32)

@@ -1,8 +1,9 @@
 """Which base model a set of gates or a saved cache belongs to, as one readable line.
 
 A fingerprint is made of the fields of a Hugging Face ``config.json`` that a fine-tune or a quantised copy
-leaves alone, e.g. ``hidden_size=2560 num_hidden_layers=36 ... rope_theta=1000000``. Two fingerprints are
-compared field by field, so that a refusal can name what differs; fields that one of them lacks are skipped.
+leaves alone, e.g. ``hidden_size=2560 num_hidden_layers=36 ... rope_theta=1e+06``. Two fingerprints are
+compared field by field, so that a refusal can name what differs. Fields that one of them lacks are skipped:
+what a missing ``head_dim`` means is known to the model's class only (Gemma 3: 256, not hidden / heads).
 """
 
 from __future__ import annotations
