@@ -1,0 +1,143 @@
+"""How samples are run. An engine reads texts into caches of a method and a budget, and asks its questions.
+
+:class:`PublicEngine` does it through the library's public functions, on either wing, one text at a time.
+:class:`~mlx_kvret.evaluation.reference.ReferenceEngine` is its twin in plain torch, many texts at a time; it
+shows attention, so it also runs the policies that look at it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..core.types import Floats
+from ..errors import ConfigError
+from .methods import REFERENCES, Method
+from .samples import Question, Sample, text_score
+
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``score`` is the mean over the sample's questions, or the mean negative log-likelihood of a token in
+    nats where the text is scored; ``entries`` is what the cache held in the end, per KV head and layer."""
+
+    score: float
+    entries: float
+
+
+class Engine(Protocol):
+    """What runs a cell of the grid. ``chunk`` is the number of tokens read at a time, ``buffer`` is B."""
+
+    name: str
+
+    def use_gates(self, gates: Any) -> None:
+        """Score with other gates from now on."""
+
+    def runs(self, method: Method) -> bool:
+        """Whether the engine can run a method."""
+
+    def run(self, samples: Sequence[Sample], method: Method, budget: int) -> list[Outcome]:
+        """Read and ask, in order."""
+
+
+class PublicEngine:
+    """Any loaded model through :func:`mlx_kvret.make_cache` and its own forward pass."""
+
+    def __init__(self, model: Any, tokenizer: Any, chunk: int = CHUNK, buffer: int | None = None) -> None:
+        self.model, self.tokenizer, self.chunk, self.buffer = model, tokenizer, chunk, buffer
+        self._mlx = any(cls.__module__.startswith("mlx.") for cls in type(model).__mro__)
+        self.name = "mlx" if self._mlx else "torch"
+
+    def use_gates(self, gates: Any) -> None:
+        from ..api import attach
+
+        attach(self.model, gates)
+
+    def runs(self, method: Method) -> bool:
+        return method.policy not in REFERENCES
+
+    def run(self, samples: Sequence[Sample], method: Method, budget: int) -> list[Outcome]:
+        return [self._run_one(sample, method, budget) for sample in samples]
+
+    def new_cache(self, method: Method, budget: int) -> Any:
+        """An empty cache for one text."""
+        from ..api import make_cache
+
+        if not self.runs(method):
+            raise ConfigError(f"{method.name} looks at attention or answers; run it with backend reference")
+        return make_cache(self.model, budget, self.buffer, policy=method.policy, **dict(method.options))
+
+    def _run_one(self, sample: Sample, method: Method, budget: int) -> Outcome:
+        cache = self.new_cache(method, budget)
+        scores, likelihoods, last = [], [], None
+        for turn in sample.turns:
+            for start in range(0, len(turn.ids), self.chunk):
+                ids = turn.ids[start : start + self.chunk]
+                logits = self.forward(ids, cache)
+                if turn.scored:
+                    likelihoods.append(log_likelihoods(last, logits, ids))
+                last = logits[-1:]
+            scores += [self._ask(question, cache) for question in turn.questions]
+        heads = sum(len(layer) for layer in cache.kept_positions())
+        return Outcome(sample_score(scores, likelihoods), cache.entries / heads)
+
+    def _ask(self, question: Question, cache: Any) -> float:
+        fork = copy.deepcopy(cache)
+        if question.metric == "exact":
+            said = self.forward(question.ids + question.answer[:-1], fork).argmax(-1)
+            return float(said[len(question.ids) - 1 :].tolist() == list(question.answer))
+        ids, said = question.ids, list[int]()
+        ends = end_tokens(self.tokenizer)
+        while len(said) < question.max_tokens:
+            token = int(self.forward(ids, fork)[-1].argmax())
+            if token in ends:
+                break
+            said.append(token)
+            ids = (token,)
+        return text_score(question, self.tokenizer.decode(said))
+
+    def forward(self, ids: Sequence[int], cache: Any) -> Floats:
+        """One forward pass into the cache; logits (tokens, words) in float32."""
+        if self._mlx:
+            import mlx.core as mx
+
+            return np.array(self.model(mx.array(ids)[None], cache=cache)[0].astype(mx.float32))
+        import torch
+
+        with torch.no_grad():
+            device = next(self.model.parameters()).device
+            out = self.model(torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
+            return np.asarray(out.logits[0].float().cpu().numpy())
+
+
+def end_tokens(tokenizer: Any) -> set[int]:
+    """Tokens at which a generated answer ends."""
+    many = getattr(tokenizer, "eos_token_ids", None)
+    return set(many) if many else {tokenizer.eos_token_id}
+
+
+def log_likelihoods(last: Floats | None, logits: Floats, ids: Sequence[int]) -> Floats:
+    """Log-likelihood of each of ``ids`` given what came before.
+
+    ``logits`` (n, words) are those after each of the n ids; ``last`` (1, words) those before the first, None
+    at the start of a text, whose first token is then left out.
+    """
+    before = logits[:-1] if last is None else np.concatenate([last, logits[:-1]])
+    wanted = np.asarray(ids[len(ids) - len(before) :])
+    top = before.max(-1, keepdims=True)
+    norm = top[:, 0] + np.log(np.exp(before - top).sum(-1))
+    return np.asarray(before[np.arange(len(before)), wanted] - norm)
+
+
+def sample_score(scores: Sequence[float], likelihoods: Sequence[Floats]) -> float:
+    """Mean over the questions, or the mean negative log-likelihood of a token."""
+    if likelihoods:
+        return -float(np.concatenate(likelihoods).mean())
+    return sum(scores) / len(scores) if scores else math.nan

@@ -1,0 +1,123 @@
+"""The policies that are compared, by name: those of the product, and references that see more than it does.
+
+A method is written ``NAME`` or ``NAME:OPTION=VALUE,...``, with the options of
+:class:`~mlx_kvret.core.config.EvictionConfig`: ``learned:scope=head,lookahead=8``, ``keydiff:sinks=0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.config import EvictionConfig
+from ..errors import ConfigError
+
+# they look at attention or at the task's answers, which no cache can
+REFERENCES = ("snapkv", "h2o", "oracle")
+_POLICIES = ("full", "learned", "recent", "random", "knorm", "keydiff", *REFERENCES)
+_SHORT = {
+    "learned-global": ("learned", {"scope": "global"}),
+    "learned-layer": ("learned", {"scope": "layer"}),
+    "learned-head": ("learned", {"scope": "head"}),
+}
+NAMES = ("full", *_SHORT, "recent", "random", "knorm", "keydiff", *REFERENCES)
+_TYPES = {
+    "scope": str,
+    "min_per_head": int,
+    "sinks": int,
+    "window": int,
+    "lookahead": int,
+    "threshold": float,
+    "seed": int,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One policy with its options; ``name`` is what the user wrote."""
+
+    name: str
+    policy: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def learned(self) -> bool:
+        return self.policy == "learned"
+
+    @property
+    def full(self) -> bool:
+        return self.policy == "full"
+
+    def eviction(self, budget: int, buffer: int) -> EvictionConfig:
+        """The plan by which entries go; for a reference policy all of it but the score.
+
+        H2O keeps its heaviest M/2 and newest M/2 (arXiv 2306.14048); SnapKV keeps its observation window of 32
+        tokens (arXiv 2404.14469); the oracle, which fills up with the newest, has no need of a wide window.
+        """
+        options = dict(self.options)
+        if self.policy == "h2o":
+            options = {"sinks": 0, "window": budget // 2} | options
+        elif self.policy == "snapkv":
+            options = {"sinks": 0} | options
+        elif self.policy == "oracle":
+            options = {"sinks": min(1, budget // 4), "window": min(4, budget // 4)} | options
+        policy: Any = "recent" if self.policy in REFERENCES else self.policy
+        return EvictionConfig.create(budget, buffer, policy=policy, **options)
+
+
+def parse_method(text: str) -> Method:
+    """A method from its name and options.
+
+    Raises:
+        ConfigError: no such method or option, or a value of the wrong kind.
+    """
+    head, _, tail = text.partition(":")
+    policy, options = _SHORT.get(head, (head, {}))
+    if policy not in _POLICIES:
+        raise ConfigError(f"method {head!r} is not known; expected one of {', '.join(NAMES)}")
+    options = dict(options)
+    for pair in filter(None, tail.split(",")):
+        name, _, value = pair.partition("=")
+        if name not in _TYPES:
+            raise ConfigError(f"method {text!r}: no option {name!r}; expected one of {', '.join(_TYPES)}")
+        try:
+            options[name] = _TYPES[name](value)
+        except ValueError as error:
+            raise ConfigError(
+                f"method {text!r}: {name} is {value!r}; expected a {_TYPES[name].__name__}"
+            ) from error
+    method = Method(text, policy, tuple(sorted(options.items())))
+    if policy == "full" and options:
+        raise ConfigError(f"method {text!r}: the full cache has no options")
+    if policy != "full":
+        # a contradiction is told now, not after hours
+        method.eviction(1 << 20, 0)
+    return method
+
+
+def parse_methods(texts: Iterable[str]) -> list[Method]:
+    """Methods in order, without repetitions."""
+    return [parse_method(text) for text in dict.fromkeys(texts)]
+
+
+def parse_fraction(text: str | int) -> tuple[int, int]:
+    """``64`` (tokens per head) to (64, 0), ``"1/16"`` (of the text's tokens) to (1, 16).
+
+    Raises:
+        ConfigError: neither.
+    """
+    top, slash, bottom = str(text).partition("/")
+    try:
+        budget = int(top), int(bottom) if slash else 0
+    except ValueError:
+        budget = 0, 0
+    if budget[0] < 1 or budget[1] < 0 or (slash and budget[1] < budget[0]):
+        raise ConfigError(f"budget {text!r} is neither tokens per head (64) nor a share of the text (1/16)")
+    return budget
+
+
+def budget_tokens(text: str | int, length: int) -> int:
+    """M for a text of ``length`` tokens, at least 1."""
+    top, bottom = parse_fraction(text)
+    return top if bottom == 0 else max(1, length * top // bottom)
