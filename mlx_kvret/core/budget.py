@@ -54,7 +54,7 @@ class CacheShape:
 
 def parse_budget(text: str | int) -> tuple[int | None, int | None]:
     """``"1024"`` or 1024 to (tokens per KV head, None); ``"256MB"`` to (None, bytes)."""
-    match = re.fullmatch(r"\s*([-+]?\d+(?:\.\d+)?)\s*([KMG]I?B|B)?\s*", str(text).upper())
+    match = re.fullmatch(r"\s*([-+]?\d{1,15}(?:\.\d{1,15})?)\s*([KMG]I?B|B)?\s*", str(text).upper())
     if not match:
         raise ConfigError(f"budget {text!r} is neither tokens per head (1024) nor memory (256MB, 1.5GiB)")
     number, unit = match.groups()
