@@ -45,7 +45,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         *("-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write=1"),
     ),
 }
-LINK_FLAGS = ("-shared", "-rtlib=compiler-rt")  # compiler-rt converts to and from bfloat
+# Everything a kernel needs is in the process already, but for compiler-rt's conversions to and from bfloat.
+LINK_FLAGS = ("-shared", "-nostdlib", "-fno-sanitize-link-runtime")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra")
 
 
@@ -69,7 +70,12 @@ def _fingerprint() -> str:
     digest = hashlib.sha256(
         repr((version, compiler(), KERNEL_FLAGS, VARIANTS, LINK_FLAGS, RUNTIME_FLAGS)).encode()
     )
-    for path in sorted(p for p in SHIM.rglob("*") if p.is_file()):
+    sources = [
+        Path(__file__),
+        Path(__file__).with_name("translate.py"),
+        *(p for p in SHIM.rglob("*") if p.is_file()),
+    ]
+    for path in sorted(sources):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -128,6 +134,15 @@ def _precompiled(variant: str) -> Path:
     return output
 
 
+@functools.cache
+def _builtins() -> str:
+    query = [*compiler(), "-print-libgcc-file-name", "-rtlib=compiler-rt"]
+    path = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).exists():
+        raise ToolchainError(f"{path} is missing. On Debian or Ubuntu: apt-get install {PACKAGES}")
+    return path
+
+
 class Build:
     """One captured kernel and its compiled variants."""
 
@@ -144,7 +159,7 @@ class Build:
         done = self._compile("types", folder() / f"{self.key}.nothing")
         for line in done.stderr.splitlines():
             # Metal converts implicitly between its floats, except to bfloat.
-            harmless = "warning: implicit conversion" in line and "'bfloat'" not in line.split(" to ")[-1]
+            harmless = "warning: implicit conversion" in line and "bf" not in line.split(" to ")[-1]
             own = line.startswith(("kernel.metal", "header.metal"))
             if ": error:" in line or (": warning:" in line and own and not harmless):
                 findings.append(line)
@@ -172,5 +187,5 @@ class Build:
         source.write_text(to_cpp(self.kernel, types_only=variant == "types"))
         flags = [*KERNEL_FLAGS, *VARIANTS[variant], "-include-pch", str(_precompiled(variant))]
         if variant != "types":
-            flags += LINK_FLAGS
+            return _command([*flags, str(source), *LINK_FLAGS, _builtins()], output)
         return _command([*flags, str(source)], output)

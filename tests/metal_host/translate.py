@@ -9,7 +9,9 @@ THREADGROUP_VARIABLES = re.compile(
     r"([A-Za-z_]\w*\s*(?:\[[^\]]*\]\s*)*(?:,\s*[A-Za-z_]\w*\s*(?:\[[^\]]*\]\s*)*)*);"
 )
 DECLARATOR = re.compile(r"([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)")
+VECTOR_CONSTRUCTOR = re.compile(r"\b(?:metal::)?vec\s*<([^<>;(){}]+)>\s*\(")
 INSTANTIATION = re.compile(r"template\s*\[\[host_name\([^;]*;", re.DOTALL)
+MOST_BUFFERS = 31
 FORBIDDEN = [
     (r"\bstd::", "std:: does not exist in Metal"),
     (r"\b(?:try|catch|throw|goto|new|delete|virtual|dynamic_cast|thread_local|asm|typeid)\b", "not in Metal"),
@@ -42,6 +44,8 @@ def broken_rules(kernel: Capture) -> list[str]:
     """Rules of Metal that clang would not see broken, as `file:line: what`."""
     header = kernel.source[: kernel.source.index("[[kernel]]")]
     found = []
+    if len(kernel.buffers) > MOST_BUFFERS:
+        found.append(f"{len(kernel.buffers)} buffers; Metal allows {MOST_BUFFERS}")
     for file, text in (("header.metal", header), ("kernel.metal", kernel.body)):
         text = without_comments(text)
         rules = [(m, why) for rule, why in FORBIDDEN for m in re.finditer(rule, text)]
@@ -55,6 +59,11 @@ def broken_rules(kernel: Capture) -> list[str]:
                 f"{file}:{text.count(chr(10), 0, start) + 1}: {why}: {text[start : match.end()].strip()!r}"
             )
     return found
+
+
+def _constructors(source: str) -> str:
+    """`vec<T, 4>(..)` becomes the shim's constructor; float4(..) and the like are macros."""
+    return VECTOR_CONSTRUCTOR.sub(r"msl_make<vec<\1>>(", source)
 
 
 def _threadgroup_variables(source: str) -> str:
@@ -88,9 +97,9 @@ def to_cpp(kernel: Capture, types_only: bool) -> str:
     header, body = without_comments(kernel.header), without_comments(kernel.body)
     parts = [
         '#include "mlx_prelude.h"\n#line 1 "header.metal"\n',
-        header,
+        _constructors(header),
         '#line 1 "kernel.metal"\n',
-        _threadgroup_variables(INSTANTIATION.sub("", body)),
+        _threadgroup_variables(_constructors(INSTANTIATION.sub("", body))),
         '\n#line 1 "entry"\n',
         f"auto msl_instance = &{kernel.instance};\n" if types_only else _entry_point(kernel),
     ]

@@ -98,9 +98,11 @@ void thread_main() {
   for (;;) suspend();
 }
 
+bool same_text(const char* a, const char* b) { return a == b || !strcmp(a, b); }
+
 bool same_site(const Thread& a, const Thread& b) {
   return a.state == b.state && a.site.line == b.site.line && a.site.column == b.site.column &&
-         !strcmp(a.site.name, b.site.name) && !strcmp(a.site.file, b.site.file);
+         same_text(a.site.name, b.site.name) && same_text(a.site.file, b.site.file);
 }
 
 // No lane of the simdgroup can run. Lets them go on if all wait at one simdgroup function or barrier.
