@@ -90,7 +90,7 @@ def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any
 
 
 def stream_generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> Iterator[Any]:
-    """As :func:`generate`, token by token: mlx-lm's response fields and ``seen``, ``entries``, ``nbytes``."""
+    """As :func:`generate`, by token: mlx-lm's response fields, ``seen``, ``entries`` and ``cache_nbytes``."""
     yield from wing_of(model).stream_generate(model, tokenizer, prompt, **options)
 
 

@@ -48,7 +48,8 @@ class Bounded:
         self.counts = np.zeros(self.pool.groups, np.int64)
         self.recents = [self._recent(layer) for layer in range(shape.layers)]
         self.seen = [0] * shape.layers
-        self.masks: list[mx.array] = []
+        # masks made for the pass that begins after so many tokens
+        self.masks: list[tuple[int, mx.array]] = []
         # without a threshold a group never keeps more than its budget; with one, groups fall out of step,
         # and one that is not due when another is must find room for its rectangle
         loose = config.threshold is not None and self.pool.groups > 1
@@ -68,7 +69,8 @@ class Bounded:
                 "broken off half way; make a new cache"
             )
         recent, config = self.recents[0].length, self.config
-        self.masks = []
+        self.masks = [(seen, mask) for seen, mask in self.masks if seen == self.seen[0]]
+        mx.async_eval([log_beta for layer in self.recents for log_beta in layer.fresh()])
         if recent == 0:
             return
         due = self.counts + recent * self.size >= (config.budget + config.buffer) * self.size
@@ -116,6 +118,8 @@ class Bounded:
             keys, values = recent.keys[0, :, :tokens], recent.values[0, :, :tokens]
             pool.fill(by_layer[layer], keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]))
             recent.forget_oldest(tokens)
+        # nothing may hold on to what has been decided upon, whether or not anyone looks at the pool soon
+        mx.async_eval(pool.arrays(), pool.lookup.table, pool.lookup.offsets)
         self._count(tokens, due)
 
     def _count(self, tokens: int, due: np.ndarray) -> None:
@@ -156,6 +160,11 @@ class Bounded:
     def entries(self) -> int:
         """Cached entries over all layers and heads."""
         self.settle()
+        return self.unsettled_entries
+
+    @property
+    def unsettled_entries(self) -> int:
+        """Entries before anything that is due is carried out."""
         return int(self.counts.sum()) + self.recents[0].length * self.shape.heads
 
     def kept_positions(self) -> list[list[Ints]]:

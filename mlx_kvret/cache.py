@@ -30,7 +30,6 @@ class BoundedKVCache(mlx_cache._BaseCache):
 
     def __init__(self, shared: Bounded, layer: int, padded: bool = False) -> None:
         self.shared, self.layer, self.padded = shared, layer, padded
-        self.fetched: tuple[mx.array, mx.array] | None = None
 
     @classmethod
     def from_state(cls, state: list[Any]) -> Loaded:
@@ -47,16 +46,18 @@ class BoundedKVCache(mlx_cache._BaseCache):
     def offset(self) -> int:
         return self.shared.seen[self.layer]
 
+    @property
+    def fetched(self) -> tuple[mx.array, mx.array] | None:
+        """What :meth:`update_and_fetch` returned last, or would have returned if not ``padded``."""
+        return self.shared.recents[self.layer].fetched
+
     def observe(self, x: mx.array) -> None:
         """Take in the layer's attention input (1, T, hidden); the first layer's begins a forward pass."""
         if x.shape[0] != 1:
             _refuse(f"a batch of {x.shape[0]} sequences", "run one sequence at a time")
         if self.layer == 0:
             self.shared.settle()
-        # a slice that is still referred to would turn the next update in place into a copy
-        self.fetched = None
-        if self.shared.gates is not None:
-            self.shared.recents[self.layer].observe(x[0])
+        self.shared.recents[self.layer].observe(x[0])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add the step's keys and values (1, H, T, D).
@@ -67,10 +68,10 @@ class BoundedKVCache(mlx_cache._BaseCache):
         recent = self.shared.recents[self.layer]
         recent.append(keys, values)
         self.shared.seen[self.layer] += keys.shape[2]
-        self.fetched = recent.keys, recent.values
+        fetched = recent.fetch()
         if not self.padded or self._width() == 0:
-            self._owners[id(self.fetched[0])] = self
-            return self.fetched
+            self._owners[id(fetched[0])] = self
+            return fetched
         old_keys, old_values, _ = self.view().kept(0, keys.shape[1], self._width())
         return (
             mx.concatenate([old_keys[None], recent.keys], axis=2),
@@ -87,9 +88,9 @@ class BoundedKVCache(mlx_cache._BaseCache):
         sinks: mx.array | None = None,
     ) -> mx.array:
         """mlx-lm's ``scaled_dot_product_attention`` for this cache; (1, Hq, T, D) to (1, Hq, T, Dv)."""
-        assert self.fetched is not None
-        if not self.padded and keys is self.fetched[0] and values is self.fetched[1]:
-            causal = isinstance(mask, str) or any(mask is made for made in self.shared.masks)
+        fetched = self.fetched
+        if not self.padded and fetched and keys is fetched[0] and values is fetched[1]:
+            causal = isinstance(mask, str) or any(mask is made for _, made in self.shared.masks)
             if mask is None or causal:
                 return attend(queries, self.view(), scale, causal, sinks)
         elif self.padded and isinstance(mask, mx.array) and mask.dtype != mx.bool_:
@@ -135,7 +136,7 @@ class BoundedKVCache(mlx_cache._BaseCache):
         recent = self.shared.recents[self.layer].length
         places = mx.arange(-self._width() if self.padded else 0, recent + N)
         mask = places <= recent + mx.arange(N)[:, None]
-        self.shared.masks.append(mask)
+        self.shared.masks.append((self.offset, mask))
         return mask
 
     # -------------------------------------------------- prompt files, trimming, what cannot work
@@ -207,16 +208,31 @@ class BoundedCache(list[Any]):
     @property
     def entries(self) -> int:
         """Cached entries of the competing layers: one token in one KV head of one layer each."""
+        self.settle()
+        return self.unsettled_entries
+
+    @property
+    def unsettled_entries(self) -> int:
+        """Entries before a compaction that is due; unlike ``entries`` this leaves all tokens trimmable."""
         if self.shared is not None:
-            return self.shared.entries
+            return self.shared.unsettled_entries
         return sum(c.offset * c.keys.shape[1] for c in self.competing if c.keys is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything cached: keys, values, retention, positions, tables, waiting gate inputs."""
+        self.settle()
+        return self.unsettled_nbytes
+
+    @property
+    def unsettled_nbytes(self) -> int:
+        """Bytes before a compaction that is due."""
+        return sum(c.nbytes for c in self)
+
+    def settle(self) -> None:
+        """Carry out a compaction that is due now instead of before the next forward pass."""
         if self.shared is not None:
             self.shared.settle()
-        return sum(c.nbytes for c in self)
 
     def kept_positions(self) -> list[list[Ints]]:
         """For each competing layer, for each KV head, the sorted positions of its entries."""

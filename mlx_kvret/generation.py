@@ -97,7 +97,7 @@ def stream_generate(
     if draft_model is not None:
         held = [*cache, *make_prompt_cache(draft_model)]
     reader: Any = TokenIds() if tokenizer is None else tokenizer
-    stream = mlx_lm.stream_generate(
+    stream: Any = mlx_lm.stream_generate(
         model,
         reader,
         mx.array(ids),
@@ -108,10 +108,13 @@ def stream_generate(
     )
     for response in stream:
         fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
-        # with a draft model tokens may still be taken back, so that nothing may be settled yet
-        settled = draft_model is None or response.finish_reason is not None
-        entries, nbytes = (cache.entries, cache.nbytes) if settled else (0, 0)
-        yield Response(**fields, seen=cache.seen, entries=entries, cache_nbytes=nbytes)
+        if response.finish_reason is not None:
+            stream.close()  # a draft model's last tokens are taken back
+        if draft_model is None or response.finish_reason is not None:
+            cache.settle()
+        yield Response(
+            **fields, seen=cache.seen, entries=cache.unsettled_entries, cache_nbytes=cache.unsettled_nbytes
+        )
 
 
 def encode(tokenizer: Any, text: str, first: bool) -> list[int]:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as mlx_cache
 
 from .cache import BoundedCache, BoundedKVCache
 from .core.config import EvictionConfig
-from .errors import CheckpointError, KVRetError, UnsupportedModelError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    KVRetError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+)
 from .gates import RetentionGates
 from .probe import Layout, probe
 
@@ -37,6 +43,10 @@ REFUSED = {
 }
 
 
+class Modules(list[str]):
+    """Names of the modules whose attention function is dispatched on behalf of one model."""
+
+
 @dataclass
 class Attachment:
     """What is known of an attached model: its layout, its gates, and how new caches are made."""
@@ -44,6 +54,7 @@ class Attachment:
     layout: Layout
     gates: RetentionGates | None
     owner: dict[str, str]
+    modules: Modules
     eviction: EvictionConfig = field(default_factory=EvictionConfig.create)
 
 
@@ -69,31 +80,41 @@ def install(model: nn.Module, gates: RetentionGates | None, owner: dict[str, str
         raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
     for attention in attentions:
         _check(attention, name)
-    _swap_attention(attentions)
+    modules = _swap_attention(attentions)
     try:
         latent = any(hasattr(attention, "kv_lora_rank") for attention in attentions)
         layout = probe(model, _stock_cache(model), name, latent)
         if gates is not None:
             layout.check_gates(gates)
-        made = Attachment(layout, gates, owner)
     except BaseException:
-        _restore_attention(attentions)
+        _restore_attention(attentions, modules)
         raise
+    made = Attachment(layout, gates, owner, modules)
     _swap_model(model, made)
     return made
 
 
 def remove(model: nn.Module) -> None:
     """Undo :func:`install`; a model without hooks stays as it is."""
-    if attachment(model) is None:
+    made = attachment(model)
+    if made is None:
         return
-    _restore_attention(list(attention_modules(model)))
+    _restore_attention(list(attention_modules(model)), made.modules)
     model.__class__ = type(model).__mro__[1]
     del model.__dict__["_kvret"]
 
 
 def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> BoundedCache:
-    """An empty cache for an attached model."""
+    """An empty cache for an attached model.
+
+    Raises:
+        ConfigError: the policy needs gates and there are none.
+    """
+    if config.policy == "learned" and made.gates is None:
+        raise ConfigError(
+            "this model has no retention gates; load it with gates, or choose a policy that needs none "
+            "(recent, knorm, keydiff, random, full)"
+        )
     return made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
 
 
@@ -162,38 +183,50 @@ def _check(attention: nn.Module, name: str) -> None:
 @functools.cache
 def _hooked(cls: type) -> type:
     """A subclass of an attention class that shows its input to the cache first."""
-    signature = inspect.signature(inspect.unwrap(cls.__call__))
-    place = list(signature.parameters).index("cache") - 1
     stock = cls.__call__
+    _, *names = inspect.signature(inspect.unwrap(stock)).parameters
 
     @functools.wraps(stock)
-    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs["cache"] if "cache" in kwargs else args[place - 1] if len(args) >= place else None
-        observe = getattr(cache, "observe", None)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        observe = getattr(given.get("cache"), "observe", None)
         if observe is not None:
-            observe(x)
-        return stock(self, x, *args, **kwargs)
+            observe(given[names[0]])
+        return stock(self, *args, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "_kvret_hook": True})
 
 
-def _swap_attention(attentions: list[nn.Module]) -> None:
+def _swap_attention(attentions: list[nn.Module]) -> Modules:
+    modules = Modules(sorted({inspect.unwrap(type(a).__call__).__module__ for a in attentions}))
+    _dispatch(modules)
     for attention in attentions:
-        defined_in = sys.modules[inspect.unwrap(type(attention).__call__).__module__]
-        _dispatch(defined_in)
         attention.__class__ = _hooked(type(attention))
+    return modules
 
 
-def _restore_attention(attentions: list[nn.Module]) -> None:
+def _restore_attention(attentions: list[nn.Module], modules: Modules) -> None:
     for attention in attentions:
         attention.__class__ = _stock_class(attention)
+    for module in map(sys.modules.__getitem__, modules):
+        dispatcher = getattr(module, ATTENTION)
+        users = getattr(dispatcher, "_kvret_users", {})
+        users.pop(id(modules), None)
+        if hasattr(dispatcher, "_kvret_stock") and not users:
+            setattr(module, ATTENTION, dispatcher._kvret_stock)
 
 
-def _dispatch(module: Any) -> None:
+def _dispatch(modules: Modules) -> None:
+    """Have the attention functions of these modules dispatched for as long as ``modules`` lives."""
+    for module in map(sys.modules.__getitem__, modules):
+        if not hasattr(getattr(module, ATTENTION), "_kvret_users"):
+            _install_dispatcher(module)
+        getattr(module, ATTENTION)._kvret_users[id(modules)] = modules
+
+
+def _install_dispatcher(module: Any) -> None:
     """Let a model module's attention function hand bounded caches their calls; inert for all others."""
     stock = getattr(module, ATTENTION)
-    if hasattr(stock, "_kvret_stock"):
-        return
 
     @functools.wraps(stock)
     def attention(queries: Any, keys: Any, values: Any, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +237,7 @@ def _dispatch(module: Any) -> None:
             return stock(queries, keys, values, cache, *args, **kwargs)
         return owner.attend(queries, keys, values, *args, **kwargs)
 
-    attention._kvret_stock = stock  # type: ignore[attr-defined]
+    vars(attention).update(_kvret_stock=stock, _kvret_users=weakref.WeakValueDictionary())
     setattr(module, ATTENTION, attention)
 
 
@@ -213,15 +246,25 @@ def _dispatch(module: Any) -> None:
 
 def _swap_model(model: nn.Module, made: Attachment) -> None:
     cls = type(model)
+    # a model may be a copy: what is attached is asked of it each time, and its hooks are its own
 
     def make_cache(self: nn.Module) -> BoundedCache:
-        return new_cache(self, made, made.eviction)
+        # mlx-lm drops this option without a word where a model makes its own caches
+        if sys._getframe(1).f_locals.get("max_kv_size") is not None:
+            raise UnsupportedFeatureError(
+                "max_kv_size has no effect on a bounded model; drop it and give a cache from "
+                "mlx_kvret.make_cache(model, budget=...)"
+            )
+        mine: Attachment = self.__dict__["_kvret"]
+        return new_cache(self, mine, mine.eviction)
 
     @functools.wraps(cls.__call__)
     def call(self: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("cache", args[0] if args else None)
         if isinstance(cache, list):
-            made.layout.join(cache, made.gates, made.owner)
+            mine: Attachment = self.__dict__["_kvret"]
+            _dispatch(mine.modules)
+            mine.layout.join(cache, mine.gates, mine.owner)
         return cls.__call__(self, inputs, *args, **kwargs)
 
     hooked = type(

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from . import kernels
 from .core.types import Ints
+from .kernels import compaction_plan, score_select
 
 
 @dataclass
@@ -55,9 +57,9 @@ class Pool:
         for name in ("keys", "values", "retention", "position", "owner"):
             old = getattr(self, name).reshape(self.groups, self.capacity * self.size + 1, -1)
             fill = self.heads if name == "owner" else 0
-            new = mx.full((self.groups, added, old.shape[-1]), fill, old.dtype)
             # new slots go before the old ones, so that the spill slot stays the last
-            wide = mx.concatenate([new, old], axis=1)
+            wide = mx.full((self.groups, added + old.shape[1], old.shape[-1]), fill, old.dtype)
+            wide[:, added:] = old
             setattr(self, name, wide.reshape((-1, old.shape[-1]) if name in ("keys", "values") else (-1,)))
             mx.eval(getattr(self, name))
         self.capacity = capacity
@@ -73,6 +75,12 @@ class Pool:
         ``keep`` (groups, C) marks entries that stay, ``survives`` (groups, N) newcomers; returns (groups, N)
         flat slot ids, int32.
         """
+        if kernels.enabled():
+            return compaction_plan.destinations(keep, survives)
+        return self.destinations_reference(keep, survives)
+
+    def destinations_reference(self, keep: mx.array, survives: mx.array) -> mx.array:
+        """:meth:`destinations` in plain MLX."""
         slots = self.capacity * self.size
         local = mx.arange(slots, dtype=mx.int32)
         holes = mx.sort(mx.where(keep, slots, local), axis=1)
@@ -108,7 +116,10 @@ class Pool:
         self.values[slots] = values
 
     def _index(self) -> None:
-        counts = mx.zeros((self.heads + 1,), mx.int32).at[self.owner].add(1)
+        if kernels.enabled() and self.capacity and self.heads <= score_select.MAX_HEADS:
+            counts = score_select.head_counts(self.owner, self.heads)
+        else:
+            counts = mx.zeros((self.heads + 1,), mx.int32).at[self.owner].add(1)
         offsets = mx.concatenate([mx.zeros((1,), mx.int32), mx.cumsum(counts[:-1])])
         used = self.groups * self.capacity * self.size
         self.lookup = Lookup(mx.argsort(self.owner)[:used].astype(mx.int32), offsets.astype(mx.int32))

@@ -135,9 +135,14 @@ class _Probe(mlx_cache.KVCache):
         super().__init__()
         self.hidden: int | None = None
         self.attended: str = "never"
+        self.window: int | None = None
 
     def observe(self, x: mx.array) -> None:
         self.hidden = x.shape[-1]
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        self.window = kwargs.get("window_size") or self.window
+        return super().make_mask(*args, **kwargs)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self.fetched = super().update_and_fetch(keys, values)
@@ -151,6 +156,8 @@ class _Probe(mlx_cache.KVCache):
 
 def probe(model: nn.Module, stock: list[Any], name: str, latent: bool) -> Layout:
     """Build, without computing it, a forward pass of a hooked model on caches that take notes.
+
+    ``latent`` models may compute on what they cached, as their attention tells.
 
     Raises:
         UnsupportedModelError: attention reads the cache in a way that cannot be bounded.
@@ -168,9 +175,14 @@ def probe(model: nn.Module, stock: list[Any], name: str, latent: bool) -> Layout
                 _Probe() if i == inner else c for i, c in enumerate(stock[index].caches)
             )
     model(mx.zeros((1, 2), mx.int32), cache=stock)
+    if windows := {p.window for place in places if (p := _at(stock, place)).window}:
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: they mask a window of {max(windows)} tokens over a cache of "
+            "all tokens, and evicted entries cannot be masked by place; use one with sliding-window caches"
+        )
     used = [(place, _at(stock, place)) for place in places if _at(stock, place).offset]
-    strange = [p for _, p in used if p.hidden is None or p.attended not in ("as fetched", "transformed")]
-    if strange or not used or (not latent and any(p.attended == "transformed" for _, p in used)):
+    ways = {p.attended if p.hidden else "unobserved" for _, p in used}
+    if ways not in ({"as fetched"}, {"transformed"} if latent else ()):
         raise UnsupportedModelError(
             f"{name} models cannot be bounded: their attention changes cached keys or values, or bypasses "
             "mlx-lm's attention function; use another model"
@@ -181,7 +193,7 @@ def probe(model: nn.Module, stock: list[Any], name: str, latent: bool) -> Layout
             f"{name} models cannot be bounded: their layers cache entries of different shapes "
             f"({', '.join(map(str, sorted(shapes, key=str)))})"
         )
-    return Layout(shapes.pop(), tuple(place for place, _ in used), len(stock), latent)
+    return Layout(shapes.pop(), tuple(place for place, _ in used), len(stock), ways == {"transformed"})
 
 
 def _shape(probe: _Probe, layers: int) -> CacheShape:

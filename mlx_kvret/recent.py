@@ -19,10 +19,12 @@ class Recent:
     def __init__(self, buffer: int, defer: int, gate: Callable[[mx.array], mx.array] | None) -> None:
         self._buffer, self._defer, self._gate = buffer, defer, gate
         self.length = 0
+        self.fetched: tuple[mx.array, mx.array] | None = None
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
         self._inputs: list[mx.array] = []
         self._log_beta: list[mx.array] = []
+        self._fresh: list[mx.array] = []
 
     @property
     def keys(self) -> mx.array:
@@ -36,12 +38,15 @@ class Recent:
 
     def observe(self, x: mx.array) -> None:
         """Take in the attention inputs (T, hidden) of tokens whose keys come next."""
+        if self._gate is None:
+            return
         self._inputs.append(x)
         if sum(len(x) for x in self._inputs) >= self._defer:
             self._run_gate()
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Take in keys (1, H, T, Dk) and values (1, H, T, Dv)."""
+        self.release()
         end = self.length + keys.shape[2]
         if self._keys is None or self._values is None or end > self._keys.shape[2]:
             # a chunk gets what it needs; single tokens get room in steps, at most the buffer
@@ -52,6 +57,20 @@ class Recent:
         self._values[:, :, self.length : end] = values
         self.length = end
 
+    def fetch(self) -> tuple[mx.array, mx.array]:
+        """Keys and values (1, H, length, D), remembered as ``fetched`` until they change."""
+        self.fetched = self.keys, self.values
+        return self.fetched
+
+    def release(self) -> None:
+        """Forget what was fetched: a slice still referred to turns an update in place into a copy."""
+        self.fetched = None
+
+    def fresh(self) -> list[mx.array]:
+        """log β that the gate has been asked for since the last call; until computed they hold its inputs."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
     def log_beta(self) -> mx.array:
         """log β (H, length); runs the gate over what still waits."""
         self._run_gate()
@@ -61,19 +80,23 @@ class Recent:
 
     def trim(self, count: int) -> None:
         """Forget the newest ``count`` tokens."""
+        self.release()
         self.length -= count
         self._inputs, count = _shortened(self._inputs, count, axis=0)
         self._log_beta, _ = _shortened(self._log_beta, count, axis=1)
 
     def forget_oldest(self, count: int) -> None:
         """Drop the oldest ``count`` tokens, whose entries have been decided upon."""
+        self.release()
         if count == self.length:
             wide = self._keys is not None and self._keys.shape[2] > max(1, self._buffer)
             if wide:
                 self._keys = self._values = None
             self._log_beta = []
         else:
-            self._keys, self._values = self.keys[:, :, count:], self.values[:, :, count:]
+            # copies: views would hold on to the memory of a whole chunk
+            self._keys = mx.contiguous(self.keys[:, :, count:])
+            self._values = mx.contiguous(self.values[:, :, count:])
             self._log_beta = [part[:, count:] for part in ([self.log_beta()] if self._gate else [])]
         self.length -= count
 
@@ -86,6 +109,7 @@ class Recent:
         if self._inputs and self._gate:
             x = self._inputs[0] if len(self._inputs) == 1 else mx.concatenate(self._inputs)
             self._log_beta.append(self._gate(x).T)
+            self._fresh.append(self._log_beta[-1])
         self._inputs = []
 
     def arrays(self) -> list[mx.array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,26 @@ def load(model: str | Path, gates: str | Path | None = None, **options: Any) -> 
         model, gates = demo.MODEL, demo.GATES if gates is None else gates
     folder = resolve(model)
     checkpoint = None if gates is None else read_gates(gates)
+    network, config = _load_model(folder, **options)
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
+    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
+    _attach(network, checkpoint, config)
+    return network, tokenizer
+
+
+def _load_model(folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's ``load_model`` with errors that say what to do."""
     try:
         network, config = load_model(folder, **options)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds no model: {error}; expected config.json and safetensors"
         ) from error
-    except ValueError as error:
+    except (JSONDecodeError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error!r}); copy or download the model again") from error
+    except (ValueError, TypeError) as error:
         raise UnsupportedModelError(f"mlx-lm cannot load {folder}: {error}") from error
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
-    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
-    _attach(network, checkpoint, config)
-    return network, tokenizer
+    return network, config
 
 
 def read_gates(gates: str | Path | GateCheckpoint) -> GateCheckpoint | RetentionGates:
@@ -84,11 +93,6 @@ def make_cache(
     attached = hooks.attachment(model) or hooks.attachment(attach(model))
     assert attached is not None
     config = eviction(attached.layout.shape, DEFAULT_BUDGET if budget is None else budget, buffer, **options)
-    if config.policy == "learned" and attached.gates is None:
-        raise ConfigError(
-            "this model has no retention gates; load it with gates, or choose a policy that needs none "
-            "(recent, knorm, keydiff, random, full)"
-        )
     return hooks.new_cache(model, attached, config)
 
 
@@ -110,7 +114,7 @@ def full_nbytes(model: nn.Module, tokens: int) -> int:
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; weights are mapped, not read."""
-    model, config = load_model(folder, lazy=True)
+    model, config = _load_model(folder, lazy=True)
     _attach(model, None, config)
     attached = hooks.attachment(model)
     assert attached is not None
@@ -126,10 +130,15 @@ def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
     return {"sampler": make_sampler(temp, top_p)}
 
 
-def save_cache(path: str | Path, cache: BoundedCache, notes: dict[str, str] | None = None) -> None:
-    """Write a cache to a file, whole or not at all, with strings to be kept beside it."""
+def save_cache(path: str | Path, cache: BoundedCache, notes: dict[str, str] | None = None) -> Path:
+    """Write a cache to a file, whole or not at all, with strings to be kept beside it.
+
+    Returns the file's path, which ends in ``.safetensors`` whatever was given: MLX goes by that.
+    """
+    path = _prompt_file(path)
     with whole_file(path) as scratch:
         save_prompt_cache(str(scratch), cache, notes)
+    return path
 
 
 def load_cache(path: str | Path, model: nn.Module) -> tuple[BoundedCache, dict[str, str]]:
@@ -140,18 +149,23 @@ def load_cache(path: str | Path, model: nn.Module) -> tuple[BoundedCache, dict[s
     """
     attached = hooks.attachment(model)
     assert attached is not None
-    return hooks.loaded_cache(path, attached)
+    return hooks.loaded_cache(_prompt_file(path), attached)
+
+
+def _prompt_file(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
 
 
 def _attach(
     model: nn.Module, gates: GateCheckpoint | RetentionGates | None, config: dict[str, Any]
 ) -> nn.Module:
-    hooks.remove(model)
     owner = {"model": fingerprint(config)}
     if gates is not None:
         check_base(gates.config, config)
         gates = from_checkpoint(gates) if isinstance(gates, GateCheckpoint) else gates
         weights: Any = tree_flatten(gates.parameters())
         owner["gates"] = tensors_id({name: to_tensor(array) for name, array in weights})
+    hooks.remove(model)
     hooks.install(model, gates, owner)
     return model

@@ -138,7 +138,7 @@ class Conversation:
         from ..api import wing_of
 
         notes = {"messages": json.dumps(self.messages), "context": self.context}
-        wing_of(self.model).save_cache(path, self.cache, notes)
+        path = wing_of(self.model).save_cache(path, self.cache, notes)
         click.echo(f"[saved {self.cache.seen} tokens of conversation to {path}]")
 
     def load(self, path: Path) -> None:
