@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from . import kernels
 from .core.types import Ints
+from .kernels.attention import attend as attend_with_kernels
 from .pool import Pool
 
 # heads are padded to a common length while that costs less than half again of the work
@@ -53,12 +55,33 @@ class LayerView:
 
 
 def attend(
-    queries: mx.array, view: LayerView, scale: float, causal: bool = True, sinks: mx.array | None = None
+    queries: mx.array,
+    view: LayerView,
+    scale: float,
+    causal: bool = True,
+    sinks: mx.array | None = None,
+    softcap: float = 0.0,
 ) -> mx.array:
     """Softmax attention (1, Hq, T, Dv) of ``queries`` (1, Hq, T, Dk); the rectangle ends with their tokens.
 
-    ``sinks`` (Hq,) are logits of a null entry, as in ``mx.fast.scaled_dot_product_attention``.
+    ``sinks`` (Hq,) are logits of a null entry, as in ``mx.fast.scaled_dot_product_attention``. Logits x are
+    capped to softcap·tanh(x / softcap) if ``softcap`` is not 0.
     """
+    types = {queries.dtype, view.keys.dtype, view.values.dtype}
+    if kernels.enabled() and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
+        return attend_with_kernels(queries, view, scale, causal, sinks, softcap)
+    return attend_reference(queries, view, scale, causal, sinks, softcap)
+
+
+def attend_reference(
+    queries: mx.array,
+    view: LayerView,
+    scale: float,
+    causal: bool = True,
+    sinks: mx.array | None = None,
+    softcap: float = 0.0,
+) -> mx.array:
+    """:func:`attend` in plain MLX."""
     lengths, heads = view.host_lengths(), view.kv_heads
     _, query_heads, tokens, _ = queries.shape
     # the query heads of a KV head stand below each other: one product reads K and V once for all of them
@@ -71,7 +94,13 @@ def attend(
     parts = [slice(0, heads)] if even else [slice(head, head + 1) for head in range(heads)]
     out = [
         _attend(
-            grouped[part], view, part, int(lengths[part].max()), bias, None if sinks is None else sinks[part]
+            grouped[part],
+            view,
+            part,
+            int(lengths[part].max()),
+            bias,
+            None if sinks is None else sinks[part],
+            softcap,
         )
         for part in parts
     ]
@@ -80,21 +109,31 @@ def attend(
 
 
 def _attend(
-    queries: mx.array, view: LayerView, part: slice, width: int, bias: mx.array | None, sinks: mx.array | None
+    queries: mx.array,
+    view: LayerView,
+    part: slice,
+    width: int,
+    bias: mx.array | None,
+    sinks: mx.array | None,
+    softcap: float,
 ) -> mx.array:
     """The heads of ``part``: scaled queries (heads, G·T, Dk) to (heads, G·T, Dv)."""
-    scores = queries @ view.keys[0, part].swapaxes(1, 2)
+    scores = _capped(queries @ view.keys[0, part].swapaxes(1, 2), softcap)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
     if width:
         keys, values, real = view.kept(part.start, part.stop - part.start, width)
-        old = mx.where(real[:, None], queries @ keys.swapaxes(1, 2), -mx.inf)
+        old = mx.where(real[:, None], _capped(queries @ keys.swapaxes(1, 2), softcap), -mx.inf)
         scores = mx.concatenate([old, scores], axis=-1)
     if sinks is not None:
         scores = mx.concatenate([scores, sinks.astype(scores.dtype)], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
     recent = weights[..., width : width + view.keys.shape[2]] @ view.values[0, part]
     return recent + weights[..., :width] @ values if width else recent
+
+
+def _capped(logits: mx.array, softcap: float) -> mx.array:
+    return softcap * mx.tanh(logits / softcap) if softcap else logits
 
 
 def _causal_bias(tokens: int, length: int, group: int) -> mx.array:

@@ -33,5 +33,9 @@ class CacheError(KVRetError, RuntimeError):
     """A cache was used in a way that would break its invariants."""
 
 
+class KernelError(KVRetError, RuntimeError):
+    """A kernel cannot be built or run on this machine."""
+
+
 class MissingDependencyError(KVRetError, ImportError):
     """A package that this call needs is not installed."""

@@ -10,12 +10,23 @@ import math
 import mlx.core as mx
 import numpy as np
 
+from . import kernels
 from .core.config import EvictionConfig
 from .core.policies import random_score
+from .kernels import score_select
 
 
 def retention_score(log_beta: mx.array, position: mx.array, seen: int, lookahead: int = 1) -> mx.array:
     """As :func:`mlx_kvret.core.retention.retention_score`; any shape, float32."""
+    if kernels.enabled():
+        return score_select.retention_score(log_beta, position, seen, lookahead)
+    return retention_score_reference(log_beta, position, seen, lookahead)
+
+
+def retention_score_reference(
+    log_beta: mx.array, position: mx.array, seen: int, lookahead: int = 1
+) -> mx.array:
+    """:func:`retention_score` in plain MLX."""
     score = (seen + 1 - position).astype(mx.float32) * log_beta
     return score + _log_geometric_sum(log_beta, lookahead) if lookahead > 1 else score
 
@@ -68,16 +79,32 @@ def select(
     The rule is that of :func:`mlx_kvret.core.eviction.select` for groups that are due: protected entries
     first, then by score, ties to the newer token and then to the lower head; of these the first M·``size``.
     """
-    alive = head < heads
     must = (position < config.sinks) | (position >= seen - config.window)
     if config.min_per_head:
-        order = _order(score, must, alive, position, head, seen, heads)
+        order = _order(score, must, head < heads, position, head, seen, heads)
         must = must | (_rank_in_head(order, head, heads) < config.min_per_head)
+    chosen = score_select.select if kernels.enabled() else select_reference
+    lowest = -math.inf if config.threshold is None else math.log(config.threshold)
+    return chosen(score, must, position, head, config.budget * size, seen, heads, lowest)
+
+
+def select_reference(
+    score: mx.array,
+    must: mx.array,
+    position: mx.array,
+    head: mx.array,
+    wanted: int,
+    seen: int,
+    heads: int,
+    lowest: float,
+) -> mx.array:
+    """The first ``wanted`` of each row that ``must`` stay or score at least ``lowest``, by sorting all."""
+    alive = head < heads
     order = _order(score, must, alive, position, head, seen, heads)
     keep = mx.zeros(score.shape, mx.bool_)
-    keep = mx.put_along_axis(keep, order[:, : config.budget * size], mx.array(True), axis=1) & alive
-    if config.threshold is not None:
-        keep = keep & (must | (score >= math.log(config.threshold)))
+    keep = mx.put_along_axis(keep, order[:, :wanted], mx.array(True), axis=1) & alive
+    if lowest > -math.inf:
+        keep = keep & (must | (score >= lowest))
     return keep
 
 

@@ -1,0 +1,35 @@
+"""Which kernel serves which attention call; the twin is :func:`mlx_kvret.attention.attend_reference`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .decode_attention import MAX_TOKENS, decode_attention, fits
+from .prefill_attention import prefill_attention
+
+if TYPE_CHECKING:
+    from ..attention import LayerView
+
+
+def attend(
+    queries: mx.array,
+    view: LayerView,
+    scale: float,
+    causal: bool = True,
+    sinks: mx.array | None = None,
+    softcap: float = 0.0,
+) -> mx.array:
+    """As :func:`mlx_kvret.attention.attend`."""
+    _, query_heads, tokens, key_dim = queries.shape
+    if view.pool.capacity == 0 and not softcap:
+        # nothing was ever kept: the rectangle is all there is, and MLX has kernels for that
+        mask = "causal" if causal and tokens > 1 else None
+        return mx.fast.scaled_dot_product_attention(
+            queries, view.keys, view.values, scale=scale, mask=mask, sinks=sinks
+        )
+    rows = query_heads // view.kv_heads * tokens
+    few = tokens <= MAX_TOKENS and fits(rows, key_dim, view.values.shape[3])
+    chosen = decode_attention if few else prefill_attention
+    return chosen(queries, view, scale, causal, sinks, softcap)

@@ -1,0 +1,123 @@
+// Attention of a chunk of queries over a head's kept entries and its rectangle (FlashAttention, arXiv 2205.14135).
+// A threadgroup has S * 8 query rows of one KV head, its G query heads side by side; tiles of N entries pass through
+// threadgroup memory, once for all rows. Products are of 8x8 blocks; a lane holds two neighbours of one row of each.
+constexpr int E = D / 8, F = V / 8, C = N / 8, PAD = 16 / sizeof(T);
+const uint lane = thread_index_in_simdgroup;
+const int self = int(thread_index_in_threadgroup);
+const int head = int(threadgroup_position_in_grid.y), heads = recent_keys_shape[1], recent = recent_keys_shape[2];
+const int tokens = queries_shape[2], group = queries_shape[1] / heads, all_rows = group * tokens;
+const int begin = offsets[layer[0] + head], kept = offsets[layer[0] + head + 1] - begin;
+const device T* head_keys = recent_keys + head * recent_keys_strides[1];
+const device T* head_values = recent_values + head * recent_values_strides[1];
+const float scale = scaling[0], softcap = scaling[1];
+
+// where a lane stands in a block
+const int y = int((lane / 4 & 4) + lane / 2 % 4), x = int((lane / 4 & 2) * 2 + lane % 2 * 2);
+const int first_row = int(threadgroup_position_in_grid.x) * S * 8;
+const int row = first_row + int(simdgroup_index_in_threadgroup) * 8 + y;
+const bool real = row < all_rows;
+const int token = real ? row / group : 0;
+const int query_head = head * group + (real ? row % group : 0);
+const size_t place = size_t(query_head) * tokens + token;
+const int unseen = CAUSAL ? recent - tokens + 1 : recent;  // of the rectangle, for the first token, past it
+const int visible = kept + unseen + (CAUSAL ? token : 0);
+const int last_token = (min(first_row + S * 8, all_rows) - 1) / group;
+const int entries = kept + unseen + (CAUSAL ? last_token : 0);
+
+threadgroup T tg_keys[N * (D + PAD)];
+threadgroup T tg_values[N * (V + PAD)];
+simdgroup_matrix<float, 8, 8> query[E];
+simdgroup_matrix<float, 8, 8> out[F];
+simdgroup_matrix<float, 8, 8> weight[C];
+simdgroup_matrix<float, 8, 8> block;
+float top = LOWEST, sum = 0.0f;
+for (int i = 0; i < E; i++) {
+  for (int k = 0; k < 2; k++) {
+    query[i].thread_elements()[k] = real ? float(queries[place * D + i * 8 + x + k]) * scale : 0.0f;
+  }
+}
+for (int f = 0; f < F; f++) {
+  for (int k = 0; k < 2; k++) out[f].thread_elements()[k] = 0.0f;
+}
+
+for (int tile = 0; tile < entries; tile += N) {
+  for (int i = self; i < N * D; i += S * 32) {
+    const int entry = tile + i / D;
+    T element = T(0);
+    if (entry < min(kept, entries)) {
+      element = keys[size_t(table[begin + entry]) * D + i % D];
+    } else if (entry < entries) {
+      element = head_keys[(entry - kept) * recent_keys_strides[2] + i % D * recent_keys_strides[3]];
+    }
+    tg_keys[i / D * (D + PAD) + i % D] = element;
+  }
+  for (int i = self; i < N * V; i += S * 32) {
+    const int entry = tile + i / V;
+    T element = T(0);
+    if (entry < min(kept, entries)) {
+      element = values[size_t(table[begin + entry]) * V + i % V];
+    } else if (entry < entries) {
+      element = head_values[(entry - kept) * recent_values_strides[2] + i % V * recent_values_strides[3]];
+    }
+    tg_values[i / V * (V + PAD) + i % V] = element;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  float new_top = top;
+  for (int c = 0; c < C; c++) {
+    for (int k = 0; k < 2; k++) weight[c].thread_elements()[k] = 0.0f;
+    for (int i = 0; i < E; i++) {
+      for (int k = 0; k < 2; k++) {
+        block.thread_elements()[k] = float(tg_keys[(c * 8 + x + k) * (D + PAD) + i * 8 + y]);
+      }
+      simdgroup_multiply_accumulate(weight[c], query[i], block, weight[c]);
+    }
+    for (int k = 0; k < 2; k++) {
+      float logit = weight[c].thread_elements()[k];
+      if (softcap > 0.0f) logit = softcap * precise::tanh(logit / softcap);
+      weight[c].thread_elements()[k] = logit;
+      if (tile + c * 8 + x + k < visible) new_top = max(new_top, logit);
+    }
+  }
+  // four lanes share a row
+  new_top = max(new_top, simd_shuffle_xor(new_top, 1));
+  new_top = max(new_top, simd_shuffle_xor(new_top, 8));
+  const float old = fast::exp(top - new_top);
+  top = new_top;
+  sum *= old;
+  for (int c = 0; c < C; c++) {
+    for (int k = 0; k < 2; k++) {
+      const bool seen = tile + c * 8 + x + k < visible;
+      const float p = seen ? fast::exp(weight[c].thread_elements()[k] - top) : 0.0f;
+      weight[c].thread_elements()[k] = p;
+      sum += p;
+    }
+  }
+  for (int f = 0; f < F; f++) {
+    for (int k = 0; k < 2; k++) out[f].thread_elements()[k] *= old;
+    for (int c = 0; c < C; c++) {
+      for (int k = 0; k < 2; k++) {
+        block.thread_elements()[k] = float(tg_values[(c * 8 + y) * (V + PAD) + f * 8 + x + k]);
+      }
+      simdgroup_multiply_accumulate(out[f], weight[c], block, out[f]);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+sum += simd_shuffle_xor(sum, 1);
+sum += simd_shuffle_xor(sum, 8);
+float share = 1.0f;
+if (SINKS) {
+  const float sink = float(sinks[query_head]);
+  const float new_top = max(top, sink);
+  share = fast::exp(top - new_top);
+  sum = sum * share + fast::exp(sink - new_top);
+}
+if (real) {
+  for (int f = 0; f < F; f++) {
+    for (int k = 0; k < 2; k++) {
+      attended[place * V + f * 8 + x + k] = T(out[f].thread_elements()[k] * share / sum);
+    }
+  }
+}
