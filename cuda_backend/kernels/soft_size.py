@@ -1,14 +1,12 @@
 """The soft size of a cache, ``S_t = Σ_{i <= t} β_i^(t - i)``, in memory linear in the number of tokens.
 
 Every β belongs to an entry, not to a step, so there is no recurrence: the work is T², the memory need not
-be. :func:`soft_size` runs a Triton kernel on CUDA or under ``TRITON_INTERPRET=1``, elsewhere torch in blocks.
+be. :func:`soft_size` runs a Triton kernel on CUDA and torch in blocks elsewhere.
 :func:`naive_soft_size` is the specification of both.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -17,43 +15,39 @@ import torch
 BLOCK_ELEMENTS = 1 << 22
 
 
-def soft_size(log_beta: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+def soft_size(log_beta: torch.Tensor, starts: torch.Tensor, kernel: bool | None = None) -> torch.Tensor:
     """The soft size after every token, with a gradient for log β.
 
     Args:
         log_beta: (B, N, T) float32, at most 0; N heads of one layer or of all.
         starts: (B, T) the place in the row at which each token's document begins, non-decreasing.
+        kernel: whether to run the Triton kernel; by default on CUDA. On a CPU it needs triton's interpreter.
 
     Returns:
         (B, N, T) float32, between 1 and the number of the document's tokens so far.
     """
-    return _SoftSize.apply(log_beta.float(), starts)
-
-
-def uses_triton(tensor: torch.Tensor) -> bool:
-    """Whether the kernel runs for this tensor: triton is there, and a GPU or its interpreter."""
-    possible = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return possible and importlib.util.find_spec("triton") is not None
+    return _SoftSize.apply(log_beta.float(), starts, log_beta.is_cuda if kernel is None else kernel)
 
 
 class _SoftSize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_beta: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, log_beta: torch.Tensor, starts: torch.Tensor, kernel: bool) -> torch.Tensor:
         ctx.save_for_backward(log_beta, starts)
-        if uses_triton(log_beta):
+        ctx.kernel = kernel
+        if kernel:
             from .soft_size_triton import forward_triton
 
             return forward_triton(log_beta, starts)
         return forward_torch(log_beta, starts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         log_beta, starts = ctx.saved_tensors
-        if uses_triton(log_beta):
+        if ctx.kernel:
             from .soft_size_triton import backward_triton
 
-            return backward_triton(log_beta, starts, gradient), None
-        return backward_torch(log_beta, starts, gradient), None
+            return backward_triton(log_beta, starts, gradient), None, None
+        return backward_torch(log_beta, starts, gradient), None, None
 
 
 def forward_torch(log_beta: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

@@ -38,16 +38,19 @@ def load(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrainedMode
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.to(device), tokenizer
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"{folder} does not fit on {device}; use a smaller model or --device cpu"
-        ) from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"transformers cannot open {folder}: {_first_line(error)}") from error
     except Exception as error:  # whatever its loaders meet in a damaged folder
+        if out_of_memory(error):
+            raise TrainingError(f"{folder} does not fit on {device}; use a smaller model") from error
         raise ConfigError(
             f"cannot open the model in {folder}: {_first_line(error)}; copy or download it again"
         ) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine refused an allocation; the CPU's error has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def choose_device(name: str) -> torch.device:

@@ -51,8 +51,10 @@ class RunOptions:
     recompute: bool = True
 
 
-def train(model: str | Path, records: Records, config: TrainConfig, options: RunOptions) -> Path:
+def train(model: str | Path, records: Records, config: TrainConfig, options: RunOptions) -> Path | None:
     """Train gates for a base model; returns the folder of the finished gate checkpoint.
+
+    Of several processes the first one writes; the others return None.
 
     The run's folder holds ``training.pt`` (the last checkpoint), ``log.csv``, ``profile.json`` and, once the
     run is over, ``gates``. A run that was killed goes on with ``resume`` from its last checkpoint, to weights
@@ -67,7 +69,7 @@ def train(model: str | Path, records: Records, config: TrainConfig, options: Run
     processes = join(options.device)
     run = Run(str(model), source, description, records, config, options, processes)
     run.go()
-    return options.folder / GATES
+    return options.folder / GATES if run.main else None
 
 
 class Run:
@@ -85,7 +87,8 @@ class Run:
     ):
         self.config, self.options, self.processes = config, options, processes
         self.records, self.main = records, processes.index == 0
-        self._check_folder()
+        if self.main:
+            self._check_folder()
         loaded, self.tokenizer = base.load(source, config.dtype, processes.device)
         self.student = Student(loaded)
         if options.recompute:
@@ -96,7 +99,9 @@ class Run:
         self.gates = RetentionGates(self.gate_config).to(processes.device)
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), weight_decay=config.weight_decay)
         epochs = None if config.steps else config.epochs
-        self.packer = Packer(records, self._read, config.length, config.batch, config.seed, epochs)
+        self.packer = Packer(
+            records, self._read, config.length, config.batch, config.seed, epochs, not self.student.packs
+        )
         self.step = self.tokens = 0
         self.losses: Losses | None = None
         # what a resumed run must share with the one that wrote the checkpoint
@@ -148,7 +153,7 @@ class Run:
                     break
                 after = self._progress(1)
                 self._step(batch, (before + after) / 2, report, position)
-                if self.main and (self.step % self.options.save_every == 0 or after >= 1):
+                if self.main and self.step % self.options.save_every == 0:
                     self._save()
 
     def _progress(self, ahead: int = 0) -> float:
@@ -162,7 +167,9 @@ class Run:
             losses = gradient(
                 self.student, self.gates, batch, config, self.processes, self.options.micro_batch
             )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not base.out_of_memory(error):
+                raise
             free = base.free_bytes(self.processes.device) or 0
             raise TrainingError(
                 f"step {self.step + 1} does not fit on {self.processes.device}; {self.memory.advice(free)}"
@@ -210,6 +217,7 @@ class Run:
     def _finish(self) -> None:
         """Profile the gates on the first batch of the data, then write them."""
         folder = self.options.folder
+        self._save()
         self.packer.position = Position()
         if batch := self.packer.batch():
             rows = list(range(min(self.options.micro_batch, len(batch.ids))))

@@ -57,14 +57,17 @@ def competing_layers(model: PreTrainedModel) -> list[int]:
 def _takes_cache(module: nn.Module) -> bool:
     if not isinstance(getattr(module, "layer_idx", None), int):
         return False
-    # "cache" since transformers 5.24, "past_key_values" before
-    return not {"cache", "past_key_values"}.isdisjoint(inspect.signature(module.forward).parameters)
+    # the first since transformers 5.24, the others before and in some models
+    return not {"cache", "past_key_values", "layer_past"}.isdisjoint(
+        inspect.signature(module.forward).parameters
+    )
 
 
 class Student:
     """A hooked model.
 
-    ``layers`` counts the layers that get gates; ``kv_heads`` and ``hidden_size`` are theirs.
+    ``layers`` counts the layers that get gates; ``kv_heads`` and ``hidden_size`` are theirs. ``packs`` tells
+    whether documents in one row are kept apart; layers with a recurrent state, say, run on through them.
 
     Raises:
         UnsupportedModelError: the model's attention or head cannot be hooked without giving wrong results.
@@ -81,8 +84,8 @@ class Student:
         self._competing = [modules[index] for index in competing_layers(model) if index in modules]
         if not self._competing:
             raise UnsupportedModelError(
-                f"{_name(model)} has no attention layer that caches every token, so there is nothing to "
-                "evict; train gates for a model with global attention"
+                f"{_name(model)} has no attention layer that caches every token and can be hooked, so there "
+                "is nothing to evict; train gates for a model with global attention"
             )
         place = {id(module): layer for layer, module in enumerate(self._competing)}
         self.layers = len(self._competing)
@@ -147,7 +150,7 @@ class Student:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states (N, hidden) to logits (N, vocabulary), by the model's own head."""
         decoder = self.model.get_decoder()
-        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        decoder.forward = lambda *_, **__: _Hidden(last_hidden_state=hidden[None])
         try:
             dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             return self.model(input_ids=dummy, use_cache=False).logits[0]
@@ -189,10 +192,13 @@ class Student:
                 f"{name} does not take its attention function from transformers' registry; use another model"
             )
         ids = torch.arange(1, 9, device=self.model.device)[None]
+        apart = torch.tensor([[0, 0, 0, 0, 4, 4, 4, 4]], device=ids.device)
         with torch.no_grad():
             stock = self.model(input_ids=ids, use_cache=False).logits[0]
+            second = self.model(input_ids=ids[:, 4:], use_cache=False).logits[0]
             self.model.set_attn_implementation(IMPLEMENTATION)
             ours = self.logits(self._run(ids, torch.zeros_like(ids), None).hidden[0])
+            packed = self.logits(self._run(ids, apart, None).hidden[0, 4:])
         if len(self._shapes) < self.layers:
             raise UnsupportedModelError(
                 f"{name} computes attention without the function it was given; use another model"
@@ -202,15 +208,24 @@ class Student:
                 f"{name} has global layers of different shapes (KV heads, input width): "
                 f"{sorted(set(self._shapes.values()))}; gates need one shape, use another model"
             )
-        difference = float((ours - stock).abs().max())
-        if not difference <= 64 * torch.finfo(stock.dtype).eps * float(stock.abs().max()):
+        tolerance = 64 * torch.finfo(stock.dtype).eps * float(stock.abs().max())
+        if not (difference := float((ours - stock).abs().max())) <= tolerance:
             raise UnsupportedModelError(
                 f"{name} gives other logits when hooked (by up to {difference:.2g}); use another model"
             )
+        self.packs = float((packed - second).abs().max()) <= tolerance
 
 
 def _name(model: PreTrainedModel) -> str:
     return type(model).__name__
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """A decoder's output without the fields that some heads pass on, such as router logits."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Packer:
         read: a record's number to its document, or None if it is to be skipped.
         length: T. ``rows``: R, the rows of a batch over all processes.
         epochs: passes over the data; None for endless ones.
+        alone: one piece to a row, for models that cannot keep documents apart.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Packer:
         rows: int,
         seed: int,
         epochs: int | None,
+        alone: bool = False,
     ):
         self._records, self._read, self._seed = records, read, seed
-        self.length, self.rows, self.epochs = length, rows, epochs
+        self.length, self.rows, self.epochs, self.alone = length, rows, epochs, alone
         self.position = Position()
 
     def progress(self) -> float:
@@ -89,7 +91,7 @@ class Packer:
                 self.position = position
                 break
             rows[fitting[0]].append((document, piece))
-            room[fitting[0]] -= size
+            room[fitting[0]] -= self.length if self.alone else size
         else:
             self.position = Position(self.epochs or 0)
         return self._lay_out(rows) if any(rows) else None

@@ -32,7 +32,9 @@ def plot_run(folder: Path) -> Path:
     steps = [row["step"] for row in log]
     for name, label in (("kl", "KL"), ("cross_entropy", "cross-entropy"), ("capacity", "capacity")):
         losses.plot(steps, [row[name] for row in log], label=label)
-    losses.set(title="Losses", xlabel="step", ylabel="nats per token; capacity: share", yscale="log")
+    losses.set(title="Losses", xlabel="step", ylabel="nats per token; capacity: share")
+    losses.set_yscale("symlog", linthresh=1e-3)
+    losses.set_ylim(bottom=0)
     losses.legend()
     cache.plot(steps, [row["soft_size"] for row in log], color="C4")
     cache.set(title="Soft cache size", xlabel="step", ylabel="tokens per head", ylim=(0, None))

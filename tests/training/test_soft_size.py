@@ -1,0 +1,84 @@
+"""The soft cache size: torch form and Triton kernel against the definition."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cuda_backend.kernels import soft_size as forms
+from cuda_backend.kernels.soft_size import naive_soft_size, soft_size
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_triton_kernel runs it in its own process")
+either_form = pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=interpreted)])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernel's tests run in this process")
+def test_triton_kernel():
+    """The tests of the kernel in a process whose triton interprets from the start."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "True", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert f"{len(CASES) + 1} passed" in run.stdout
+
+
+def inputs(batch, heads, tokens, cuts=()):
+    make = torch.Generator().manual_seed(tokens)
+    log_beta = torch.nn.functional.logsigmoid(4 * torch.randn(batch, heads, tokens, generator=make) + 4)
+    starts = torch.zeros(batch, tokens, dtype=torch.long)
+    for cut in cuts:
+        starts[-1, cut:] = cut
+    return log_beta.requires_grad_(), starts
+
+
+CASES = [(2, 2, 130, (17, 100)), (1, 1, 1, ()), (1, 1, 64, (63,)), (1, 1, 65, (1, 64))]
+
+
+@pytest.mark.parametrize("batch, heads, tokens, cuts", CASES)
+@either_form
+def test_value_and_gradient_equal_naive(kernel, batch, heads, tokens, cuts):
+    log_beta, starts = inputs(batch, heads, tokens, cuts)
+    weight = torch.randn(log_beta.shape, generator=torch.Generator().manual_seed(0))
+    found, expected = soft_size(log_beta, starts, kernel), naive_soft_size(log_beta.double(), starts)
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
+    (mine,) = torch.autograd.grad((found * weight).sum(), log_beta)
+    (right,) = torch.autograd.grad((expected * weight).sum(), log_beta)
+    assert (mine - right).norm() <= 1e-5 * right.norm() + 1e-7
+
+
+def test_blocks_of_the_torch_form(monkeypatch):
+    log_beta, starts = inputs(2, 3, 50, (20,))
+    whole = soft_size(log_beta, starts)
+    monkeypatch.setattr(forms, "BLOCK_ELEMENTS", 7 * 2 * 3 * 50)
+    assert torch.allclose(soft_size(log_beta, starts), whole, rtol=1e-6)
+
+
+@either_form
+def test_strided_input_and_expanded_gradient(kernel):
+    log_beta, starts = inputs(1, 40, 6)
+    turned = log_beta.detach().transpose(1, 2).requires_grad_()
+    starts = torch.zeros(1, 40, dtype=torch.long)
+    found = soft_size(turned, starts, kernel)
+    assert torch.allclose(found, naive_soft_size(turned, starts), rtol=1e-5)
+    found.sum().backward()
+    (right,) = torch.autograd.grad(naive_soft_size(turned, starts).sum(), turned)
+    assert torch.allclose(turned.grad, right, rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.floats(-50, 0, width=32), min_size=1, max_size=40), st.integers(0, 39))
+@settings(max_examples=60, deadline=None)
+def test_between_one_and_all(values, cut):
+    log_beta = torch.tensor(values)[None, None]
+    starts = torch.zeros(1, len(values), dtype=torch.long)
+    starts[0, cut:] = cut
+    counted = torch.arange(len(values)) - starts + 1
+    size = forms.forward_torch(log_beta, starts)
+    assert (size >= 1 - 1e-6).all()
+    assert (size <= counted + 1e-4).all()
+    kept = forms.forward_torch(torch.zeros_like(log_beta), starts)
+    assert torch.equal(kept, counted[None].float())
