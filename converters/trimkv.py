@@ -87,7 +87,7 @@ def from_state(config: dict[str, Any], state: dict[str, Tensor]) -> GateCheckpoi
 
     last = _NAMES[kind][-2:]
     same = all(_equal(gates[layer][name], first[name]) for layer in layers for name in last)
-    tied = claims_tied(config, kind)
+    tied = claims_tied(config)
     shared = same and tied
     gate_config = to_gate_config(
         config, kind=kind, layers=layers, kv_heads=bias[0], hidden_size=maps[1], width=maps[0],

@@ -18,9 +18,9 @@ _ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 _ATTENTION = ("full_attention", "attention")
 
 
-def claims_tied(config: dict[str, Any], kind: str) -> bool:
+def claims_tied(config: dict[str, Any]) -> bool:
     """Whether the last projection and the bias are said to be the same in every layer."""
-    return bool(_field(config, "tie_retention_gate_layers", kind == "rg10"))
+    return bool(_field(config, "tie_retention_gate_layers", True))
 
 
 def to_gate_config(

@@ -82,6 +82,7 @@ def test_configuration_joins_both_files(tmp_path):
     [
         ("hidden_act", "gelu_new", {"activation": "gelu_pytorch_tanh"}),
         ("memory_size", 0.25, {"training_budget": None}),
+        ("memory_size", 0, {"training_budget": None}),
         ("memory_size", float("inf"), {"training_budget": None}),
         ("retention_gate_bias_init", 10, {"bias_init": 10.0}),
     ],
@@ -118,10 +119,14 @@ def test_only_attention_layers_have_gates(tmp_path):
         "num_hidden_layers": 5,
         "layer_types": ["linear_attention", "full_attention"] * 2 + ["full_attention"],
     }
-    released = config(**kinds), state(layers=(1, 3, 4))
+    released = config(**kinds), state(layers=(4, 1, 3))
     convert(write(tmp_path / "released", *released), tmp_path / "shared", "shared")
     convert(tmp_path / "shared", tmp_path / "again", "trimkv")
-    assert load_gates(tmp_path / "shared").config.layers == 3
+    shared = load_gates(tmp_path / "shared")
+    assert shared.config.layers == 3
+    for index, layer in enumerate((1, 3, 4)):
+        theirs = released[1][f"{TEXT}layers.{layer}.self_attn.retention_gate.linear1.bias"]
+        np.testing.assert_array_equal(shared.layer(index)["linear1.bias"], theirs)
     assert_same_bits(read(tmp_path / "again")[1], released[1])
 
 

@@ -162,7 +162,7 @@ def test_manifest_that_is_wrong(saved, fields, says):
 @pytest.mark.parametrize("text", ["", "{", "[]", "nul", '"x"', "[" * 100_000])
 def test_manifest_that_is_no_object(saved, text):
     (saved / CONFIG_FILE).write_text(text)
-    with pytest.raises(CheckpointError, match="kvret.json"):
+    with pytest.raises(CheckpointError, match=r"kvret\.json"):
         load_gates(saved)
 
 
@@ -201,7 +201,7 @@ def test_file_that_is_missing_or_a_folder(saved, file):
 
 def test_folder_that_is_none(tmp_path, saved):
     for folder in (tmp_path / "absent", saved / TENSOR_FILE):
-        with pytest.raises(CheckpointError, match="is not a folder; expected one with kvret.json"):
+        with pytest.raises(CheckpointError, match=r"is not a folder; expected one with kvret\.json"):
             load_gates(folder)
 
 

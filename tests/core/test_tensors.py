@@ -121,8 +121,8 @@ def test_what_is_no_safetensors_file(tmp_path):
         read_tensors(tmp_path / "a")
     with pytest.raises(CheckpointError, match="does not exist"):
         read_tensors(tmp_path / "b")
-    with pytest.raises(CheckpointError, match="cannot read .* Is a directory"):
+    with pytest.raises(CheckpointError, match=r"cannot read .* Is a directory"):
         read_tensors(tmp_path)
     safetensors.torch.save_file({"x": torch.zeros(2, dtype=torch.float64)}, tmp_path / "c")
-    with pytest.raises(CheckpointError, match="tensor x .* has type F64; expected one of F32"):
+    with pytest.raises(CheckpointError, match=r"tensor x .* has type F64; expected one of F32"):
         read_tensors(tmp_path / "c")
