@@ -65,18 +65,25 @@ constexpr bfloat operator""bf(long double x) { return (bfloat)x; }
 namespace metal {
 template <class T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
-#define MSL_VECTORS(T)                                      \
-  typedef vec<T, 2> T##2;                                   \
-  typedef vec<T, 3> T##3;                                   \
-  typedef vec<T, 4> T##4;                                   \
+#ifdef MSL_TYPES
+// Only the types count here, and clang copies no class out of another address space.
+#define MSL_PACKED3(T) typedef T##3 packed_##T##3 __attribute__((aligned(sizeof(T))));
+#else
+#define MSL_PACKED3(T)                                \
+  struct packed_##T##3 {                              \
+    T x, y, z;                                        \
+    packed_##T##3() = default;                        \
+    packed_##T##3(T##3 v) : x(v.x), y(v.y), z(v.z) {} \
+    operator T##3() const { return T##3{x, y, z}; }   \
+  };
+#endif
+#define MSL_VECTORS(T)                                            \
+  typedef vec<T, 2> T##2;                                         \
+  typedef vec<T, 3> T##3;                                         \
+  typedef vec<T, 4> T##4;                                         \
   typedef T##2 packed_##T##2 __attribute__((aligned(sizeof(T)))); \
   typedef T##4 packed_##T##4 __attribute__((aligned(sizeof(T)))); \
-  struct packed_##T##3 {                                    \
-    T x, y, z;                                              \
-    packed_##T##3() = default;                              \
-    packed_##T##3(T##3 v) : x(v.x), y(v.y), z(v.z) {}       \
-    operator T##3() const { return T##3{x, y, z}; }         \
-  };
+  MSL_PACKED3(T)
 MSL_VECTORS(float) MSL_VECTORS(half) MSL_VECTORS(bfloat) MSL_VECTORS(char) MSL_VECTORS(uchar) MSL_VECTORS(short)
 MSL_VECTORS(ushort) MSL_VECTORS(int) MSL_VECTORS(uint) MSL_VECTORS(long) MSL_VECTORS(ulong)
 #undef MSL_VECTORS

@@ -21,15 +21,20 @@ constexpr size_t guard = 64 << 20;  // unmapped bytes on both sides of a buffer,
 constexpr unsigned threads_per_threadgroup = 1024, simdgroups = 32;
 
 enum Spread : unsigned char { one_thread, one_simdgroup, several_simdgroups };
+enum Kind { load, store, atomic_load, atomic_update, kinds };
+const char* const kind_names[kinds] = {"load", "store", "atomic load", "atomic update"};
+// Pairs that race when nothing orders them: not both may load, not both may be atomic.
+const bool conflicting[kinds][kinds] = {{0, 1, 0, 1}, {1, 1, 1, 1}, {0, 1, 0, 0}, {1, 1, 0, 0}};
+
 // The latest accesses of one kind to a granule, as far as a later access can still conflict with them.
 struct Access {
   unsigned thread;  // threadgroup * 1024 + index + 1; 0: none
   unsigned epoch, simdgroup_epoch;
   Spread spread;
-  bool other_threadgroups, wrote;
+  bool other_threadgroups;
 };
 struct Cell {
-  Access write, read, atomic;
+  Access of[kinds];
 };
 struct Count {
   unsigned loaded_in, stored_in;  // the last threadgroup + 1 that did
@@ -47,8 +52,6 @@ struct Region {
 std::vector<Region> regions;
 std::vector<void*> originals;
 unsigned epochs[2], simdgroup_epochs[simdgroups][2];
-enum Kind { load, store, atomic_load, atomic_update };
-const char* const kind_names[] = {"load", "store", "atomic load", "atomic update"};
 
 unsigned me() { return threadgroup_index * threads_per_threadgroup + current->index + 1; }
 unsigned group_of(unsigned thread) { return (thread - 1) / threads_per_threadgroup; }
@@ -56,53 +59,40 @@ unsigned simdgroup_of(unsigned thread) { return (thread - 1) % threads_per_threa
 
 bool ordered(const Access& a, Memory memory) {
   if (!a.thread) return true;
-  if (a.other_threadgroups || group_of(a.thread) != threadgroup_index) return a.thread == me() && !a.other_threadgroups;
+  if (a.other_threadgroups || group_of(a.thread) != threadgroup_index) return false;
   if (a.epoch != epochs[memory] || (a.thread == me() && a.spread == one_thread)) return true;
   return a.spread != several_simdgroups && simdgroup_of(a.thread) == current->simdgroup &&
          a.simdgroup_epoch != simdgroup_epochs[current->simdgroup][memory];
 }
 
-void remember(Access& a, Memory memory, bool wrote) {
-  unsigned now = epochs[memory], simdgroup_now = simdgroup_epochs[current->simdgroup][memory];
-  Access fresh{me(), now, simdgroup_now, one_thread, a.other_threadgroups, wrote};
-  if (a.thread && group_of(a.thread) != threadgroup_index) {
+void remember(Access& a, Memory memory) {
+  Access fresh{me(), epochs[memory], simdgroup_epochs[current->simdgroup][memory], one_thread, a.other_threadgroups};
+  if (a.thread && group_of(a.thread) != threadgroup_index)
     fresh.other_threadgroups = true;
-    fresh.wrote |= a.wrote;
-  } else if (a.thread && a.epoch == now && a.thread != fresh.thread) {
-    bool together = simdgroup_of(a.thread) == current->simdgroup && a.spread != several_simdgroups;
-    if (!together)
+  else if (a.thread && a.epoch == fresh.epoch) {
+    if (a.spread == several_simdgroups || simdgroup_of(a.thread) != current->simdgroup)
       fresh.spread = several_simdgroups;
-    else if (a.simdgroup_epoch == simdgroup_now)
-      fresh.spread = one_simdgroup;
-    if (fresh.spread != one_thread) fresh.wrote |= a.wrote;
-  } else if (a.thread && a.epoch == now) {
-    if (a.spread == several_simdgroups || a.simdgroup_epoch == simdgroup_now) {
-      fresh.spread = a.spread;
-      fresh.wrote |= a.wrote;
-    }
+    else if (a.simdgroup_epoch == fresh.simdgroup_epoch)  // older ones of this simdgroup are ordered with what follows
+      fresh.spread = a.thread == fresh.thread ? a.spread : one_simdgroup;
   }
   a = fresh;
 }
 
-[[gnu::noinline]] void race(const Region& r, size_t offset, Kind kind, const char* other, const Access& a, void* pc) {
-  unsigned group = group_of(a.thread), index = (a.thread - 1) % threads_per_threadgroup;
-  fail(pc, "race on %s, byte %zu: %s by thread %u of threadgroup %u and %s by %sthread %u of threadgroup %u, with no barrier "
-       "between them that orders %s memory", r.name, offset, kind_names[kind], current->index, threadgroup_index, other,
-       a.spread == one_thread && !a.other_threadgroups ? "" : "several threads, the last is ", index, group,
-       r.memory == in_device ? "device" : "threadgroup");
+[[gnu::noinline]] void race(const Region& r, size_t offset, Kind kind, Kind other, const Access& a, void* pc) {
+  fail(pc,
+       "race on %s, byte %zu: %s by thread %u of threadgroup %u and %s by %sthread %u of threadgroup %u, with no "
+       "barrier between them that orders %s memory",
+       r.name, offset, kind_names[kind], current->index, threadgroup_index, kind_names[other],
+       a.spread == one_thread && !a.other_threadgroups ? "" : "several threads, the last is ",
+       (a.thread - 1) % threads_per_threadgroup, group_of(a.thread), r.memory == in_device ? "device" : "threadgroup");
 }
 
 void check(const Region& r, size_t granule, Kind kind, void* pc) {
   Cell& c = r.cells[granule];
-  size_t offset = granule << r.shift;
-  if (!ordered(c.write, r.memory)) return race(r, offset, kind, "a store", c.write, pc);
-  if ((kind == store || kind == atomic_update) && !ordered(c.read, r.memory))
-    return race(r, offset, kind, "a load", c.read, pc);
-  if ((kind == store || (kind == load && c.atomic.wrote)) && !ordered(c.atomic, r.memory))
-    return race(r, offset, kind, "an atomic access", c.atomic, pc);
-  if (kind == load) remember(c.read, r.memory, false);
-  if (kind == store) c.write = {me(), epochs[r.memory], simdgroup_epochs[current->simdgroup][r.memory], one_thread, false, true};
-  if (kind >= atomic_load) remember(c.atomic, r.memory, kind == atomic_update);
+  for (int other = 0; other < kinds; other++)
+    if (conflicting[kind][other] && !ordered(c.of[other], r.memory))
+      return race(r, granule << r.shift, kind, (Kind)other, c.of[other], pc);
+  remember(c.of[kind], r.memory);
 }
 
 void count(const Region& r, size_t first, size_t last, size_t bytes, bool stores) {
