@@ -1,0 +1,180 @@
+"""Attention of one layer over its kept entries and its newest tokens.
+
+Kept entries are ragged: every KV head has its own number of them, from 0 up. They are all visible; among the
+newest tokens attention is causal. One softmax runs over both. :func:`naive_attend` is the specification;
+:func:`attend` pads heads of similar length to a common one and leaves the rest to torch's own attention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from mlx_kvret.core.types import Ints
+
+from .pool import Pool
+
+# heads are padded to a common length while that costs less than half again of the work
+PADDING = 1.5
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a layer attends to: pool slots of its heads and its rectangle (R, H, r, D).
+
+    ``hidden`` (R,) counts places at the start of the rectangle that are padding; None if there are none.
+    """
+
+    pool: Pool
+    layer: int
+    layers: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    def flat_heads(self) -> Ints:
+        """The layer's flat heads, (R·H,)."""
+        first = np.arange(self.rows)[:, None] * self.layers + self.layer
+        return (first * self.kv_heads + np.arange(self.kv_heads)).reshape(-1)
+
+    def host_lengths(self) -> Ints:
+        """Kept entries of each sequence and KV head (R·H,); waits for the device once after a compaction."""
+        offsets, heads = self.pool.lookup.on_host(), self.flat_heads()
+        return offsets[heads + 1] - offsets[heads]
+
+    def kept(self, heads: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Kept keys and values of the flat ``heads`` (n,), padded, and which of them are real.
+
+        Returns (n, width, Dk), (n, width, Dv) and a mask (n, width).
+        """
+        lookup = self.pool.lookup
+        begin, end = lookup.offsets[heads], lookup.offsets[heads + 1]
+        index = begin[:, None] + torch.arange(width, device=heads.device)
+        real = index < end[:, None]
+        slots = lookup.table[index.clamp(max=max(len(lookup.table) - 1, 0))]
+        return self.pool.keys[slots], self.pool.values[slots], real
+
+    def visible(self, tokens: int) -> torch.Tensor:
+        """What the last ``tokens`` of the rectangle see of it, (R or 1, tokens, r)."""
+        length, device = self.keys.shape[2], self.keys.device
+        own = torch.arange(length - tokens, length, device=device)[:, None]
+        place = torch.arange(length, device=device)
+        causal = (place <= own)[None]
+        if self.hidden is None:
+            return causal
+        # a padded token sees itself, for a softmax over nothing is not a number
+        return causal & (place >= self.hidden[:, None, None]) | (place == own)
+
+
+def naive_attend(
+    queries: torch.Tensor,
+    view: LayerView,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The specification of :func:`attend`, one sequence and KV head at a time, in float32."""
+    tokens = queries.shape[2]
+    group = queries.shape[1] // view.kv_heads
+    lengths, visible = view.host_lengths(), view.visible(tokens)
+    out = queries.new_empty(*queries.shape[:3], view.values.shape[-1])
+    for place, flat in enumerate(view.flat_heads().tolist()):
+        row, head = divmod(place, view.kv_heads)
+        old_keys, old_values, _ = view.kept(torch.tensor([flat], device=queries.device), lengths[place])
+        keys = torch.cat([old_keys[0], view.keys[row, head]]).float()
+        values = torch.cat([old_values[0], view.values[row, head]]).float()
+        for query_head in range(head * group, (head + 1) * group):
+            logits = queries[row, query_head].float() @ keys.T * scale
+            if softcap:
+                logits = torch.tanh(logits / softcap) * softcap
+            hide = ~visible[row if len(visible) > 1 else 0]
+            logits[:, lengths[place] :].masked_fill_(hide, -math.inf)
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[query_head].float().expand(tokens, 1)], 1)
+            weights = logits.softmax(1)[:, : len(keys)]
+            out[row, query_head] = (weights @ values).to(out.dtype)
+    return out
+
+
+def attend(
+    queries: torch.Tensor,
+    view: LayerView,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); the rectangle ends with their tokens.
+
+    ``sinks`` (Hq,) are logits of a null entry. ``softcap`` c turns logits z into ``c·tanh(z / c)``.
+    """
+    lengths, heads, device = view.host_lengths(), view.flat_heads(), queries.device
+    rows, query_heads, tokens, _ = queries.shape
+    shape = (rows * view.kv_heads, query_heads // view.kv_heads, tokens, -1)
+    queries, keys, values = queries.reshape(shape), view.keys.flatten(0, 1), view.values.flatten(0, 1)
+    visible = view.visible(tokens)
+    if len(visible) > 1:
+        visible = visible.repeat_interleave(view.kv_heads, 0)
+    sinks = None if sinks is None else sinks.view(view.kv_heads, -1).repeat(rows, 1)
+    every = slice(None)
+    out = queries.new_empty(*queries.shape[:3], values.shape[-1])
+    for part in _parts(lengths):
+        index = every if len(part) == len(lengths) else torch.from_numpy(part).to(device)
+        seen = visible if len(visible) == 1 else visible[index]
+        width = int(lengths[part].max())
+        old = view.kept(torch.from_numpy(heads[part]).to(device), width) if width else None
+        null = None if sinks is None else sinks[index]
+        out[index] = _attend(queries[index], keys[index], values[index], seen, old, scale, null, softcap)
+    return out.view(rows, query_heads, tokens, -1)
+
+
+def _parts(lengths: Ints) -> list[Ints]:
+    """Heads to be padded together: all, or those between two powers of two."""
+    everyone = np.arange(len(lengths))
+    if len(lengths) * lengths.max() <= PADDING * max(lengths.sum(), len(lengths)):
+        return [everyone]
+    power = np.frexp(lengths)[1]
+    return [everyone[power == p] for p in np.unique(power)]
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    old: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    scale: float,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Queries (n, G, T, Dk) of n KV heads to (n, G, T, Dv)."""
+    if old is not None:
+        real = old[2][:, None].expand(-1, queries.shape[2], -1)
+        visible = torch.cat([real, visible.expand(len(real), -1, -1)], 2)
+        keys, values = torch.cat([old[0], keys], 1), torch.cat([old[1], values], 1)
+    keys, values, visible = keys[:, None], values[:, None], visible[:, None]
+    if sinks is None and softcap is None:
+        group = (-1, queries.shape[1], -1, -1)
+        return F.scaled_dot_product_attention(
+            queries, keys.expand(group), values.expand(group), visible, scale=scale
+        )
+    logits = (queries @ keys.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        null = sinks.float()[:, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, null], 3)
+    weights = logits.softmax(3)[..., : keys.shape[2]]
+    return weights.to(values.dtype) @ values

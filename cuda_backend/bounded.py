@@ -1,0 +1,232 @@
+"""What the layers of one cache share: the pool, the clock and the rule by which entries go."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_kvret.core.budget import CacheShape
+from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.core.eviction import heads_per_group
+from mlx_kvret.core.schedule import Move, Schedule
+from mlx_kvret.core.types import Ints
+from mlx_kvret.errors import CacheError, UnsupportedFeatureError
+
+from .gates import RetentionGates
+from .pool import Pool
+from .recent import Recent
+from .selection import keydiff_score, retention_score, select, static_score
+
+
+class Bounded:
+    """A cache of L competing layers that holds at most (M + B)·L·H entries per sequence between passes.
+
+    A compaction that is due after a forward pass is carried out by :meth:`settle`, before the next one or as
+    soon as anyone looks, whichever comes first. So tokens of the last pass can still be taken back, and a
+    decoding loop never waits. How many entries there are is arithmetic, never read from the device.
+    ``owner`` names the model and the gates, for caches saved to a file.
+
+    Sequences of a batch stand right-aligned: ``padding`` (R,) places come before a sequence's first token.
+    Positions count from there, so that a row is treated as it would be alone.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        config: EvictionConfig,
+        owner: dict[str, str],
+        device: torch.device,
+        gates: RetentionGates | None = None,
+        gate_layers: Sequence[int] | None = None,
+    ) -> None:
+        self.shape, self.config, self.owner, self.device = shape, config, owner, device
+        self.gates, self.gate_layers = gates, gate_layers
+        self.size = heads_per_group(config, shape.layers, shape.kv_heads)
+        self.recents = [self._recent(layer) for layer in range(shape.layers)]
+        self.seen = [0] * shape.layers
+        self._batch(1)
+
+    def _recent(self, layer: int) -> Recent:
+        index = self.gate_layers[layer] if self.gate_layers else layer
+        gate = partial(self.gates.log_beta, index) if self.gates is not None else None
+        defer = self.shape.deferred(self.config.budget, self.config.buffer)
+        return Recent(self.config.buffer, defer, gate)
+
+    def _batch(self, rows: int) -> None:
+        self.rows = rows
+        groups = self.shape.heads // self.size
+        self.pool = Pool(rows * groups, self.size, self.device)
+        self.schedule = Schedule(self.config, groups, self.size, rows)
+        self.padding = torch.zeros(rows, dtype=torch.int64, device=self.device)
+
+    # ------------------------------------------------------------------ a forward pass
+
+    def begin(self, rows: int, mask: torch.Tensor | None) -> None:
+        """A forward pass of ``rows`` sequences comes; ``mask`` (R, at least seen + T) is False where padded.
+
+        Raises:
+            UnsupportedFeatureError: another number of sequences than before, or padding not on the left.
+        """
+        if rows != self.rows:
+            if self.seen[0]:
+                raise UnsupportedFeatureError(
+                    f"a batch of {rows} sequences came to a cache that holds {self.rows}; make a new cache"
+                )
+            self._batch(rows)
+        self.settle()
+        if mask is None:
+            return
+        unread = (self.schedule.padding >= self.seen[0]).any()
+        if unread or mask.shape[1] > self.seen[0] + 1 or self.device.type == "cpu":
+            self._pad(mask.bool())
+        else:
+            # a decoding step must not wait for the device
+            torch._assert_async(mask[:, -1].all(), "a sequence of the batch is padded after its first token")
+
+    def _pad(self, mask: torch.Tensor) -> None:
+        padding = (~mask).sum(1)
+        ragged = (mask[:, 1:] < mask[:, :-1]).any()
+        known = torch.stack([*padding, ragged.long()]).cpu().numpy()
+        past = np.minimum(known[:-1], self.seen[0]) != np.minimum(self.schedule.padding, self.seen[0])
+        if known[-1] or past.any():
+            raise UnsupportedFeatureError(
+                "the attention mask hides tokens other than those before a sequence's first one; pad on the "
+                "left (tokenizer.padding_side = 'left') and keep a mask as it was for tokens already read"
+            )
+        self.padding, self.schedule.padding = padding, known[:-1]
+
+    def rewind(self, seen: int) -> None:
+        """Undo a forward pass that was broken off, back to ``seen`` tokens."""
+        for layer, recent in enumerate(self.recents):
+            recent.cut(recent.length - (self.seen[layer] - seen))
+            self.seen[layer] = seen
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Carry out what is due after the last forward pass."""
+        if len(set(self.seen)) != 1:
+            raise CacheError(
+                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: a forward pass was "
+                "broken off half way; make a new cache"
+            )
+        move = self.schedule.next(self.seen[0], self.recents[0].length)
+        if move is not None:
+            self._compact(move)
+
+    def _compact(self, move: Move) -> None:
+        """Move the oldest tokens of the rectangle into the pool; groups that are due select first."""
+        pool, heads, tokens = self.pool, self.pool.heads, move.tokens
+        start = self.seen[0] - self.recents[0].length
+        if move.capacity > pool.capacity:
+            first = self.recents[0]
+            capacity = min(self.schedule.most, max(move.capacity, 2 * pool.capacity))
+            pool.grow(max(capacity, move.capacity), first.keys, first.values)
+        new = self._newcomers(start, tokens)
+        old = pool.rows(pool.retention), pool.rows(pool.position), pool.rows(pool.owner)
+        stays, survives = old[2] < heads, new[2] < heads
+        if move.due.any():
+            joined = [torch.cat([a, b], 1) for a, b in zip(old, new, strict=True)]
+            seen = (self.seen[0] - self.padding).repeat_interleave(pool.groups // self.rows)[:, None]
+            score = self._score(joined, tokens, seen)
+            keep = select(score, joined[1], joined[2], seen, self.config, self.size, heads)
+            if not move.due.all():
+                due = torch.from_numpy(move.due).to(self.device, non_blocking=True)[:, None]
+                keep = torch.where(due, keep, joined[2] < heads)
+            stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
+        slots = pool.destinations(stays, survives)
+        pool.admit(stays, slots, survives, *new)
+        by_layer = slots.view(self.rows, self.shape.layers, -1)
+        for layer, recent in enumerate(self.recents):
+            keys, values = recent.keys[:, :, :tokens], recent.values[:, :, :tokens]
+            pool.fill(by_layer[:, layer].flatten(), keys.flatten(0, 2), values.flatten(0, 2))
+            recent.forget_oldest(tokens)
+        counts = None
+        if self.config.threshold is not None:
+            counts = np.diff(pool.lookup.on_host()[:: self.size])
+        self.schedule.done(move, start, counts)
+
+    def _newcomers(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Retention, position and flat head of the oldest ``tokens`` of the rectangle, (groups, N)."""
+        rows, layers = self.rows, self.shape.layers
+        place = torch.arange(start, start + tokens, device=self.device)
+        position = place - self.padding[:, None]
+        head = torch.arange(self.pool.heads, device=self.device).view(rows, -1, 1)
+        # padding is no entry
+        head = torch.where(position[:, None] >= 0, head, self.pool.heads)
+        retention = torch.stack([self._retention(layer, tokens, position) for layer in range(layers)], 1)
+        groups = (self.pool.groups, -1)
+        return (
+            retention.reshape(groups),
+            position[:, None].expand(head.shape).reshape(groups),
+            head.reshape(groups),
+        )
+
+    def _retention(self, layer: int, tokens: int, position: torch.Tensor) -> torch.Tensor:
+        """What is stored with the oldest ``tokens`` of a layer, (R, H, tokens) float32."""
+        recent = self.recents[layer]
+        if self.config.policy == "learned":
+            return recent.log_beta()[:, :, :tokens]
+        first = layer * self.shape.kv_heads
+        head = torch.arange(first, first + self.shape.kv_heads, device=self.device)
+        return static_score(self.config, recent.keys[:, :, :tokens], head, position)
+
+    def _score(self, candidates: list[torch.Tensor], tokens: int, seen: torch.Tensor) -> torch.Tensor:
+        retention, position, head = candidates
+        if self.config.policy == "learned":
+            return retention_score(retention, position, seen, self.config.lookahead)
+        if self.config.policy == "keydiff":
+            new = torch.stack([recent.keys[:, :, :tokens] for recent in self.recents], 1)
+            new = new.reshape(self.pool.groups, -1, new.shape[-1])
+            keys = torch.cat([self.pool.rows(self.pool.keys), new], 1)
+            return keydiff_score(keys, head, self.pool.heads)
+        return retention
+
+    # ------------------------------------------------------------------ looking
+
+    @property
+    def entries(self) -> int:
+        """Cached entries over all sequences, layers and heads."""
+        self.settle()
+        start = self.seen[0] - self.recents[0].length
+        recent = self.schedule.tokens(start, self.seen[0]).sum() * self.shape.heads
+        return int(self.schedule.counts.sum() + recent)
+
+    def kept_positions(self, row: int = 0) -> list[list[Ints]]:
+        """For each layer, for each KV head, the sorted positions of a sequence's entries (int64 arrays)."""
+        self.settle()
+        table, offsets = self.pool.lookup.table.cpu().numpy(), self.pool.lookup.on_host()
+        position = self.pool.position.cpu().numpy()[table]
+        seen = self.seen[0] - int(self.schedule.padding[row])
+        recent = np.arange(max(0, seen - self.recents[0].length), seen)
+        own = offsets[row * self.shape.heads : (row + 1) * self.shape.heads + 1]
+        heads: list[Ints] = [
+            np.concatenate([np.sort(position[a:b]), recent]).astype(np.int64)
+            for a, b in itertools.pairwise(own)
+        ]
+        return [heads[i : i + self.shape.kv_heads] for i in range(0, len(heads), self.shape.kv_heads)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool and the rectangles."""
+        self.settle()
+        return self.pool.nbytes + sum(a.nbytes for recent in self.recents for a in recent.arrays())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bounded:
+        """A cache of its own that shares gates and configuration, which never change."""
+        self.settle()
+        twin = Bounded(self.shape, self.config, self.owner, self.device, self.gates, self.gate_layers)
+        memo[id(self)] = twin
+        twin.rows, twin.padding, twin.pool = self.rows, self.padding, self.pool.copy()
+        twin.schedule, twin.seen = copy.deepcopy(self.schedule), list(self.seen)
+        for recent, theirs in zip(twin.recents, self.recents, strict=True):
+            if theirs.length:
+                learned = self.config.policy == "learned"
+                log_beta = theirs.log_beta() if learned else None
+                recent.restore(theirs.keys.clone(), theirs.values.clone(), log_beta)
+        return twin

@@ -1,0 +1,232 @@
+"""The cache as transformers knows it: one layer object per layer, here with layers that share one budget."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from mlx_kvret.core.types import Ints
+from mlx_kvret.errors import CacheError, UnsupportedFeatureError
+
+from .attention import LayerView, attend
+from .bounded import Bounded
+
+
+class BoundedKVCache(CacheLayerMixin):
+    """One competing layer: transformers' cache contract on a shared :class:`Bounded`.
+
+    Its length is the number of tokens seen, not cached: RoPE positions are true positions.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    # by id of the keys they returned: attention functions are not told which cache keys come from
+    _owners: ClassVar[weakref.WeakValueDictionary[int, BoundedKVCache]] = weakref.WeakValueDictionary()
+
+    def __init__(self, shared: Bounded, layer: int) -> None:
+        super().__init__()
+        self.shared, self.layer = shared, layer
+        self.fetched: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.attended = 0
+        self.record_past = False
+
+    @classmethod
+    def owner_of(cls, keys: torch.Tensor) -> BoundedKVCache | None:
+        """The cache whose last :meth:`update` returned exactly this tensor."""
+        owner = cls._owners.get(id(keys))
+        return owner if owner is not None and owner.fetched and owner.fetched[0] is keys else None
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Take in the layer's attention input (R, T, hidden)."""
+        self.fetched = None
+        self.shared.recents[self.layer].observe(x)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the step's keys and values (R, H, T, D).
+
+        Returns the rectangle (R, H, r, D), from which :mod:`cuda_backend.attention` goes on to the pool.
+        """
+        recent = self.shared.recents[self.layer]
+        recent.append(key_states.detach(), value_states.detach())
+        self.shared.seen[self.layer] += key_states.shape[2]
+        self.fetched = recent.keys, recent.values
+        self._owners[id(self.fetched[0])] = self
+        return self.fetched
+
+    def attend(
+        self,
+        queries: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of the step's queries (R, Hq, T, D) over all this layer holds: (R, Hq, T, Dv)."""
+        self.attended += queries.shape[2]
+        return attend(queries, self.view(), scale, sinks, softcap)
+
+    def view(self) -> LayerView:
+        """What the layer attends to, after :meth:`update`."""
+        assert self.fetched is not None
+        shared, (keys, values) = self.shared, self.fetched
+        start = shared.seen[self.layer] - keys.shape[2]
+        padded = bool((shared.schedule.padding > start).any())
+        hidden = (shared.padding - start).clamp(min=0) if padded else None
+        return LayerView(shared.pool, self.layer, shared.shape.layers, keys, values, hidden)
+
+    # -------------------------------------------------- what transformers asks, and what cannot work
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare."""
+
+    def get_seq_length(self) -> int:
+        return self.shared.seen[self.layer]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Tokens of the next passes may be taken back, each before another one comes."""
+        self.record_past = True
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether a pass can be taken back: for who announced it, and does so before the next pass."""
+        return self.record_past
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest ``-tokens_to_remove`` tokens.
+
+        Raises:
+            UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
+        """
+        recent, count = self.shared.recents[self.layer], abs(tokens_to_remove)
+        if tokens_to_remove > 0 or count > recent.length:
+            raise UnsupportedFeatureError(
+                f"cannot crop by {tokens_to_remove}: give minus the number of tokens to take back, at most "
+                f"{recent.length}, for older ones have been through a compaction; or make a new cache"
+            )
+        if count:
+            recent.cut(recent.length - count)
+            self.shared.seen[self.layer] -= count
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> NoReturn:
+        _refuse("beam search", "use num_beams=1")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        _refuse("repeating a batch", "give the cache as many sequences as are to be generated")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> NoReturn:
+        _refuse("selecting sequences of a batch", "run them with caches of their own")
+
+    def offload(self) -> NoReturn:
+        _refuse("offloading", "lower the budget instead")
+
+    prefetch = offload
+
+    def reset(self) -> NoReturn:
+        _refuse("resetting one layer", "make a new cache")
+
+
+class BoundedCache(Cache):
+    """A cache for ``past_key_values``: one layer object per layer, and figures over all of them.
+
+    Competing layers are :class:`BoundedKVCache`; sliding-window and state-space layers keep their own kind.
+    ``shared`` is None if nothing is ever evicted (policy ``"full"``).
+    """
+
+    def __init__(self, layers: list[Any], shared: Bounded | None, competing: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.shared, self.competing = shared, competing
+        self._before: list[dict[str, Any]] = []
+        self._started, self._broken = 0, False
+
+    def begin(self, rows: int, mask: torch.Tensor | None) -> None:
+        """A forward pass comes; ``mask`` as in :meth:`Bounded.begin`."""
+        if self.shared is not None:
+            self.shared.begin(rows, mask)
+        if self._broken:
+            raise CacheError("a forward pass was broken off half way; make a new cache")
+        # attention layers replace their tensors instead of changing them
+        self._before = [dict(vars(layer)) for layer in self._stock()]
+        self._started = self.seen
+
+    def end(self, broken: bool) -> None:
+        """The forward pass is over; one that was broken off is undone, so that the cache is as before."""
+        for layer in self.layers:
+            if isinstance(layer, BoundedKVCache):
+                # a slice that is still referred to would keep the memory of a rectangle
+                layer.fetched = None
+        if broken:
+            if self.shared is not None:
+                self.shared.rewind(self._started)
+            for layer, before in zip(self._stock(), self._before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(before)
+            # state-space layers change their states in place
+            self._broken = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._stock())
+        self._before = []
+
+    def _stock(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, BoundedKVCache)]
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen so far, padding included."""
+        return int(self.competing[0].get_seq_length())
+
+    @property
+    def entries(self) -> int:
+        """Cached entries of the competing layers: one token in one KV head of one layer each."""
+        if self.shared is not None:
+            return self.shared.entries
+        return sum(
+            c.keys.shape[0] * c.keys.shape[1] * c.keys.shape[2] for c in self.competing if c.keys is not None
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything cached: keys, values, retention, positions, tables, waiting gate inputs."""
+        tensors = [t for layer in self.layers for t in _tensors(vars(layer))]
+        return sum(t.nbytes for t in tensors) + (self.shared.nbytes if self.shared is not None else 0)
+
+    def kept_positions(self, row: int = 0) -> list[list[Ints]]:
+        """For each competing layer, for each KV head, the sorted positions of a sequence's entries."""
+        if self.shared is not None:
+            return self.shared.kept_positions(row)
+        heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
+        return [[np.arange(c.get_seq_length())] * n for c, n in zip(self.competing, heads, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
+        self.end(broken=False)
+        layers = copy.deepcopy(self.layers, memo)
+        # memo maps each old layer to its copy
+        return BoundedCache(layers, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The cache under the name the model's forward knows: ``cache`` since transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
+
+
+def _tensors(values: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors held by a stock layer, also those in its dictionaries of states."""
+    nested = [v for value in values.values() if isinstance(value, dict) for v in value.values()]
+    return [v for v in [*values.values(), *nested] if isinstance(v, torch.Tensor)]
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise UnsupportedFeatureError(f"{what} does not work with a bounded cache; {instead}")

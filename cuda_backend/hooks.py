@@ -1,0 +1,200 @@
+"""Attach to a stock transformers model: nothing is forked, and detaching restores it completely.
+
+Three hooks. Attention modules show their input to the cache before they run. An attention function and a
+mask function in transformers' registries hand calls for bounded caches to these, and all others to the
+model's own. The decoder announces each forward pass to its cache, and undoes it there if it was broken off.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.errors import CacheError, UnsupportedFeatureError, UnsupportedModelError
+
+from .cache import BoundedCache, BoundedKVCache
+from .gates import RetentionGates
+from .probe import Layout, probe, stock_layers
+from .training.student import attention_modules
+
+# the bounded cache of the forward pass that is under way
+_running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)
+
+
+@dataclass
+class Attachment:
+    """What is known of an attached model: its layout, its gates, and how it is detached."""
+
+    layout: Layout
+    gates: RetentionGates | None
+    owner: dict[str, str]
+    implementation: str
+    handles: list[Any] = field(default_factory=list)
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, or None."""
+    found: Attachment | None = vars(model).get("_kvret")
+    return found
+
+
+def install(model: PreTrainedModel, gates: RetentionGates | None, owner: dict[str, str]) -> Attachment:
+    """Hook a model that is not hooked yet.
+
+    Raises:
+        UnsupportedModelError: its attention cannot be hooked without giving wrong results.
+    """
+    name, stock = model.config.model_type, model.config._attn_implementation
+    modules = attention_modules(model)
+    if not modules:
+        raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
+    hidden: dict[int, int] = {}
+    handles = [
+        module.register_forward_pre_hook(partial(_observe, layer, hidden), with_kwargs=True)
+        for layer, module in modules.items()
+    ]
+    decoder = model.get_decoder()
+    handles.append(decoder.register_forward_pre_hook(_begin, with_kwargs=True))
+    handles.append(decoder.register_forward_hook(_end, with_kwargs=True, always_call=True))
+    try:
+        hooked = partial(model.set_attn_implementation, implementation(stock))
+        layout = probe(model, name, hooked, hidden)
+        if gates is not None:
+            layout.check_gates(gates)
+            gates.to(layout.device)
+    except BaseException:
+        _unhook(model, handles, stock)
+        raise
+    made = Attachment(layout, gates, owner, stock, handles)
+    vars(model)["_kvret"] = made
+    return made
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Undo :func:`install`; a model without hooks stays as it is."""
+    made = attachment(model)
+    if made is not None:
+        _unhook(model, made.handles, made.implementation)
+        del vars(model)["_kvret"]
+
+
+def new_cache(model: PreTrainedModel, made: Attachment, config: EvictionConfig) -> BoundedCache:
+    """An empty cache for an attached model."""
+    return made.layout.bounded_cache(stock_layers(model), config, made.gates, made.owner)
+
+
+def _unhook(model: PreTrainedModel, handles: list[Any], stock: str) -> None:
+    for handle in handles:
+        handle.remove()
+    model.set_attn_implementation(stock)
+
+
+# ---------------------------------------------------------------- one forward pass
+
+
+def _bounded(args: Any, kwargs: dict[str, Any]) -> BoundedCache | None:
+    """The bounded cache among a module's arguments, whatever its name there."""
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, BoundedCache)]
+    return found[0] if found else None
+
+
+def _begin(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = _bounded(args, kwargs)
+    _running.set(None)
+    if cache is None:
+        return
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+        raise UnsupportedFeatureError(
+            "an attention mask other than (sequences, tokens) has no meaning once entries are evicted; drop "
+            "it, or pad on the left and give the tokenizer's mask"
+        )
+    ids = next(v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if v is not None)
+    cache.begin(ids.shape[0], mask)
+    _running.set(cache)
+
+
+def _end(decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    cache = _running.get()
+    _running.set(None)
+    if cache is not None:
+        # hooks that are always called get no output when the module failed
+        cache.end(broken=output is None)
+
+
+def _observe(
+    layer: int, hidden: dict[int, int], module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
+    x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    hidden[layer] = x.shape[-1]
+    cache = _bounded(args, kwargs)
+    entry = cache.layers[layer] if cache is not None else None
+    if isinstance(entry, BoundedKVCache):
+        if _running.get() is not cache:
+            raise CacheError("a bounded cache was given to a part of a model; run the whole decoder")
+        entry.observe(x.detach())
+
+
+# ---------------------------------------------------------------- attention
+
+
+def implementation(stock: str) -> str:
+    """The name under which our functions are registered in front of a stock implementation."""
+    if stock not in ("eager", "sdpa"):
+        # ours replaces it where it matters; sliding-window layers are short
+        stock = "sdpa"
+    name = f"kvret_{stock}"
+    AttentionInterface.register(name, partial(_attention, stock))
+    AttentionMaskInterface.register(name, partial(_mask, stock))
+    return name
+
+
+def _attention(
+    stock: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    owner = BoundedKVCache.owner_of(key)
+    if owner is None:
+        default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(stock, default)
+        out: tuple[torch.Tensor, torch.Tensor | None] = function(
+            module, query, key, value, attention_mask, **options
+        )
+        return out
+    strange = attention_mask is not None or options.get("position_bias") is not None
+    if strange or options.get("sliding_window") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes its mask or its logits in a way that cannot follow evicted "
+            "entries; use another model"
+        )
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    made = owner.attend(query, scale, options.get("s_aux"), options.get("softcap"))
+    return made.transpose(1, 2).contiguous(), None
+
+
+def _mask(stock: str, **how: Any) -> Any:
+    """No mask for plain causal attention over a bounded cache, which knows its own padding."""
+    cache = _running.get()
+    if cache is not None and cache.shared is not None and how.get("mask_function") is causal_mask_function:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[stock](**how)

@@ -1,0 +1,129 @@
+"""What a model caches, found out by running a few tokens through its hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from mlx_kvret.core.budget import CacheShape
+from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.core.fitting import fit_gates
+from mlx_kvret.errors import UnsupportedModelError
+
+from .bounded import Bounded
+from .cache import BoundedCache, BoundedKVCache, cache_argument
+from .gates import RetentionGates
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The competing layers of a model: their common shape, their places, and the number of all layers."""
+
+    shape: CacheShape
+    places: tuple[int, ...]
+    layers: int
+    device: torch.device
+
+    def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
+        """As :func:`mlx_kvret.core.fitting.fit_gates`."""
+        return fit_gates(gates.config, self.shape, self.places, self.layers)
+
+    def bounded_cache(
+        self, entries: list[Any], config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]
+    ) -> BoundedCache:
+        """Stock layers with the competing ones replaced (policy ``"full"`` replaces none)."""
+        if config.policy == "full":
+            return BoundedCache(entries, None, [entries[place] for place in self.places])
+        shared = self.shared(config, gates, owner)
+        competing = [BoundedKVCache(shared, layer) for layer in range(self.shape.layers)]
+        for place, entry in zip(self.places, competing, strict=True):
+            entries[place] = entry
+        return BoundedCache(entries, shared, competing)
+
+    def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
+        """An empty pool for this model."""
+        if config.policy != "learned" or gates is None:
+            return Bounded(self.shape, config, owner, self.device)
+        return Bounded(self.shape, config, owner, self.device, gates, self.check_gates(gates))
+
+
+def stock_layers(model: PreTrainedModel) -> list[Any]:
+    """New cache layers of the kinds the model uses without us."""
+    return list(DynamicCache(config=model.config).layers)
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, name: str, hooked: Callable[[], None], hidden: dict[int, int]) -> Layout:
+    """Run a few tokens through the model as it is, then, after ``hooked()``, through its hooks.
+
+    ``hidden`` is filled by the hooks: the width of the attention input by layer.
+
+    Raises:
+        UnsupportedModelError: the hooked model does not give the same logits from a bounded cache.
+    """
+    entries = stock_layers(model)
+    places = [i for i, layer in enumerate(entries) if type(layer) is DynamicLayer]
+    if not places:
+        raise UnsupportedModelError(
+            f"{name} models keep no layer's full KV cache, so there is nothing to bound; use them as they are"
+        )
+    ids = torch.arange(1, 6, device=model.device)[None] % model.config.get_text_config().vocab_size
+    stock_cache: Any = DynamicCache(config=model.config)
+    stock = _logits(model, ids, stock_cache)
+    places = [place for place in places if stock_cache.layers[place].get_seq_length()]
+    layout = _layout(stock_cache, places, hidden, name)
+    hooked()
+    config = EvictionConfig.create(budget=8, policy="recent")
+    cache = layout.bounded_cache(stock_layers(model), config, None, {})
+    ours = _logits(model, ids, cache)
+    if any(entry.attended != ids.shape[1] for entry in cache.competing):
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: their attention changes cached keys, or bypasses "
+            "transformers' attention functions; use another model"
+        )
+    difference = float((ours - stock).abs().max())
+    if not difference <= 64 * torch.finfo(stock.dtype).eps * float(stock.abs().max()):
+        raise UnsupportedModelError(
+            f"{name} models give other logits from a bounded cache (by up to {difference:.2g}); use another "
+            "model"
+        )
+    return layout
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits (T, vocabulary) of a chunk and two single tokens after it."""
+    given = cache_argument(model, cache)
+    return torch.cat([model(part, **given).logits[0] for part in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:])])
+
+
+def _layout(cache: Any, places: list[int], hidden: dict[int, int], name: str) -> Layout:
+    used = [cache.layers[place] for place in places]
+    if not set(places) <= hidden.keys():
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: not all of their attention layers can be hooked; use another "
+            "model"
+        )
+    shapes = {
+        CacheShape(
+            len(places), entry.keys.shape[1], entry.keys.shape[3], entry.values.shape[3],
+            entry.keys.element_size(), hidden[place],
+        )
+        for place, entry in zip(places, used, strict=True)
+    }  # fmt: skip
+    if len(shapes) > 1:
+        raise UnsupportedModelError(
+            f"{name} models cannot be bounded: their layers cache entries of different shapes "
+            f"({', '.join(map(str, sorted(shapes, key=str)))})"
+        )
+    devices = {entry.keys.device for entry in used}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the model is spread over {', '.join(map(str, sorted(devices, key=str)))}, while one pool holds "
+            "the entries of all layers; load it on one device"
+        )
+    return Layout(shapes.pop(), tuple(places), len(cache.layers), devices.pop())
