@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import mlx.core as mx
@@ -26,15 +26,28 @@ def pretended_gpu() -> Iterator[None]:
         mx.metal.is_available, mx.default_device = honest
 
 
-def with_emulated_kernels(name: str) -> ModuleType:
-    """A private copy of a module whose kernels are emulated; the module itself where Metal exists."""
+@contextlib.contextmanager
+def _amended(amend: Callable[[str], str]) -> Iterator[None]:
+    make = mx.fast.metal_kernel
+    mx.fast.metal_kernel = lambda source, **kw: make(source=amend(source), **kw)
+    try:
+        yield
+    finally:
+        mx.fast.metal_kernel = make
+
+
+def with_emulated_kernels(name: str, amend: Callable[[str], str] | None = None) -> ModuleType:
+    """A private copy of a module whose kernels are emulated; the module itself where Metal exists.
+
+    amend: changes the source of every kernel the copy makes.
+    """
     module = importlib.import_module(name)
     if not EMULATED:
         return module
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
-    with installed(), pretended_gpu():
+    with installed(), pretended_gpu(), _amended(amend or str):
         spec.loader.exec_module(copy)
     assert sys.modules[name] is module
     return copy

@@ -1,6 +1,7 @@
-"""Real kernels that nobody here wrote: MLX's documented example and every custom kernel inside mlx-lm, each compared
-with what it replaces, written in plain MLX."""
+"""Real kernels that nobody here wrote: the example in MLX's docstring and every custom kernel inside mlx-lm, each
+compared with what it replaces, in plain MLX."""
 
+import math
 import textwrap
 
 import mlx.core as mx
@@ -217,3 +218,47 @@ def test_sinkhorn():
         return m
 
     check(call, twin, 1e-5)
+
+
+def _kl(q, p):
+    log_q, log_p = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (q, p))
+    return (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+
+
+def _js(q, p):
+    both = [x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (q, p)]
+    middle = mx.logaddexp(*both) - math.log(2)
+    return sum((mx.exp(x) * (x - middle)).sum(axis=-1) for x in both) / 2
+
+
+def _losses_and_gradients(kl, js):
+    mx.random.seed(4)
+    q, p = uniform(2, 5000, low=-4, high=4), uniform(2, 5000, low=-4, high=4)
+    return [f(q, p) for f in (kl, js)] + [mx.grad(lambda q, f=f: f(q, p).sum())(q) for f in (kl, js)]
+
+
+def _kernel_losses(amend=None):
+    module = with_emulated_kernels("mlx_lm.tuner.losses", amend)
+
+    def call():
+        with pretended_gpu():
+            return _losses_and_gradients(module.kl_div_loss, module.js_div_loss)
+
+    return call
+
+
+def _with_the_missing_barrier(source):
+    barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+    source = source.replace("// Share the sum_exp", barrier + "// Share the sum_exp")
+    return source.replace("mem_flags::mem_none", "mem_flags::mem_threadgroup")
+
+
+@pytest.mark.skipif(not EMULATED, reason="the GPU doesn't report races")
+def test_kl_and_js_losses_overwrite_maxima_that_others_still_read():
+    with pytest.raises(KernelError, match="race on shared"):
+        check(_kernel_losses(), lambda: _losses_and_gradients(_kl, _js), 1e-4, passes=["tsan"])
+
+
+@pytest.mark.skipif(not EMULATED, reason="the GPU's kernels can't be amended")
+def test_kl_and_js_losses_with_a_barrier_between():
+    check(_kernel_losses(_with_the_missing_barrier), lambda: _losses_and_gradients(_kl, _js), 1e-4)
