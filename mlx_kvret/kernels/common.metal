@@ -12,6 +12,12 @@ METAL_FUNC void load_row(thread float* out, P row, uint lane, long step) {
   }
 }
 
+// The same row into threadgroup memory, by one simdgroup; zeros if there is no such row.
+template <int D, typename T, typename P>
+METAL_FUNC void copy_row(threadgroup T* out, P row, uint lane, long step, bool there) {
+  for (int d = int(lane); d < D; d += 32) out[d] = there ? row[d * step] : T(0);
+}
+
 // A layer's entries as one list: each head's kept ones, then its rectangle. Piece i of n takes an equal share.
 METAL_FUNC int piece_start(long entries, int piece, int pieces) { return int(entries * piece / pieces); }
 // The last piece that starts at or before an entry; no smaller one that is not empty holds it.

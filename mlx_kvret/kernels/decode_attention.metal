@@ -66,21 +66,14 @@ for (int head = 0; head < heads; head++) {
   } else {
     for (int tile = low; tile < high; tile += N) {
       const int count = min(N, high - tile);
-      for (int i = int(self); i < count * D; i += S * 32) {
-        const int entry = tile + i / D;
-        if (entry < kept) {
-          tg_keys[i] = keys[size_t(table[begin + entry]) * D + i % D];
-        } else {
-          tg_keys[i] = head_keys[(entry - kept) * recent_keys_strides[2] + i % D * key_step];
-        }
-      }
-      for (int i = int(self); i < count * V; i += S * 32) {
-        const int entry = tile + i / V;
-        if (entry < kept) {
-          tg_values[i] = values[size_t(table[begin + entry]) * V + i % V];
-        } else {
-          tg_values[i] = head_values[(entry - kept) * recent_values_strides[2] + i % V * value_step];
-        }
+      for (int j = int(simdgroup); j < count; j += S) {
+        const int entry = tile + j;
+        const bool old = entry < kept;
+        const size_t slot = old ? table[begin + entry] : 0;
+        const device T* k = old ? keys + slot * D : head_keys + (entry - kept) * recent_keys_strides[2];
+        const device T* v = old ? values + slot * V : head_values + (entry - kept) * recent_values_strides[2];
+        copy_row<D>(tg_keys + j * D, k, lane, old ? 1 : key_step, true);
+        copy_row<V>(tg_values + j * V, v, lane, old ? 1 : value_step, true);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int j = 0; j < count; j++) {

@@ -3,7 +3,7 @@
 // threadgroup memory, once for all rows. Products are of 8x8 blocks; a lane holds two neighbours of one row of each.
 constexpr int E = D / 8, F = V / 8, C = N / 8, PAD = 16 / sizeof(T);
 const uint lane = thread_index_in_simdgroup;
-const int self = int(thread_index_in_threadgroup);
+const uint simdgroup = simdgroup_index_in_threadgroup;
 const int head = int(threadgroup_position_in_grid.y), heads = recent_keys_shape[1], recent = recent_keys_shape[2];
 const int tokens = queries_shape[2], group = queries_shape[1] / heads, all_rows = group * tokens;
 const int begin = offsets[layer[0] + head], kept = offsets[layer[0] + head + 1] - begin;
@@ -14,7 +14,7 @@ const float scale = scaling[0], softcap = scaling[1];
 // where a lane stands in a block
 const int y = int((lane / 4 & 4) + lane / 2 % 4), x = int((lane / 4 & 2) * 2 + lane % 2 * 2);
 const int first_row = int(threadgroup_position_in_grid.x) * S * 8;
-const int row = first_row + int(simdgroup_index_in_threadgroup) * 8 + y;
+const int row = first_row + int(simdgroup) * 8 + y;
 const bool real = row < all_rows;
 const int token = real ? row / group : 0;
 const int query_head = head * group + (real ? row % group : 0);
@@ -41,25 +41,14 @@ for (int f = 0; f < F; f++) {
 }
 
 for (int tile = 0; tile < entries; tile += N) {
-  for (int i = self; i < N * D; i += S * 32) {
-    const int entry = tile + i / D;
-    T element = T(0);
-    if (entry < min(kept, entries)) {
-      element = keys[size_t(table[begin + entry]) * D + i % D];
-    } else if (entry < entries) {
-      element = head_keys[(entry - kept) * recent_keys_strides[2] + i % D * recent_keys_strides[3]];
-    }
-    tg_keys[i / D * (D + PAD) + i % D] = element;
-  }
-  for (int i = self; i < N * V; i += S * 32) {
-    const int entry = tile + i / V;
-    T element = T(0);
-    if (entry < min(kept, entries)) {
-      element = values[size_t(table[begin + entry]) * V + i % V];
-    } else if (entry < entries) {
-      element = head_values[(entry - kept) * recent_values_strides[2] + i % V * recent_values_strides[3]];
-    }
-    tg_values[i / V * (V + PAD) + i % V] = element;
+  for (int j = int(simdgroup); j < N; j += S) {
+    const int entry = tile + j;
+    const bool old = entry < kept, there = entry < entries;
+    const size_t slot = old && there ? table[begin + entry] : 0;
+    const device T* k = old ? keys + slot * D : head_keys + (entry - kept) * recent_keys_strides[2];
+    const device T* v = old ? values + slot * V : head_values + (entry - kept) * recent_values_strides[2];
+    copy_row<D>(tg_keys + j * (D + PAD), k, lane, old ? 1 : recent_keys_strides[3], there);
+    copy_row<V>(tg_values + j * (V + PAD), v, lane, old ? 1 : recent_values_strides[3], there);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
