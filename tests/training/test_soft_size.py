@@ -21,7 +21,7 @@ either_form = pytest.mark.parametrize("kernel", [False, pytest.param(True, marks
 def test_triton_kernel():
     """The tests of the kernel in a process whose triton interprets from the start."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "True", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "True", "--noconftest"]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     assert f"{len(CASES) + 1} passed" in run.stdout

@@ -1,0 +1,67 @@
+"""Settings: what is refused, and how runs are compared."""
+
+from itertools import pairwise
+
+import pytest
+
+from mlx_kvret.errors import ConfigError
+from mlx_kvret.training.config import TrainConfig, differences
+from mlx_kvret.training.schedule import rate
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("kind", "rg11", "expected one of rg, rg10"),
+        ("scope", "layer", "expected one of global, head"),
+        ("loss", "user", "expected one of all, assistant"),
+        ("dtype", "int8", "expected one of auto"),
+        ("length", 1, "at least 2"),
+        ("batch", 0, "at least 1"),
+        ("steps", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("width", 1.5, "whole number"),
+        ("learning_rate", 0.0, "above 0"),
+        ("learning_rate", float("nan"), "expected a number"),
+        ("clip", -1.0, "above 0"),
+        ("capacity_weight", -0.1, "at least 0"),
+        ("warmup", 1.0, "below 1"),
+        ("budget", 16384, "nothing would ever be over the budget"),
+    ],
+)
+def test_refuses(setting, value, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        TrainConfig(**{setting: value})
+    assert setting in str(error.value)
+
+
+def test_refuses_sequences_longer_than_the_model():
+    config = TrainConfig(length=4096)
+    with pytest.raises(ConfigError, match="made for 2048"):
+        config.check_model({"text_config": {"max_position_embeddings": 2048}})
+    config.check_model({"max_position_embeddings": 4096})
+    config.check_model({})
+
+
+def test_gates_of_a_base_model():
+    base = {"hidden_size": 8, "hidden_activation": "gelu_pytorch_tanh"}
+    gates = TrainConfig(kind="rg", budget=7, bias=9.0).gates(3, 2, 8, base, "org/base")
+    assert (gates.kind, gates.layers, gates.kv_heads, gates.hidden_size) == ("rg", 3, 2, 8)
+    assert (gates.activation, gates.training_budget, gates.bias_init) == ("gelu_pytorch_tanh", 7, 9.0)
+    assert (gates.base_model, gates.base_fingerprint) == ("org/base", "hidden_size=8")
+
+
+def test_differences():
+    one, other = TrainConfig().to_dict(), TrainConfig(batch=8, steps=5).to_dict()
+    assert differences(one, one) == []
+    assert differences(other, one) == ["batch is 8, was 4", "steps is 5, was None"]
+
+
+def test_rate_rises_then_falls():
+    rates = [rate(progress / 100, 0.1) for progress in range(101)]
+    assert rates[5] == pytest.approx(0.5)
+    assert max(rates) == rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0)
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rate(0, 0) == 1
