@@ -50,7 +50,7 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        size = f"{self.nbytes / 1e6:.1f} MB"
+        size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e6 else f"{self.nbytes / 1e3:.0f} kB"
         return "\n".join(
             [
                 f"{self.src_form} → {self.dst_form}: {self.tensors} tensors, {size} in {self.dst}",

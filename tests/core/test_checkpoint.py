@@ -1,13 +1,23 @@
 """The shared gate checkpoint: written whole, and read only if every part of it is right."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_kvret.core.checkpoint import CONFIG_FILE, TENSOR_FILE, GateCheckpoint, load_gates, save_gates
+import converters
+from mlx_kvret.core.checkpoint import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    GateCheckpoint,
+    load_gates,
+    manifest,
+    save_gates,
+)
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.core.tensors import Tensor, read_tensors, write_tensors
@@ -87,6 +97,12 @@ def test_layout_of_untied_rg():
             "bias": (3,),
         }.items()
     }
+
+
+def test_readme_shows_a_whole_manifest():
+    readme = (Path(converters.__file__).parent / "README.md").read_text(encoding="utf-8")
+    shown = json.loads(re.search(r"```json\n(.*?)```", readme, re.DOTALL)[1])
+    assert shown == manifest(GateConfig.from_dict(shown["gates"]), {})
 
 
 @pytest.mark.parametrize("shared", [True, False])
