@@ -223,13 +223,19 @@ def test_scores_are_compared_in_float32():
 
 
 def test_threshold_spares_what_is_protected():
-    config = EvictionConfig(4, 0, threshold=0.5, sinks=1, min_per_head=2)
-    score = np.float32([-9, math.log(0.5), np.nextafter(np.float32(math.log(0.5)), np.float32(-9)), -9])
-    args = np.arange(4), np.zeros(4, int), 4
-    assert select(score, *args, config, 1, 1).tolist() == [True, True, False, False]
+    alpha = np.float32(math.log(0.5))
+    score = np.array([-9, alpha, np.nextafter(alpha, np.float32(-9)), -9], np.float32)
+
+    def kept(score, budget, **options):
+        config = EvictionConfig(budget, 0, threshold=0.5, **options)
+        return select(score, np.arange(4), np.zeros(4, int), 4, config, 1, 1).tolist()
+
+    assert kept(score, 4) == [False, True, False, False]
+    assert kept(score, 4, sinks=1) == [True, True, False, False]
     # where none is good enough, the head's own best makes two with the sink
-    assert select(2 * score, *args, config, 1, 1).tolist() == [True, True, False, False]
-    assert select(score, *args, EvictionConfig(5, 0, threshold=0.5), 1, 1).all()  # nothing is due
+    assert kept(2 * score, 4, sinks=1, min_per_head=2) == [True, True, False, False]
+    assert kept(score, 5) == [True] * 4  # nothing is due
+    assert kept(score * 0, 2) == [False, False, True, True]  # never more than the budget
 
 
 def test_protection_follows_true_positions():
