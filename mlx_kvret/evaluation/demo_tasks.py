@@ -1,4 +1,4 @@
-"""Tasks in the demo model's own words. Docstrings say what gates trained as in ``examples`` have seen of them.
+"""Tasks in the demo model's own words. Docstrings say what gates trained as in ``examples`` have seen.
 
 Each maker takes a length in tokens and a random generator and gives a sample. All but ``copy`` ask for
 facts; an answer is right if the value and then the end token come.
@@ -72,8 +72,8 @@ def early(length: int, rng: Rng) -> Sample:
 
 
 def turns(length: int, rng: Rng) -> Sample:
-    """A conversation in one bounded cache: four parts with four facts each, after each of them questions about
-    all facts so far. Two questions and their answers stay in the history. Unseen as such."""
+    """A conversation in one bounded cache: four parts with four facts each, questions about all facts so
+    far after each of them. Two questions and their answers stay in the history. Unseen as such."""
     truth = _truth(rng, FACTS)
     names, told, ids, start = list(truth), list[int](), [BOS], 0
     made, history = [], 2 * 4
@@ -93,8 +93,8 @@ def turns(length: int, rng: Rng) -> Sample:
 
 
 def copy(length: int, rng: Rng) -> Sample:
-    """24 random words, then plain filler, then a sentence of the random words: which comes next? The model was
-    trained to copy; its gates never saw a text of which anything but facts was asked. Unseen."""
+    """24 random words in plain filler, then four of them in a row: which comes next? The model was trained
+    to copy; its gates never saw a text of which anything but facts was asked. Unseen."""
     pattern = [int(word) for word in rng.permutation(np.arange(FIRST_NAME, FIRST_FILLER))[:24]]
     before = int(rng.integers(max(1, length - len(pattern) - 1)))
     first = FIRST_FILLER + int(rng.integers(len(FILLER)))

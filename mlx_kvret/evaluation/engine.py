@@ -54,11 +54,14 @@ class PublicEngine:
         self.model, self.tokenizer, self.chunk, self.buffer = model, tokenizer, chunk, buffer
         self._mlx = any(cls.__module__.startswith("mlx.") for cls in type(model).__mro__)
         self.name = "mlx" if self._mlx else "torch"
+        self._gates: Any = None
 
     def use_gates(self, gates: Any) -> None:
         from ..api import attach
 
-        attach(self.model, gates)
+        if gates is not self._gates:
+            attach(self.model, gates)
+            self._gates = gates
 
     def runs(self, method: Method) -> bool:
         return method.policy not in REFERENCES
@@ -108,7 +111,7 @@ class PublicEngine:
         if self._mlx:
             import mlx.core as mx
 
-            return np.array(self.model(mx.array(ids)[None], cache=cache)[0].astype(mx.float32))
+            return np.array(self.model(mx.array(list(ids))[None], cache=cache)[0].astype(mx.float32))
         import torch
 
         with torch.no_grad():

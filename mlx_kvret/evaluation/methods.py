@@ -52,8 +52,8 @@ class Method:
     def eviction(self, budget: int, buffer: int) -> EvictionConfig:
         """The plan by which entries go; for a reference policy all of it but the score.
 
-        H2O keeps its heaviest M/2 and newest M/2 (arXiv 2306.14048); SnapKV keeps its observation window of 32
-        tokens (arXiv 2404.14469); the oracle, which fills up with the newest, has no need of a wide window.
+        H2O keeps its heaviest M/2 and newest M/2 (arXiv 2306.14048); SnapKV keeps its observation window of
+        32 tokens (arXiv 2404.14469); the oracle fills up with the newest.
         """
         options = dict(self.options)
         if self.policy == "h2o":

@@ -107,14 +107,18 @@ class Reading:
     """
 
     def __init__(
-        self, engine: ReferenceEngine, samples: Sequence[Sample], method: Method, config: EvictionConfig | None
+        self,
+        engine: ReferenceEngine,
+        samples: Sequence[Sample],
+        method: Method,
+        config: EvictionConfig | None,
     ) -> None:
         self.engine, self.samples, self.method, self.config = engine, samples, method, config
         self.seen, self.layers = 0, list[Entries]()
         self.look: Looker | None = None
         self.inputs = self._visible = torch.zeros(0)
         self._position = torch.zeros(0, dtype=torch.long)
-        self._new: list[Entries] = []
+        self._grown: list[Entries] = []
         self._paid: list[torch.Tensor] = []
         useful = torch.zeros(len(samples), max(sample.tokens for sample in samples), dtype=torch.bool)
         for row, sample in enumerate(samples):
@@ -139,7 +143,7 @@ class Reading:
         ]
 
     def read(self, turns: Sequence[Turn]) -> Iterator[tuple[int, Floats]]:
-        """Take in a turn of every sample, evicting after each chunk; yields (row, log-likelihoods) if scored."""
+        """Take in a turn, evicting after each chunk; yields (row, log-likelihoods) if scored."""
         ids = torch.tensor([turn.ids for turn in turns], device=self._useful.device)
         scored, step = turns[0].scored, self.engine.chunk
         last: Any = [None] * len(turns)
@@ -147,7 +151,9 @@ class Reading:
             part = ids[:, start : start + step]
             count = part.shape[1]
             causal = torch.ones(count, count, dtype=torch.bool, device=ids.device).tril()
-            logits = self._forward(part, torch.arange(self.seen, self.seen + count), causal, everywhere=scored)
+            logits = self._forward(
+                part, torch.arange(self.seen, self.seen + count), causal, everywhere=scored
+            )
             if scored:
                 for row, turn in enumerate(turns):
                     yield row, log_likelihoods(last[row], logits[row], turn.ids[start : start + step])
@@ -155,9 +161,7 @@ class Reading:
             self._take_in(count)
 
     def _take_in(self, count: int) -> None:
-        old = self.layers or [None] * len(self._new)
-        self.layers = [b if a is None else a.joined(b) for a, b in zip(old, self._new, strict=True)]
-        self.seen += count
+        self.layers, self.seen = self._grown, self.seen + count
         if self.method.policy in ("h2o", "snapkv"):
             summed = self.method.policy == "h2o"
             self.layers = [
@@ -222,7 +226,7 @@ class Reading:
     ) -> Floats:
         """Logits of ids (B, n), after each of them or the last; ``visible`` (n, n) among the new tokens."""
         self._position, self._visible = position.to(ids.device), visible
-        self._new, self._paid, self.engine.reading = [], [], self
+        self._grown, self._paid, self.engine.reading = [], [], self
         out = self.engine.model(
             input_ids=ids,
             position_ids=self._position[None],
@@ -244,14 +248,14 @@ class Reading:
         there = self._position.expand(texts, heads, count)
         new = Entries(key, value, log_beta, there, torch.zeros_like(log_beta), torch.ones_like(there).bool())
         entries = self.layers[layer].joined(new) if self.layers else new
-        split = query.reshape(texts, heads, -1, query.shape[-1])
-        logits = (split * scale @ entries.keys.transpose(2, 3)).float()
-        logits = logits.reshape(texts, heads, -1, count, logits.shape[-1])
+        bias = torch.zeros_like(entries.log_beta).masked_fill_(~entries.valid, -torch.inf)
+        split = query.reshape(texts * heads, -1, query.shape[-1])
+        turned = entries.keys.flatten(0, 1).transpose(1, 2)
+        logits = torch.baddbmm(bias.to(query.dtype).reshape(texts * heads, 1, -1), split, turned, alpha=scale)
+        logits = logits.float().reshape(texts, heads, -1, count, entries.valid.shape[2])
         logits[..., -count:].masked_fill_(~self._visible, -torch.inf)
-        if not entries.valid.all():
-            logits.masked_fill_(~entries.valid[:, :, None, None], -torch.inf)
         weights = logits.softmax(-1)
-        self._new.append(new)
+        self._grown.append(entries)
         if self.method.policy in ("h2o", "snapkv"):
             observed = count if self.method.policy == "h2o" else OBSERVED
             self._paid.append(weights[..., -observed:, :].sum((2, 3)))
@@ -280,8 +284,8 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     if wrong := [name for name in _UNKNOWN if others.get(name) is not None]:
         raise UnsupportedModelError(
-            f"{type(module).__name__} uses {', '.join(wrong)} in attention, which the reference engine does not "
-            "follow; use another backend"
+            f"{type(module).__name__} uses {', '.join(wrong)} in attention, which the reference engine does "
+            "not follow; use another backend"
         )
     engine, layer = vars(module)["_kvret_reference"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,0 +1,42 @@
+"""What learned eviction is worth: tasks, policies side by side, budgets × lengths, reports.
+
+>>> from mlx_kvret.evaluation import Grid, Results, markdown, open_bench, parse_methods, run_grid
+>>> methods = parse_methods(["full", "learned", "recent"])
+>>> bench = open_bench("demo", methods)
+>>> grid = Grid(("facts",), (1024,), ("1/16", "1/64"), tuple(methods), samples=20)
+>>> print(markdown(run_grid(grid, bench.engines, bench.gates, Results({}))))
+"""
+
+from .bench import Bench, open_bench
+from .engine import Engine, Outcome, PublicEngine
+from .methods import Method, parse_method, parse_methods
+from .report import entries, losses, markdown, summary
+from .results import Cell, Results, open_results, read_results
+from .runner import Grid, run_grid
+from .samples import Question, Sample, Turn
+from .tasks import make_samples
+
+__all__ = [
+    "Bench",
+    "Cell",
+    "Engine",
+    "Grid",
+    "Method",
+    "Outcome",
+    "PublicEngine",
+    "Question",
+    "Results",
+    "Sample",
+    "Turn",
+    "entries",
+    "losses",
+    "make_samples",
+    "markdown",
+    "open_bench",
+    "open_results",
+    "parse_method",
+    "parse_methods",
+    "read_results",
+    "run_grid",
+    "summary",
+]

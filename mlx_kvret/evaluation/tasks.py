@@ -1,0 +1,84 @@
+"""All tasks by name.
+
+``facts`` and the like    the demo model's own words, see :mod:`.demo_tasks`
+``needle-single`` ...     generated text for any model with a tokenizer, see :mod:`.text_tasks`
+``perplexity:FILE``       a text file, cut into pieces of each length
+``longbench:FILE`` ...    files of public benchmarks, see :mod:`.readers`
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from . import demo_tasks, readers, text_tasks
+from .samples import Sample
+from .writer import Writer
+
+NAMES = (*demo_tasks.TASKS, *text_tasks.TASKS)
+FILES = ("perplexity", *readers.READERS)
+
+
+def check_task(name: str) -> None:
+    """Refuse a name that no task has, before anything is run.
+
+    Raises:
+        ConfigError: no such task or file.
+    """
+    kind, colon, path = name.partition(":")
+    if kind in NAMES and not colon:
+        return
+    if kind not in FILES or not path:
+        raise ConfigError(
+            f"task {name!r} is not known; expected one of {', '.join(NAMES)}, or "
+            f"{', '.join(f'{kind}:FILE' for kind in FILES)}"
+        )
+    if not Path(path).expanduser().is_file():
+        raise ConfigError(f"task {name!r}: {path} is not a file")
+
+
+def has_length(name: str) -> bool:
+    """Whether samples come in a length of one's choice; those of benchmark files do not."""
+    return name.partition(":")[0] not in readers.READERS
+
+
+def metric(name: str) -> str:
+    """``"accuracy"`` (higher is better) or ``"nll"`` (nats per token, lower is better)."""
+    return "nll" if name.startswith("perplexity:") else "accuracy"
+
+
+def make_samples(
+    name: str, length: int, count: int, seed: int, tokenizer: Any = None, chat: bool = False
+) -> list[Sample]:
+    """``count`` samples (or as many as a file has); the same arguments give the same samples.
+
+    Raises:
+        ConfigError: unknown task, a length that is too short, a file that cannot be read.
+    """
+    check_task(name)
+    kind, _, path = name.partition(":")
+    if kind in demo_tasks.TASKS:
+        rngs = _generators(name, length, count, seed)
+        return [demo_tasks.make(kind, length, rng) for rng in rngs]
+    writer = Writer(tokenizer, chat)
+    if kind in text_tasks.TASKS:
+        rngs = _generators(name, length, count, seed)
+        return [text_tasks.TASKS[kind](length, rng, writer) for rng in rngs]
+    file = Path(path).expanduser()
+    found = (
+        readers.text(file, writer, length) if kind == "perplexity" else readers.READERS[kind](file, writer)
+    )
+    samples = list(itertools.islice(found, count))
+    if not samples:
+        raise ConfigError(f"{file} has no records")
+    return samples
+
+
+def _generators(name: str, length: int, count: int, seed: int) -> list[np.random.Generator]:
+    # the n-th sample does not depend on how many there are
+    return [np.random.default_rng([seed, zlib.crc32(name.encode()), length, i]) for i in range(count)]
