@@ -32,6 +32,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
+        # the same for mlx-lm
+        "sliding_window_pattern": 2,
     },
 }
 
