@@ -180,7 +180,7 @@ class DataSet:
 class Records:
     """All records of some sources, one after the other.
 
-    ``skipped`` lists what was wrong with those left out on request; otherwise the first bad record raises.
+    Bad records are left out if ``skip_bad`` says so; otherwise the first one raises.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Records:
         split: str = "train",
         skip_bad: bool = False,
     ):
-        self.skip_bad, self.skipped = skip_bad, list[str]()
+        self.skip_bad, self._skipped = skip_bad, dict[str, None]()
         if not files and not datasets:
             raise ConfigError("there is no training data; give a text file, a .jsonl file or a data set")
         self._sources: list[Source] = [_open(Path(file).expanduser(), self.complain) for file in files]
@@ -203,7 +203,12 @@ class Records:
         """Raise the error, or note it if bad records are to be skipped."""
         if not self.skip_bad:
             raise DataError(f"{error} (or skip bad records with --skip-bad)") from error
-        self.skipped.append(str(error))
+        self._skipped[str(error)] = None
+
+    @property
+    def skipped(self) -> list[str]:
+        """What was wrong with each record that was left out."""
+        return list(self._skipped)
 
     @property
     def identity(self) -> list[dict[str, Any]]:

@@ -1,0 +1,272 @@
+"""Whole runs on the demo model: reproducible, resumable, and stopped for good reasons only."""
+
+import json
+import math
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cuda_backend.gates import from_checkpoint
+from cuda_backend.training import loop, state
+from cuda_backend.training.loop import RunOptions, train
+from mlx_kvret.core.checkpoint import load_gates
+from mlx_kvret.demo import MODEL
+from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
+from mlx_kvret.training.config import TrainConfig
+from mlx_kvret.training.errors import DataError, TrainingError
+from mlx_kvret.training.log import COLUMNS, read_log
+from mlx_kvret.training.plots import plot_run
+from mlx_kvret.training.records import Records
+from mlx_kvret.training.report import Losses
+
+from .chats import write_chats
+
+CONFIG = TrainConfig(
+    width=16, bias=4.0, budget=4, length=64, batch=2, loss="assistant", learning_rate=1e-2, steps=6
+)
+
+
+def run(folder, chats, config=CONFIG, **options):
+    options = {"micro_batch": 2, "save_every": 2, "recompute": False, "device": "cpu"} | options
+    return train(MODEL, Records([chats]), config, RunOptions(folder, **options))
+
+
+def tensors(folder):
+    return {name: t.float32() for name, t in load_gates(folder / "gates").tensors.items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, chats):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run(folder, chats) == folder / "gates"
+    return folder
+
+
+def test_result(finished, chats):
+    checkpoint = load_gates(finished / "gates")
+    assert (checkpoint.config.layers, checkpoint.config.kv_heads, checkpoint.config.training_budget) == (
+        3,
+        2,
+        4,
+    )
+    checkpoint.check_model(json.loads((MODEL / "config.json").read_text()))
+    assert checkpoint.provenance["settings"] == CONFIG.to_dict()
+    assert checkpoint.provenance["data"][0]["name"] == str(chats)
+    assert checkpoint.provenance["steps"] == 6
+    log_beta = from_checkpoint(checkpoint).log_beta(1, torch.randn(5, 64))
+    assert log_beta.shape == (5, 2)
+    assert (log_beta < 0).all()
+
+
+def test_log_and_profile(finished):
+    log = read_log(finished / "log.csv")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["capacity"] < log[0]["capacity"]
+    assert log[-1]["soft_size"] < log[0]["soft_size"]
+    assert all(row["tokens"] == 128 and set(row) == set(COLUMNS) for row in log)
+    profile = json.loads((finished / "profile.json").read_text())
+    assert np.array(profile["soft_size"]).shape == (3, 2)
+    assert len(profile["position"]) == len(profile["retained"]) == 64
+    assert profile["retained"][-1] == pytest.approx(1)
+
+
+def test_plots(finished):
+    pytest.importorskip("matplotlib")
+    assert plot_run(finished).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 1}, {"recompute": True}])
+def test_micro_batches_and_recomputation_change_rounding_only(finished, chats, tmp_path, options):
+    run(tmp_path / "run", chats, **options)
+    expected = tensors(finished)
+    for name, found in tensors(tmp_path / "run").items():
+        assert np.allclose(found, expected[name], atol=1e-4)
+
+
+def test_epochs_end(chats, tmp_path):
+    config = TrainConfig(**CONFIG.to_dict() | {"steps": None, "epochs": 2, "batch": 4, "kind": "rg"})
+    run(tmp_path / "run", chats, config)
+    log = read_log(tmp_path / "run" / "log.csv")
+    assert len(log) == 6
+    assert log[-1]["progress"] > 0.9
+    assert sum(row["tokens"] for row in log) == 2 * 12 * 64
+
+
+def before_step(monkeypatch, step, act):
+    """Call ``act(gates)`` after the gradient of a step has been worked out."""
+    inner, count = loop.gradient, 0
+
+    def gradient(student, gates, *rest):
+        nonlocal count
+        losses, count = inner(student, gates, *rest), count + 1
+        return (count == step and act(gates)) or losses
+
+    monkeypatch.setattr(loop, "gradient", gradient)
+
+
+def interrupt(gates):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_goes_on_after_an_interruption(finished, chats, tmp_path, monkeypatch, step):
+    before_step(monkeypatch, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", chats)
+    monkeypatch.undo()
+    run(tmp_path / "run", chats, resume=True)
+    assert same(tensors(tmp_path / "run"), tensors(finished))
+    losses = [[row["loss"] for row in read_log(at / "log.csv")] for at in (tmp_path / "run", finished)]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, chats):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "gates").iterdir()}
+    assert run(finished, chats, resume=True) == finished / "gates"
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "gates").iterdir()}
+
+
+COMMAND = "from mlx_kvret.cli.train import command; command()"
+LONG = TrainConfig(**CONFIG.to_dict() | {"steps": 40})
+OPTIONS = (
+    "--width 16 --bias 4 --budget 4 --length 64 --batch 2 --loss assistant --learning-rate 0.01 --steps 40 "
+    "--micro-batch 2 --save-every 3 --device cpu --no-recompute"
+)
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_left_alone(chats, tmp_path):
+    killed, alone = tmp_path / "killed", tmp_path / "alone"
+    arguments = [str(MODEL), "--data", str(chats), "--output", str(killed), *OPTIONS.split()]
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    while _lines(killed / "log.csv") < 15:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "gates").exists()
+    run(killed, chats, LONG, resume=True)
+    run(alone, chats, LONG)
+    assert same(tensors(killed), tensors(alone))
+    assert len(read_log(killed / "log.csv")) == 40
+
+
+def _lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_what_a_killed_writer_left_is_removed(chats, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, chats)
+    (folder / ".training.pt.x1.pt").write_bytes(b"half")
+    (folder / ".gates.y2").mkdir()
+    run(folder, chats, resume=True)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_nan_stops_with_the_last_checkpoint(finished, chats, tmp_path, monkeypatch, poison):
+    def spoil(gates):
+        if poison == "gradient":
+            next(gates.parameters()).grad[0] = torch.nan
+            return None
+        return Losses(loss=math.nan, kl=math.nan, cross_entropy=1, capacity=1, soft_size=1, soft_share=1)
+
+    before_step(monkeypatch, 4, spoil)
+    with pytest.raises(TrainingError, match=r"step 4 gave no finite result .* on .*chats.jsonl:\d+.* record"):
+        run(tmp_path / "run", chats)
+    monkeypatch.undo()
+    run(tmp_path / "run", chats, resume=True)
+    assert same(tensors(tmp_path / "run"), tensors(finished))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(finished, chats, tmp_path, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before_step(monkeypatch, 4, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard)))
+    try:
+        with pytest.raises(TrainingError, match=r"cannot write .*training.pt.*--resume"):
+            run(tmp_path / "run", chats)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.undo()
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    run(tmp_path / "run", chats, resume=True)
+    assert same(tensors(tmp_path / "run"), tensors(finished))
+
+
+def test_resume_refuses_other_settings_and_data(finished, chats, tmp_path):
+    other = TrainConfig(**CONFIG.to_dict() | {"batch": 3, "learning_rate": 0.5})
+    with pytest.raises(ConfigError, match=r"batch is 3, was 2; learning_rate is 0\.5, was 0\.01"):
+        run(finished, chats, other, resume=True)
+    more = write_chats(tmp_path / "chats.jsonl", 3, 64)
+    with pytest.raises(ConfigError, match="data is"):
+        run(finished, more, resume=True)
+
+
+def test_refuses_folders_in_use_and_nothing_to_resume(finished, chats, tmp_path):
+    with pytest.raises(ConfigError, match=r"exists already; go on with --resume"):
+        run(finished, chats)
+    with pytest.raises(ConfigError, match=r"no training.pt .* leave out --resume"):
+        run(tmp_path / "run", chats, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_refuses_a_damaged_checkpoint(finished, chats, tmp_path):
+    content = (finished / state.NAME).read_bytes()
+    (tmp_path / state.NAME).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        run(tmp_path, chats, resume=True)
+
+
+def test_no_free_memory(chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.base, "free_bytes", lambda _: 3 << 29)
+    config = TrainConfig(**CONFIG.to_dict() | {"length": 8192, "batch": 64})
+    with pytest.raises(TrainingError, match=r"needs about .* GB .* about [\d,]+ tokens fit"):
+        run(tmp_path / "run", chats, config, micro_batch=64)
+
+    def refuse(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(loop, "gradient", refuse)
+    with pytest.raises(TrainingError, match=r"step 1 does not fit on cpu; about [\d,]+ tokens fit"):
+        run(tmp_path / "run", chats)
+
+
+def test_bad_records_met_on_the_way(chats, tmp_path):
+    lines = chats.read_text().splitlines()[:4]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join([*lines, json.dumps({"text": "remember Ada red"})]))
+    with pytest.raises(DataError, match=r"mixed.jsonl:5 is plain text.*--skip-bad"):
+        run(tmp_path / "run", path)
+    records = Records([path], skip_bad=True)
+    options = RunOptions(tmp_path / "other", device="cpu", recompute=False)
+    train(MODEL, records, TrainConfig(**CONFIG.to_dict() | {"steps": None}), options)
+    assert [message.split(" is ")[0] for message in records.skipped] == [f"{path}:5"]
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"model_type": "unheard_of"}, UnsupportedModelError, "transformers cannot open"),
+        ({"quantization": {"bits": 4}}, UnsupportedModelError, "quantised for MLX"),
+        ({"max_position_embeddings": 32}, ConfigError, "length is 64 tokens, the model was made for 32"),
+        ({"hidden_size": 128}, ConfigError, "cannot open the model"),
+    ],
+)
+def test_refuses_models(chats, tmp_path, change, error, message):
+    shutil.copytree(MODEL, tmp_path / "model")
+    config = json.loads((MODEL / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(error, match=message):
+        train(tmp_path / "model", Records([chats]), CONFIG, RunOptions(tmp_path / "run", device="cpu"))
+    assert not (tmp_path / "run").exists()
