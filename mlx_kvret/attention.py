@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from . import kernels
 from .core.types import Ints
 from .kernels.attention import attend as attend_with_kernels
 from .pool import Pool
-
-# heads are padded to a common length while that costs less than half again of the work
-PADDING = 1.5
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,14 @@ class LayerView:
 
     def host_lengths(self) -> Ints:
         """Kept entries of each KV head (H,); waits for the device once after a compaction."""
-        offsets = self.pool.lookup.on_host()[self.first : self.first + self.kv_heads + 1]
-        return offsets[1:] - offsets[:-1]
+        return np.diff(self.pool.lookup.on_host()[self.first : self.first + self.kv_heads + 1])
 
-    def kept(self, first: int, count: int, width: int) -> tuple[mx.array, mx.array, mx.array]:
+    def kept(self, first: int, count: int, width: int) -> tuple[mx.array, mx.array, mx.array | None]:
         """Kept keys and values of ``count`` heads from ``first`` on, padded, and which of them are real.
 
-        Returns (count, width, Dk), (count, width, Dv) and a mask (count, width).
+        Returns (count, width, Dk), (count, width, Dv) and a mask (count, width), None if all are real.
         """
-        lookup, start = self.pool.lookup, self.first + first
-        begin, end = lookup.offsets[start : start + count], lookup.offsets[start + 1 : start + count + 1]
-        index = begin[:, None] + mx.arange(width, dtype=mx.int32)
-        real = index < end[:, None]
-        slots = lookup.table[mx.minimum(index, lookup.table.size - 1)]
+        slots, real = self.pool.lookup.padded(self.first + first, count, width)
         return self.pool.keys[slots], self.pool.values[slots], real
 
 
@@ -82,7 +75,7 @@ def attend_reference(
     softcap: float = 0.0,
 ) -> mx.array:
     """:func:`attend` in plain MLX."""
-    lengths, heads = view.host_lengths(), view.kv_heads
+    heads = view.kv_heads
     _, query_heads, tokens, _ = queries.shape
     # the query heads of a KV head stand below each other: one product reads K and V once for all of them
     grouped = queries.reshape(heads, query_heads // heads * tokens, -1) * scale
@@ -90,19 +83,17 @@ def attend_reference(
     if sinks is not None:
         sinks = mx.repeat(sinks, tokens).reshape(heads, -1, 1)
 
-    even = heads * int(lengths.max()) <= PADDING * max(int(lengths.sum()), heads)
-    parts = [slice(0, heads)] if even else [slice(head, head + 1) for head in range(heads)]
     out = [
         _attend(
             grouped[part],
             view,
             part,
-            int(lengths[part].max()),
+            width,
             bias,
             None if sinks is None else sinks[part],
             softcap,
         )
-        for part in parts
+        for part, width in view.pool.lookup.parts(view.first, heads)
     ]
     joined = out[0] if len(out) == 1 else mx.concatenate(out)
     return joined.reshape(1, query_heads, tokens, -1)
@@ -123,7 +114,8 @@ def _attend(
         scores = scores + bias.astype(scores.dtype)
     if width:
         keys, values, real = view.kept(part.start, part.stop - part.start, width)
-        old = mx.where(real[:, None], _capped(queries @ keys.swapaxes(1, 2), softcap), -mx.inf)
+        old = _capped(queries @ keys.swapaxes(1, 2), softcap)
+        old = old if real is None else mx.where(real[:, None], old, -mx.inf)
         scores = mx.concatenate([old, scores], axis=-1)
     if sinks is not None:
         scores = mx.concatenate([scores, sinks.astype(scores.dtype)], axis=-1)

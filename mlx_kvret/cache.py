@@ -111,11 +111,11 @@ class BoundedKVCache(mlx_cache._BaseCache):
     def padding_bias(self) -> mx.array:
         """0 for the real and -inf for the padded entries of :meth:`update_and_fetch`, (H, 1, W + r)."""
         view, width = self.view(), self._width()
-        if width == 0:
-            return mx.zeros((view.kv_heads, 1, view.keys.shape[2]))
-        _, _, real = view.kept(0, view.kv_heads, width)
-        bias = mx.where(real, 0.0, -mx.inf)
-        return mx.concatenate([bias, mx.zeros((view.kv_heads, view.keys.shape[2]))], axis=1)[:, None]
+        _, real = view.pool.lookup.padded(view.first, view.kv_heads, width) if width else (None, None)
+        visible = mx.zeros((view.kv_heads, 1, width + view.keys.shape[2]))
+        if real is not None:
+            visible[:, 0, :width] = mx.where(real, 0.0, -mx.inf)
+        return visible
 
     def _width(self) -> int:
         offsets = self.shared.pool.lookup.on_host()

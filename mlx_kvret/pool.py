@@ -7,7 +7,7 @@ What belongs to which head is told by ``owner``; ``table`` and ``offsets`` list 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,9 @@ import numpy as np
 from . import kernels
 from .core.types import Ints
 from .kernels import compaction_plan, score_select
+
+# heads are padded to a common length while that costs less than half again of the work
+PADDING = 1.5
 
 
 @dataclass
@@ -24,12 +27,46 @@ class Lookup:
     table: mx.array
     offsets: mx.array
     host_offsets: Ints | None = None
+    _parts: dict[int, list[tuple[slice, int]]] = field(default_factory=dict)
+    _padded: dict[tuple[int, int, int], tuple[mx.array, mx.array | None]] = field(default_factory=dict)
 
     def on_host(self) -> Ints:
         """``offsets`` as numpy; waits for the device once after a compaction."""
         if self.host_offsets is None:
             self.host_offsets = np.array(self.offsets)
         return self.host_offsets
+
+    def parts(self, first: int, count: int) -> list[tuple[slice, int]]:
+        """How to take ``count`` heads from flat head ``first`` on: together if padding is cheap, else singly.
+
+        Pairs of a slice of the heads and the longest of them. Waits for the device as :meth:`on_host`.
+        """
+        if first not in self._parts:
+            lengths = np.diff(self.on_host()[first : first + count + 1])
+            even = count * int(lengths.max()) <= PADDING * max(int(lengths.sum()), count)
+            parts = [slice(0, count)] if even else [slice(head, head + 1) for head in range(count)]
+            self._parts[first] = [(part, int(lengths[part].max())) for part in parts]
+        return self._parts[first]
+
+    def padded(self, first: int, count: int, width: int) -> tuple[mx.array, mx.array | None]:
+        """Slots (count, width) of ``count`` heads from flat head ``first`` on, and which of them are real.
+
+        The mask (count, width) is None where all are. Made once, for every step until the next compaction.
+        """
+        key = first, count, width
+        if key not in self._padded:
+            begin = self.offsets[first : first + count, None]
+            index = begin + mx.arange(width, dtype=mx.int32)
+            real = index < self.offsets[first + 1 : first + count + 1, None]
+            exact = bool((np.diff(self.on_host()[first : first + count + 1]) == width).all())
+            slots = self.table[mx.minimum(index, self.table.size - 1)]
+            self._padded[key] = slots, None if exact else real
+        return self._padded[key]
+
+    @property
+    def nbytes(self) -> int:
+        padded = [array for pair in self._padded.values() for array in pair if array is not None]
+        return sum(array.nbytes for array in [self.table, self.offsets, *padded])
 
 
 class Pool:
@@ -138,4 +175,4 @@ class Pool:
     def nbytes(self) -> int:
         if self.capacity == 0:
             return 0
-        return sum(a.nbytes for a in [*self.arrays(), self.lookup.table, self.lookup.offsets])
+        return sum(a.nbytes for a in self.arrays()) + self.lookup.nbytes
