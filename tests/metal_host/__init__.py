@@ -1,5 +1,5 @@
-"""Proves custom Metal kernels of MLX on a CPU: captures the generated source, compiles it with clang, executes it with
-exact barrier and simdgroup semantics, and checks it in four passes. See README.md.
+"""Proves custom Metal kernels of MLX on a CPU: captures the generated source, compiles it with clang,
+executes it with exact barrier and simdgroup semantics, and checks it in four passes. See README.md.
 
     metal_host.check(call, twin, tol)   four passes over call(), compared with twin()
     metal_host.count(call)              memory traffic of the kernels call() launches

@@ -1,4 +1,4 @@
-"""Compiles translated kernels and the runtime that executes them with clang. Results are kept by content hash."""
+"""Compiles translated kernels and the runtime that executes them. Results are kept by content hash."""
 
 import functools
 import hashlib
@@ -102,7 +102,7 @@ def _runtime(name: str, sources: list[str], flags: list[str]) -> Path:
         done = _command([*RUNTIME_FLAGS, *flags, *paths], output)
         if done.returncode:
             raise ToolchainError(
-                f"metal_host could not build its runtime {name}. On Debian or Ubuntu: apt-get install {PACKAGES}\n"
+                f"metal_host could not build {name}. On Debian or Ubuntu: apt-get install {PACKAGES}\n"
                 + done.stderr
             )
     return output

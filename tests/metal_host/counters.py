@@ -12,8 +12,8 @@ from .launch import Launch
 class BufferTraffic:
     """Bytes of one device buffer.
 
-    loaded, stored: every access of every thread. *_per_threadgroup: each byte once per threadgroup that touches it,
-    which is what a threadgroup has to fetch. *_distinct: each byte once per launch.
+    loaded, stored: every access of every thread. *_per_threadgroup: each byte once per threadgroup that
+    touches it, which is what a threadgroup has to fetch. *_distinct: each byte once per launch.
     """
 
     name: str
@@ -28,7 +28,7 @@ class BufferTraffic:
 
 @dataclass(frozen=True)
 class LaunchTraffic:
-    """One dispatch. loaded_by_threadgroup: (threadgroups, buffers) bytes loaded, columns in the order of `buffers`."""
+    """One dispatch. loaded_by_threadgroup: bytes, (threadgroups, buffers) in the order of `buffers`."""
 
     kernel: str
     grid: tuple[int, int, int]

@@ -55,8 +55,8 @@ def executing(mode: Mode) -> Iterator[None]:
 def installed() -> Iterator[None]:
     """Let `mx.fast.metal_kernel` make emulated kernels.
 
-    They stay emulated after the block; kernels made before it are real ones. `mx.compile` is off inside, since
-    a kernel that runs in Python can't be traced.
+    They stay emulated after the block; kernels made before it are real ones. `mx.compile` is off inside,
+    since a kernel that runs in Python can't be traced.
     """
     if not EMULATED or isinstance(mx.fast.metal_kernel, _Factory):
         yield
@@ -116,7 +116,8 @@ class EmulatedKernel:
             memory[f"{name}_strides"] = Memory(f"{name}_strides", strides)
             memory[f"{name}_ndim"] = Memory(f"{name}_ndim", np.array(data.ndim, np.int32))
         for name, shape, dtype in zip(self.output_names, output_shapes, output_dtypes, strict=True):
-            memory[name] = Memory(name, _fresh_output(shape, dtype, init_value, mode.poison), writable=True)
+            data = _fresh_output(shape, dtype, init_value, mode.poison)
+            memory[name] = Memory(name, data, writable=True, initialised=init_value is not None)
         order = [memory[b.name] for b in build.kernel.buffers]
         job = Launch(build, order, tuple(grid), tuple(threadgroup), mode.schedule, mode.poison)
         if mode.variant == "asan":
@@ -128,7 +129,7 @@ class EmulatedKernel:
         return [from_bits(memory[n].data, d) for n, d in zip(self.output_names, output_dtypes, strict=True)]
 
     def _build(self, arrays, output_shapes, output_dtypes, grid, threadgroup, template) -> Build:
-        # MLX's generated source depends on types, and on size: 0-d is a reference, fewer than 8 elements `constant`.
+        # MLX's source depends on types, and on size: 0-d is a reference, fewer than 8 elements `constant`.
         kinds = tuple((a.dtype, a.ndim == 0, a.size < 8) for a in arrays)
         key = (kinds, tuple(output_dtypes), tuple((n, str(v)) for n, v in template or ()))
         if key not in self.builds:

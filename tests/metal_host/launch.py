@@ -1,4 +1,4 @@
-"""Executes a built kernel on buffers in memory: in this process, or in one of its own under the address sanitizer."""
+"""Executes a built kernel on buffers in memory: in this process, or under the address sanitizer in another."""
 
 import ctypes
 import functools
@@ -37,6 +37,7 @@ class _Buffer(ctypes.Structure):
         ("size", ctypes.c_size_t),
         ("element_size", ctypes.c_uint),
         ("writable", ctypes.c_uint),
+        ("initialised", ctypes.c_uint),
         *((count, ctypes.c_ulonglong) for count in COUNTS),
     ]
 
@@ -65,11 +66,15 @@ class _Launch(ctypes.Structure):
 
 @dataclass
 class Memory:
-    """A buffer as the kernel sees it. `data` may be strided; `writable` marks outputs."""
+    """A buffer as the kernel sees it.
+
+    `data` may be strided; `writable` marks outputs, `initialised` what may be read before it is written.
+    """
 
     name: str
     data: np.ndarray
     writable: bool = False
+    initialised: bool = True
 
     @property
     def span(self) -> int:
@@ -124,7 +129,10 @@ def run(job: Launch, traced: bool = False) -> None:
     name = "tsan" if traced else "run"
     library = job.build.library(name)
     buffers = (_Buffer * len(job.memory))(
-        *(_Buffer(m.name.encode(), m.address, m.span, m.data.itemsize, m.writable) for m in job.memory)
+        *(
+            _Buffer(m.name.encode(), m.address, m.span, m.data.itemsize, m.writable, m.initialised)
+            for m in job.memory
+        )
     )
     launch = job.result = _Launch(kernel=_entry(library), buffers=buffers, buffer_count=len(job.memory))
     launch.grid, launch.threadgroup = job.grid, job.threadgroup

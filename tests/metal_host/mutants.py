@@ -7,7 +7,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which the source must contain, becomes `new`; `nth` counts occurrences from 0, -1 is the last."""
+    """`old`, which the source must contain, becomes `new`; `nth` counts from 0, -1 is the last."""
 
     example: str
     fault: str
@@ -44,7 +44,7 @@ MUTANTS = [
             "tsan",
         ),
         ("threadgroup array too small", "partial[32]", "partial[2]", "asan"),
-        ("reads unwritten threadgroup memory", "lane < simdgroups_per_threadgroup ?", "lane < 32 ?", "run"),
+        ("reads unwritten threadgroup memory", "lane < simdgroups_per_threadgroup ?", "lane < 32 ?", "tsan"),
         ("wrong identity of the sum", ": 0.0f;", ": 1.0f;", "run"),
         ("all lanes store", "if (lane == 0) out[row]", "out[row]", "tsan"),
         ("private array instead of threadgroup", "threadgroup float partial", "float partial", "run"),
@@ -107,7 +107,7 @@ MUTANTS = [
         ),
         ("pointer of the wrong element type", "const device half* key", "const device float* key", "types"),
         ("missing barrier before the merge", BARRIER, "", "tsan"),
-        ("unwritten threadgroup memory", "  sum_of[sg] = sum;\n", "", "run"),
+        ("unwritten threadgroup memory", "  sum_of[sg] = sum;\n", "", "tsan"),
         ("threadgroup index out of bounds", "highest_of[sg] =", "highest_of[sg + 1] =", "asan"),
         (
             "inner index runs into the next row",
@@ -172,7 +172,7 @@ MUTANTS = [
         "transpose",
         ("missing barrier", BARRIER, "", "tsan"),
         ("edge of the tile not checked", "corner.y + dy < rows && ", "", "asan"),
-        ("row and column exchanged", "tile[at.x][dx]", "tile[dx][at.x]", "run"),
+        ("row and column exchanged", "tile[at.x][dx]", "tile[dx][at.x]", "tsan"),
         ("tile too narrow", "tile[32][33]", "tile[32][31]", "asan"),
         ("float stored as bfloat", "= tile[at.x][dx]", "= float(tile[at.x][dx]) * 1.0f", "types"),
         ("wrong number of components", "threadgroup_position_in_grid.xy * 32", "uint2(1, 2, 3)", "types"),
@@ -190,7 +190,7 @@ MUTANTS = [
     ),
     *_of(
         "histogram",
-        ("own histogram not zeroed in time", BARRIER, "", "run"),
+        ("own histogram not zeroed in time", BARRIER, "", "tsan"),
         (
             "bin of the last value",
             "min(uint(x[i] * float(BINS)), uint(BINS - 1))",

@@ -1,5 +1,5 @@
-"""Real kernels that nobody here wrote: the example in MLX's docstring and every custom kernel inside mlx-lm, each
-compared with what it replaces, in plain MLX."""
+"""Real kernels that nobody here wrote: the example in MLX's docstring and every custom kernel inside mlx-lm,
+each compared with what it replaces, in plain MLX."""
 
 import math
 import textwrap

@@ -151,28 +151,31 @@ def test_vectors_in_memory():
 
 
 def test_atomics():
-    header = "inline void add(device atomic<float>* sum, float v) { atomic_fetch_add_explicit(sum, v, memory_order_relaxed); }"
+    header = """
+    #define RELAXED memory_order_relaxed
+    inline void add(device atomic<float>* sum, float v) { atomic_fetch_add_explicit(sum, v, RELAXED); }
+    """
     body = """
     const uint i = thread_index_in_threadgroup;
     threadgroup atomic_int low, high;
     threadgroup atomic_uint bits;
     if (i == 0) {
-      atomic_store_explicit(&low, 1000, memory_order_relaxed);
-      atomic_store_explicit(&high, -1000, memory_order_relaxed);
-      atomic_store_explicit(&bits, 0u, memory_order_relaxed);
+      atomic_store_explicit(&low, 1000, RELAXED);
+      atomic_store_explicit(&high, -1000, RELAXED);
+      atomic_store_explicit(&bits, 0u, RELAXED);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    atomic_fetch_min_explicit(&low, int(i) - 5, memory_order_relaxed);
-    atomic_fetch_max_explicit(&high, int(i), memory_order_relaxed);
-    atomic_fetch_or_explicit(&bits, 1u << (i % 32u), memory_order_relaxed);
+    atomic_fetch_min_explicit(&low, int(i) - 5, RELAXED);
+    atomic_fetch_max_explicit(&high, int(i), RELAXED);
+    atomic_fetch_or_explicit(&bits, 1u << (i % 32u), RELAXED);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     add(&out[0], x[i % 32u]);
     if (i == 0) {
-      atomic_store_explicit(&out[1], float(atomic_load_explicit(&low, memory_order_relaxed)), memory_order_relaxed);
-      atomic_store_explicit(&out[2], float(atomic_load_explicit(&high, memory_order_relaxed)), memory_order_relaxed);
       uint all = 0xffffffffu;
-      const bool same = atomic_compare_exchange_weak_explicit(&bits, &all, 7u, memory_order_relaxed, memory_order_relaxed);
-      atomic_store_explicit(&out[3], same ? float(atomic_load_explicit(&bits, memory_order_relaxed)) : 0.0f, memory_order_relaxed);
+      const bool same = atomic_compare_exchange_weak_explicit(&bits, &all, 7u, RELAXED, RELAXED);
+      atomic_store_explicit(&out[1], float(atomic_load_explicit(&low, RELAXED)), RELAXED);
+      atomic_store_explicit(&out[2], float(atomic_load_explicit(&high, RELAXED)), RELAXED);
+      atomic_store_explicit(&out[3], same ? float(atomic_load_explicit(&bits, RELAXED)) : 0.0f, RELAXED);
     }
     """
 
@@ -217,8 +220,11 @@ inline float g(threadgroup atomic<bool>* p) { return atomic_fetch_and_explicit(p
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_metal_lacks_is_refused(message):
     body = f"""
-    threadgroup atomic<float> shared_float; threadgroup atomic<bool> shared_bool;
-    const uint i = thread_index_in_simdgroup; const float v = x[i]; out[i] = float({REFUSED[message]});"""
+    threadgroup atomic<float> shared_float;
+    threadgroup atomic<bool> shared_bool;
+    const uint i = thread_index_in_simdgroup;
+    const float v = x[i];
+    out[i] = float({REFUSED[message]});"""
     with pytest.raises(KernelError, match=message) as error:
         run(body, {"x": mx.array(X)}, {"out": mx.float32}, header=REFUSED_HEADER)
     assert error.value.found_by == "types"

@@ -1,8 +1,8 @@
 """The race detector against the definition of a race, on random programs.
 
-A program is a table: in step s thread t does nothing, loads, stores or adds atomically at some address; a barrier of
-some kind follows each step. Two accesses race if threads differ, the address is one, not both load, not both are
-atomic, and no barrier between their steps orders that memory for both threads.
+A program is a table: in step s thread t does nothing, loads, stores or adds atomically at some address; a
+barrier of some kind follows each step. Two accesses race if threads differ, the address is one, not both load,
+not both are atomic, and no barrier between their steps orders that memory for both threads.
 """
 
 from itertools import product
@@ -25,6 +25,8 @@ SOURCE = """
 threadgroup uint local[ADDRESSES];
 const uint t = thread_position_in_grid.x;
 uint sink = 0;
+if (thread_index_in_threadgroup < ADDRESSES) local[thread_index_in_threadgroup] = 0;
+threadgroup_barrier(mem_flags::mem_threadgroup);
 for (int s = 0; s < STEPS; s++) {
   const int what = action[s * THREADS * GROUPS + t], at = address[s * THREADS * GROUPS + t];
   if (IN_DEVICE) {
@@ -120,7 +122,7 @@ BARRIERS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(PROGRAMS, BARRIERS, st.booleans(), st.integers(0, 3))
 def test_reports_exactly_the_races(actions, barriers, in_device, schedule):
     assert reported_race(actions, barriers, in_device, schedule) == has_race(actions, barriers, in_device)

@@ -1,6 +1,7 @@
-"""From Metal's dialect to C++: threadgroup variables, the entry point, and rules a C++ compiler doesn't check."""
+"""From Metal's dialect to C++, and rules of Metal that a C++ compiler doesn't check."""
 
 import re
+from itertools import count
 
 from .capture import Capture
 
@@ -55,9 +56,8 @@ def broken_rules(kernel: Capture) -> list[str]:
             rules += [(m, outside) for m in THREADGROUP_VARIABLES.finditer(text)]
         for match, why in rules:
             start = match.start(1) if match.re.groups and match.start(1) >= 0 else match.start()
-            found.append(
-                f"{file}:{text.count(chr(10), 0, start) + 1}: {why}: {text[start : match.end()].strip()!r}"
-            )
+            line = text.count("\n", 0, start) + 1
+            found.append(f"{file}:{line}: {why}: {text[start : match.end()].strip()!r}")
     return found
 
 
@@ -66,17 +66,23 @@ def _constructors(source: str) -> str:
     return VECTOR_CONSTRUCTOR.sub(r"msl_make<vec<\1>>(", source)
 
 
-def _threadgroup_variables(source: str) -> str:
-    """`threadgroup T a[N], b;` becomes one MSL_THREADGROUP(number, T, name, [N]) per variable."""
-    numbers = iter(range(1 << 30))
+def _threadgroup_variables(source: str, types_only: bool) -> str:
+    """`threadgroup T a[N], b;` becomes one declaration each; executed, a reference to the threadgroup's memory."""
+    numbers = count()
 
-    def declare(match: re.Match[str]) -> str:
-        return " ".join(
-            f"MSL_THREADGROUP({next(numbers)}, {match.group(1).strip()}, {name}, {dimensions.strip()});"
-            for name, dimensions in DECLARATOR.findall(match.group(2))
-        )
+    def declare(kind: str, name: str, dimensions: str) -> str:
+        if types_only:
+            return f"extern threadgroup {kind} {name}{dimensions};"
+        alias = f"msl_type_of_{name}"
+        sizes = f"sizeof({alias}), sizeof({kind})"
+        memory = f'msl_threadgroup_variable({next(numbers)}, {sizes}, "{name}", __LINE__)'
+        return f"typedef {kind} {alias}{dimensions}; {alias}& {name} = *({alias}*){memory};"
 
-    return THREADGROUP_VARIABLES.sub(declare, source)
+    def declare_all(match: re.Match[str]) -> str:
+        declarators = DECLARATOR.findall(match.group(2))
+        return " ".join(declare(match.group(1).strip(), name, where.strip()) for name, where in declarators)
+
+    return THREADGROUP_VARIABLES.sub(declare_all, source)
 
 
 def _entry_point(kernel: Capture) -> str:
@@ -99,7 +105,7 @@ def to_cpp(kernel: Capture, types_only: bool) -> str:
         '#include "mlx_prelude.h"\n#line 1 "header.metal"\n',
         _constructors(header),
         '#line 1 "kernel.metal"\n',
-        _threadgroup_variables(_constructors(INSTANTIATION.sub("", body))),
+        _threadgroup_variables(_constructors(INSTANTIATION.sub("", body)), types_only),
         '\n#line 1 "entry"\n',
         f"auto msl_instance = &{kernel.instance};\n" if types_only else _entry_point(kernel),
     ]

@@ -24,15 +24,10 @@ typedef __bf16 bfloat;
 #define device __attribute__((address_space(1)))
 #define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
-#define MSL_THREADGROUP(id, type, name, ...) extern threadgroup type name __VA_ARGS__
 #else
 #define device
 #define constant const
 #define threadgroup
-#define MSL_THREADGROUP(id, type, name, ...)     \
-  typedef type msl_type_of_##name __VA_ARGS__; \
-  msl_type_of_##name& name =                   \
-      *(msl_type_of_##name*)msl_threadgroup_variable(id, sizeof(msl_type_of_##name), sizeof(type), #name, __LINE__)
 #endif
 #define thread
 #define kernel

@@ -28,7 +28,7 @@ struct msl_buffer {
   const char* name;
   void* data;
   msl_size size;
-  unsigned element_size, writable;
+  unsigned element_size, writable, initialised;
   // Traced launches count bytes: every access / once per threadgroup / once per launch.
   unsigned long long loaded, stored, loaded_per_threadgroup, stored_per_threadgroup, loaded_distinct,
       stored_distinct;
@@ -51,6 +51,8 @@ struct msl_launch {
   char error[1024];
 };
 
+enum msl_atomic_kind { msl_atomic_load, msl_atomic_store, msl_atomic_update };
+
 extern "C" {
 int msl_run(msl_launch*);  // 0, or 1 with `error` set
 // For kernels:
@@ -58,6 +60,6 @@ void* msl_threadgroup_variable(int id, msl_size size, unsigned element_size, con
 void msl_threadgroup_barrier(unsigned flags, const msl_site*);
 void msl_simdgroup_barrier(unsigned flags, const msl_site*);
 void msl_simdgroup_op(void* value, unsigned size, msl_combine, const msl_site*);
-void msl_atomic_access(const volatile void* address, unsigned size, int writes);
+void msl_atomic_access(const volatile void* address, unsigned size, msl_atomic_kind, void* code_address);
 void msl_fail(const char* format, ...);
 }

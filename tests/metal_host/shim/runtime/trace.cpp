@@ -21,10 +21,12 @@ constexpr size_t guard = 64 << 20;  // unmapped bytes on both sides of a buffer,
 constexpr unsigned threads_per_threadgroup = 1024, simdgroups = 32;
 
 enum Spread : unsigned char { one_thread, one_simdgroup, several_simdgroups };
-enum Kind { load, store, atomic_load, atomic_update, kinds };
-const char* const kind_names[kinds] = {"load", "store", "atomic load", "atomic update"};
-// Pairs that race when nothing orders them: not both may load, not both may be atomic.
-const bool conflicting[kinds][kinds] = {{0, 1, 0, 1}, {1, 1, 1, 1}, {0, 1, 0, 0}, {1, 1, 0, 0}};
+enum Kind { load, store, atomic_load, atomic_store, atomic_update, kinds };
+const char* const kind_names[kinds] = {"load", "store", "atomic load", "atomic store", "atomic update"};
+bool is_atomic(int kind) { return kind >= atomic_load; }
+bool reads(int kind) { return kind != store && kind != atomic_store; }
+bool writes(int kind) { return kind != load && kind != atomic_load; }
+bool conflicting(int a, int b) { return (writes(a) || writes(b)) && !(is_atomic(a) && is_atomic(b)); }
 
 // The latest accesses of one kind to a granule, as far as a later access can still conflict with them.
 struct Access {
@@ -35,6 +37,7 @@ struct Access {
 };
 struct Cell {
   Access of[kinds];
+  bool written;
 };
 struct Count {
   unsigned loaded_in, stored_in;  // the last threadgroup + 1 that did
@@ -89,9 +92,12 @@ void remember(Access& a, Memory memory) {
 
 void check(const Region& r, size_t granule, Kind kind, void* pc) {
   Cell& c = r.cells[granule];
+  if (reads(kind) && !c.written)
+    return fail(pc, "%s of %s, byte %zu, which no one has written", kind_names[kind], r.name, granule << r.shift);
   for (int other = 0; other < kinds; other++)
-    if (conflicting[kind][other] && !ordered(c.of[other], r.memory))
+    if (conflicting(kind, other) && !ordered(c.of[other], r.memory))
       return race(r, granule << r.shift, kind, (Kind)other, c.of[other], pc);
+  c.written = true;
   remember(c.of[kind], r.memory);
 }
 
@@ -139,22 +145,22 @@ void access(const volatile void* at, size_t size, Kind kind, void* pc) {
   Region* r = find(address);
   if (!r || (size_t)(address - r->begin) + size > r->size) return stray(address, size, kind, pc);
   size_t first = (address - r->begin) >> r->shift, last = (address - r->begin + size - 1) >> r->shift;
-  bool stores = kind == store || kind == atomic_update;
-  if (stores && !r->cells) return fail(pc, "%s to the input %s", kind_names[kind], r->name);
+  if (writes(kind) && !r->cells) return fail(pc, "%s to the input %s", kind_names[kind], r->name);
   if (r->cells)
     for (size_t i = first; i <= last; i++) check(*r, i, kind, pc);
   if (r->buffer < 0) return;
-  if (kind != store) count(*r, first, last, size, false);
-  if (stores) count(*r, first, last, size, true);
+  if (reads(kind)) count(*r, first, last, size, false);
+  if (writes(kind)) count(*r, first, last, size, true);
 }
 
-void add_region(const char* name, void* data, size_t size, unsigned element_size, Memory memory, int buffer, bool writable) {
+void add_region(const char* name, void* data, size_t size, unsigned element_size, Memory memory, int buffer, bool writable, bool written) {
   // A granule of 2 bytes tells neighbouring halves apart, even those inside a float; inputs can't race.
   unsigned shift = element_size == 1 ? 0 : writable || element_size == 2 ? 1 : 2;
   size_t granules = (size >> shift) + 1;
   regions.push_back({name, (char*)data, size, shift, memory, buffer,
                      writable ? (Cell*)calloc(granules, sizeof(Cell)) : nullptr,
                      buffer >= 0 ? (Count*)calloc(granules, sizeof(Count)) : nullptr});
+  for (size_t i = 0; writable && written && i < granules; i++) regions.back().cells[i].written = true;
 }
 void drop_regions(size_t keep) {
   for (size_t i = keep; i < regions.size(); i++) free(regions[i].cells), free(regions[i].counts);
@@ -172,7 +178,7 @@ void trace_launch_begins() {
     mprotect(room + guard, whole_pages(b.size), PROT_READ | PROT_WRITE);
     originals.push_back(b.data);
     b.data = memcpy(room + guard, b.data, b.size);
-    add_region(b.name, b.data, b.size, b.element_size, in_device, i, b.writable);
+    add_region(b.name, b.data, b.size, b.element_size, in_device, i, b.writable, b.initialised);
   }
 }
 
@@ -191,7 +197,7 @@ void trace_threadgroup_begins() {
   epochs[in_device]++, epochs[in_threadgroup]++;
 }
 void trace_threadgroup_variable(const char* name, void* data, size_t size, unsigned element_size) {
-  add_region(name, data, size, element_size, in_threadgroup, -1, true);
+  add_region(name, data, size, element_size, in_threadgroup, -1, true, false);
 }
 void trace_barrier(unsigned flags) {
   for (auto memory : {in_device, in_threadgroup}) epochs[memory] += flags >> memory & 1;
@@ -200,8 +206,8 @@ void trace_simdgroup_barrier(unsigned simdgroup, unsigned flags) {
   for (auto memory : {in_device, in_threadgroup}) simdgroup_epochs[simdgroup][memory] += flags >> memory & 1;
 }
 
-void msl_atomic_access(const volatile void* address, unsigned size, int writes) {
-  access(address, size, writes ? atomic_update : atomic_load, __builtin_return_address(0));
+void msl_atomic_access(const volatile void* address, unsigned size, msl_atomic_kind kind, void* code_address) {
+  access(address, size, Kind(atomic_load + kind), code_address);
 }
 
 #define CALLBACKS(size)                                                                                             \
