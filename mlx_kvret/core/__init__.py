@@ -5,5 +5,6 @@
 ``eviction``    which entries are kept: budget, scope, protection, ties
 ``config``      validated configuration of gates and of eviction
 ``checkpoint``  the shared gate checkpoint (safetensors + json)
+``snapshot``    a saved cache that every backend opens
 ``budget``      budgets as memory: parsing "256MB", bytes of a cache
 """

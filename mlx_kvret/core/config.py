@@ -140,8 +140,8 @@ class EvictionConfig:
         _choice("policy", self.policy, get_args(Policy))
         if self.sinks + self.window > self.budget:
             raise ConfigError(
-                f"sinks + window is {self.sinks} + {self.window}, more than the budget of {self.budget} tokens "
-                "per head; lower them or raise the budget"
+                f"sinks + window is {self.sinks} + {self.window}, more than the budget of {self.budget}; "
+                "lower them or raise the budget"
             )
         if self.min_per_head > self.budget:
             raise ConfigError(

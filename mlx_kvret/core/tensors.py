@@ -70,16 +70,22 @@ def tensors_id(tensors: dict[str, Tensor]) -> str:
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a safetensors file; a damaged or truncated file raises CheckpointError."""
+    return read_file(path)[0]
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As :func:`read_tensors`, with the texts of the header's ``__metadata__``."""
     path = Path(path)
     try:
-        stored = deserialize(path.read_bytes())
+        content = path.read_bytes()
+        stored = deserialize(content)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs this file") from error
+        raise CheckpointError(f"{path} does not exist; check the path, or copy the files again") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); copy or convert it again"
+            f"{path} is not a whole safetensors file ({error}); copy or make it again"
         ) from error
     tensors = {}
     for name, entry in stored:
@@ -89,14 +95,18 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             )
         bits = np.frombuffer(entry["data"], _STORAGE[entry["dtype"]]).reshape(entry["shape"])
         tensors[name] = Tensor(entry["dtype"], bits)
-    return tensors
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file: 8 bytes of header length, the header as JSON, then the raw data."""
     # wide types first, so that each tensor begins at a multiple of its item size: readers map them in place
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].bits.itemsize))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.bits.nbytes
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}

@@ -63,7 +63,7 @@ def test_gate_options(name, value, expected):
         ({"lookahead": 0}, "lookahead is 0; expected a whole number of at least 1"),
         ({"scope": "token"}, "scope is 'token'; expected one of global, layer, head"),
         ({"policy": "lru"}, "policy is 'lru'; expected one of learned, recent, random, knorm, keydiff, full"),
-        ({"budget": 8, "sinks": 4, "window": 5}, "sinks + window is 4 + 5, more than the budget of 8 tokens"),
+        ({"budget": 8, "sinks": 4, "window": 5}, "sinks + window is 4 + 5, more than the budget of 8; lower"),
         ({"budget": 8, "min_per_head": 9}, "min_per_head is 9, more than the budget of 8"),
         ({"threshold": 0}, "threshold is 0; expected α with 0 < α <= 1"),
         ({"threshold": 1.01}, "threshold is 1.01"),

@@ -109,9 +109,7 @@ def test_id_tells_tensors_apart(change):
 def test_truncated_file(tmp_path, keep):
     write_tensors(tmp_path / "a", tensors())
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:keep])
-    with pytest.raises(
-        CheckpointError, match=r"a is not a whole safetensors file .* copy or convert it again"
-    ):
+    with pytest.raises(CheckpointError, match=r"a is not a whole safetensors file .* copy or make it again"):
         read_tensors(tmp_path / "a")
 
 

@@ -1,0 +1,215 @@
+"""A saved cache that every wing opens: a document read on a server goes on on a laptop.
+
+One safetensors file holds N *entries* (one token in one KV head of one layer) in the order of their flat
+heads layer·H + h, those of a head by position. Layers are counted among the L that compete. Kept and recent
+entries stand side by side: how a wing lays out its memory is its own affair.
+
+====================  =======  ==========================================================================
+``counts``            (L, H)   I32, entries of each head; N is their sum
+``position``          (N,)     I32, true 0-based position in the stream
+``retention``         (N,)     F32, log β, or a baseline's score where it never changes, else 0
+``keys``              (N, Dk)  F32, F16 or BF16, as cached (after RoPE)
+``values``            (N, Dv)  the same
+``extra.{i}.{name}``  any      state of the model's i-th layer where it does not compete (sliding window …)
+====================  =======  ==========================================================================
+
+The header's ``__metadata__`` holds texts: ``format`` and ``version``; ``model``, the base model's
+fingerprint; ``gates``, a name for their content (:func:`~.tensors.tensors_id`) or nothing; ``seen``, the
+number of tokens; ``eviction``, an :class:`EvictionConfig` as JSON; ``notes``, a JSON object of texts (chat
+messages, say).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError, ModelMismatchError
+from .config import EvictionConfig
+from .eviction import heads_per_group
+from .files import whole_file
+from .fingerprint import differences
+from .tensors import FLOATS, Tensor, read_file, write_tensors
+from .types import Floats, Ints
+
+FORMAT, VERSION = "kvret-snapshot", "1"
+_ARRAYS = {"counts", "position", "retention", "keys", "values"}
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The content of the file, checked on the way in and out.
+
+    ``extras`` maps a layer's index in the model to its tensors by name; what they mean is up to the wings.
+    A snapshot is taken between forward passes, when no compaction is due any more.
+
+    Raises:
+        CheckpointError: the parts contradict each other.
+    """
+
+    model: str
+    gates: str
+    eviction: EvictionConfig
+    seen: int
+    counts: Ints
+    position: Ints
+    retention: Floats
+    keys: Tensor
+    values: Tensor
+    extras: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_arrays()
+        self._check_entries()
+        for name, text in {"model": self.model, "gates": self.gates, **self.notes}.items():
+            _require(isinstance(text, str), f"{name} is {text!r}, expected a text")
+        named = all(layer >= 0 and name for layer, state in self.extras.items() for name in state)
+        _require(named, "a layer's own tensor has no name or no layer")
+
+    def _check_arrays(self) -> None:
+        for name, dtype in (("counts", np.int32), ("position", np.int32), ("retention", np.float32)):
+            found = getattr(self, name).dtype
+            _require(found == dtype, f"{name} is {found}, expected {np.dtype(dtype)}")
+        shape, entries = self.counts.shape, int(self.counts.sum(dtype=np.int64))
+        _require(len(shape) == 2 and self.counts.size > 0, f"counts has shape {shape}, expected (L, H)")
+        _require(self.counts.min() >= 0, f"a head has {self.counts.min()} entries, expected none or more")
+        for name, dimensions in (("position", 1), ("retention", 1), ("keys", 2), ("values", 2)):
+            shape = getattr(self, name).shape
+            fits = len(shape) == dimensions and shape[0] == entries
+            _require(fits, f"{name} has shape {shape}, the counts add up to {entries}")
+        for name in ("keys", "values"):
+            found = getattr(self, name).dtype
+            _require(found in FLOATS, f"{name} is {found}, expected one of {', '.join(FLOATS)}")
+
+    def _check_entries(self) -> None:
+        _require(0 <= self.seen < 2**31, f"seen is {self.seen}, expected 0 to 2^31 - 1 tokens")
+        inside = (self.position >= 0) & (self.position < self.seen)
+        _require(inside.all(), f"there are positions outside of the {self.seen} tokens seen")
+        place = self.head.astype(np.int64) * 2**32 + self.position
+        _require((np.diff(place) > 0).all(), "the positions of a head do not rise")
+        if self.eviction.policy == "learned":
+            _require(not (self.retention > 0).any(), "log β is above 0 for some entries")
+        if self.eviction.policy != "full":
+            size = heads_per_group(self.eviction, *self.counts.shape)
+            held = self.counts.reshape(-1, size).sum(1).max()
+            most = (self.eviction.budget + self.eviction.buffer) * size
+            _require(held <= most, f"{size} heads hold {held} entries, budget and buffer allow {most}")
+
+    @property
+    def head(self) -> Ints:
+        """Flat head of each entry, (N,) int32."""
+        return np.repeat(np.arange(self.counts.size, dtype=np.int32), self.counts.ravel())
+
+    def recent(self, limit: int) -> int:
+        """How many of the newest tokens every head holds, up to ``limit``: they fill a rectangle."""
+        age = self.seen - 1 - self.position
+        held = np.bincount(age[age < limit], minlength=limit + 1) == self.counts.size
+        return int(held.argmin())
+
+    def check(self, model: str, gates: str, eviction: EvictionConfig) -> None:
+        """Refuse to go on with another model (fingerprint), other gates (their id) or other options.
+
+        Raises:
+            ModelMismatchError: names everything that differs.
+        """
+        wrong = differences(model, self.model)
+        if self.eviction.policy == "learned" and gates != self.gates:
+            wrong.append(f"the gates are {gates or 'missing'}, expected {self.gates}")
+        for name, expected in self.eviction.to_dict().items():
+            if (found := getattr(eviction, name)) != expected:
+                wrong.append(f"{name} is {found}, expected {expected}")
+        if wrong:
+            raise ModelMismatchError(
+                f"the saved cache cannot go on here: {'; '.join(wrong)}; give the model, gates and options "
+                "it was saved with, or read the prompt again"
+            )
+
+
+def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
+    """Write a snapshot, whole or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    tensors = {
+        "counts": Tensor.of(snapshot.counts, "I32"),
+        "position": Tensor.of(snapshot.position, "I32"),
+        "retention": Tensor.of(snapshot.retention, "F32"),
+        "keys": snapshot.keys,
+        "values": snapshot.values,
+    }
+    for layer, state in snapshot.extras.items():
+        tensors |= {f"extra.{layer}.{name}": tensor for name, tensor in state.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": snapshot.model,
+        "gates": snapshot.gates,
+        "seen": str(snapshot.seen),
+        "eviction": json.dumps(snapshot.eviction.to_dict()),
+        "notes": json.dumps(snapshot.notes),
+    }
+    with whole_file(path) as scratch:
+        write_tensors(scratch, tensors, metadata)
+
+
+def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
+    """Read and validate a snapshot.
+
+    Raises:
+        CheckpointError: not a snapshot, damaged, truncated, or of another version.
+    """
+    tensors, metadata = read_file(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no saved cache: its format is {metadata.get('format')!r}, expected {FORMAT!r}; "
+            "give a file that this program saved"
+        )
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {metadata.get('version')!r}; this release reads version {VERSION!r}; "
+            "update mlx-kvret or read the prompt again"
+        )
+    try:
+        return _assemble(tensors, metadata)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}; copy it or save it again") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy it or save it again") from error
+
+
+def _assemble(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Snapshot:
+    extras: dict[int, dict[str, Tensor]] = {}
+    for name in tensors.keys() - _ARRAYS:
+        kind, layer, own_name = (*name.split(".", 2), "", "")[:3]
+        _require(kind == "extra" and layer.isdecimal() and own_name, f"there is an unknown tensor {name}")
+        extras.setdefault(int(layer), {})[own_name] = tensors[name]
+    return Snapshot(
+        model=metadata["model"],
+        gates=metadata["gates"],
+        eviction=EvictionConfig.from_dict(_object(metadata["eviction"])),
+        seen=int(metadata["seen"]),
+        counts=tensors["counts"].bits,
+        position=tensors["position"].bits,
+        retention=tensors["retention"].bits,
+        keys=tensors["keys"],
+        values=tensors["values"],
+        extras=extras,
+        notes=_object(metadata["notes"]),
+    )
+
+
+def _object(text: str) -> dict[str, Any]:
+    data = json.loads(text)
+    _require(isinstance(data, dict), f"its header holds {text}, expected a JSON object")
+    return data
+
+
+def _require(fits: object, otherwise: str) -> None:
+    if not fits:
+        raise CheckpointError(otherwise)
