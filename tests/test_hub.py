@@ -101,6 +101,18 @@ def test_refusals_of_the_hub(monkeypatch, kind, says):
         hub.resolve("org/name")
 
 
+def test_torch_files_are_fetched_for_gates_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, allow_patterns: asked.append(allow_patterns) or name,
+    )
+    hub.resolve("org/name", "gates")
+    hub.resolve("org/name")
+    assert ["*.pth" in patterns for patterns in asked] == [True, False]
+
+
 def test_what_mlx_lm_downloaded_is_enough():
     """Offline, the hub refuses a snapshot that lacks files of a pattern that was never fetched."""
     assert set(hub._FILES["model"]) < set(DEFAULT_ALLOW_PATTERNS)
