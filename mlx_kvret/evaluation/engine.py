@@ -122,8 +122,9 @@ class PublicEngine:
 
 def end_tokens(tokenizer: Any) -> set[int]:
     """Tokens at which a generated answer ends."""
-    many = getattr(tokenizer, "eos_token_ids", None)
-    return set(many) if many else {tokenizer.eos_token_id}
+    # mlx-lm's wrapper has a set of them, transformers one or several
+    found = getattr(tokenizer, "eos_token_ids", None) or tokenizer.eos_token_id
+    return set(found) if isinstance(found, (set, list, tuple)) else {found}
 
 
 def log_likelihoods(last: Floats | None, logits: Floats, ids: Sequence[int]) -> Floats:

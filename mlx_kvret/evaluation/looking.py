@@ -49,7 +49,7 @@ class Entries:
         wide = (part.flatten(0, 2).index_select(0, rows.flatten()) for part in (self.keys, self.values))
         narrow = (self.log_beta, self.position, self.attention, mask)
         return Entries(
-            *(part.view(texts, heads, width, -1) for part in wide),
+            *(part.view(texts, heads, width, part.shape[-1]) for part in wide),
             *(part.gather(2, first) for part in narrow),
         )
 

@@ -53,7 +53,8 @@ class Method:
         """The plan by which entries go; for a reference policy all of it but the score.
 
         H2O keeps its heaviest M/2 and newest M/2 (arXiv 2306.14048); SnapKV keeps its observation window of
-        32 tokens (arXiv 2404.14469); the oracle fills up with the newest.
+        32 tokens (arXiv 2404.14469); the oracle keeps where the answers
+        stand, then the newest: it knows them, but not what else the model needs, so it is no upper bound.
         """
         options = dict(self.options)
         if self.policy == "h2o":
@@ -61,7 +62,7 @@ class Method:
         elif self.policy == "snapkv":
             options = {"sinks": 0} | options
         elif self.policy == "oracle":
-            options = {"sinks": min(1, budget // 4), "window": min(4, budget // 4)} | options
+            options = {"sinks": 0, "window": 0} | options
         policy: Any = "recent" if self.policy in REFERENCES else self.policy
         return EvictionConfig.create(budget, buffer, policy=policy, **options)
 
@@ -85,7 +86,7 @@ def parse_method(text: str) -> Method:
             options[name] = _TYPES[name](value)
         except ValueError as error:
             raise ConfigError(
-                f"method {text!r}: {name} is {value!r}; expected a {_TYPES[name].__name__}"
+                f"method {text!r}: {name} is {value!r}; expected a value of type {_TYPES[name].__name__}"
             ) from error
     method = Method(text, policy, tuple(sorted(options.items())))
     if policy == "full" and options:

@@ -73,7 +73,7 @@ def plot(found: Sequence[Entry], path: str | Path) -> None:
     named = {
         label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(3, columns), fontsize=8)
     # no date and fixed ids, so that the same results give the same file
     with whole_file(path) as scratch, matplotlib.rc_context({"svg.hashsalt": "mlx-kvret"}):
         figure.savefig(scratch, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
