@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -151,7 +153,7 @@ class BoundedCache(Cache):
         super().__init__(layers=layers)
         self.shared, self.competing = shared, competing
         self._before: list[dict[str, Any]] = []
-        self._started, self._broken = 0, False
+        self._started, self._broken, self._trial = 0, False, False
 
     def begin(self, rows: int, mask: torch.Tensor | None) -> None:
         """A forward pass comes; ``mask`` as in :meth:`Bounded.begin`."""
@@ -169,7 +171,7 @@ class BoundedCache(Cache):
             if isinstance(layer, BoundedKVCache):
                 # a slice that is still referred to would keep the memory of a rectangle
                 layer.fetched = None
-        if broken:
+        if broken or self._trial:
             if self.shared is not None:
                 self.shared.rewind(self._started)
             for layer, before in zip(self._stock(), self._before, strict=True):
@@ -178,6 +180,15 @@ class BoundedCache(Cache):
             # state-space layers change their states in place
             self._broken = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._stock())
         self._before = []
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Forward passes inside are undone at their end."""
+        self._trial = True
+        try:
+            yield
+        finally:
+            self._trial = False
 
     def _stock(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, BoundedKVCache)]

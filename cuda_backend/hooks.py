@@ -23,12 +23,14 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.errors import CacheError, UnsupportedFeatureError, UnsupportedModelError
+from mlx_kvret.core.request import NO_GATES
+from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
 from .cache import BoundedCache, BoundedKVCache
 from .gates import RetentionGates
-from .probe import Layout, probe, stock_layers
+from .probe import Layout, layout_of, probe, stock_layers
 from .training.student import attention_modules
 
 # the bounded cache of the forward pass that is under way
@@ -58,21 +60,15 @@ def install(model: PreTrainedModel, gates: RetentionGates | None, owner: dict[st
     Raises:
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
-    name, stock = model.config.model_type, model.config._attn_implementation
-    modules = attention_modules(model)
-    if not modules:
-        raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
+    stock = model.config._attn_implementation
     hidden: dict[int, int] = {}
-    handles = [
-        module.register_forward_pre_hook(partial(_observe, layer, hidden), with_kwargs=True)
-        for layer, module in modules.items()
-    ]
+    handles = _observers(model, hidden)
     decoder = model.get_decoder()
     handles.append(decoder.register_forward_pre_hook(_begin, with_kwargs=True))
     handles.append(decoder.register_forward_hook(_end, with_kwargs=True, always_call=True))
     try:
         hooked = partial(model.set_attn_implementation, implementation(stock))
-        layout = probe(model, name, hooked, hidden)
+        layout = probe(model, hooked, hidden)
         if gates is not None:
             layout.check_gates(gates)
             gates.to(layout.device)
@@ -93,8 +89,36 @@ def remove(model: PreTrainedModel) -> None:
 
 
 def new_cache(model: PreTrainedModel, made: Attachment, config: EvictionConfig) -> BoundedCache:
-    """An empty cache for an attached model."""
+    """An empty cache for an attached model.
+
+    Raises:
+        ConfigError: the policy needs gates and there are none.
+    """
+    if config.policy == "learned" and made.gates is None:
+        raise ConfigError(NO_GATES)
     return made.layout.bounded_cache(stock_layers(model), config, made.gates, made.owner)
+
+
+def shape_of(model: PreTrainedModel) -> CacheShape:
+    """What a model's bounded layers cache; the model may be on the meta device, without weights."""
+    hidden: dict[int, int] = {}
+    handles = _observers(model, hidden)
+    try:
+        return layout_of(model, hidden)[0].shape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observers(model: PreTrainedModel, hidden: dict[int, int]) -> list[Any]:
+    modules = attention_modules(model)
+    if not modules:
+        name = model.config.model_type
+        raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
+    return [
+        module.register_forward_pre_hook(partial(_observe, layer, hidden), with_kwargs=True)
+        for layer, module in modules.items()
+    ]
 
 
 def _unhook(model: PreTrainedModel, handles: list[Any], stock: str) -> None:

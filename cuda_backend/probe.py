@@ -58,7 +58,7 @@ def stock_layers(model: PreTrainedModel) -> list[Any]:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, name: str, hooked: Callable[[], None], hidden: dict[int, int]) -> Layout:
+def probe(model: PreTrainedModel, hooked: Callable[[], None], hidden: dict[int, int]) -> Layout:
     """Run a few tokens through the model as it is, then, after ``hooked()``, through its hooks.
 
     ``hidden`` is filled by the hooks: the width of the attention input by layer.
@@ -66,22 +66,13 @@ def probe(model: PreTrainedModel, name: str, hooked: Callable[[], None], hidden:
     Raises:
         UnsupportedModelError: the hooked model does not give the same logits from a bounded cache.
     """
-    entries = stock_layers(model)
-    places = [i for i, layer in enumerate(entries) if type(layer) is DynamicLayer]
-    if not places:
-        raise UnsupportedModelError(
-            f"{name} models keep no layer's full KV cache, so there is nothing to bound; use them as they are"
-        )
-    ids = torch.arange(1, 6, device=model.device)[None] % model.config.get_text_config().vocab_size
-    stock_cache: Any = DynamicCache(config=model.config)
-    stock = _logits(model, ids, stock_cache)
-    places = [place for place in places if stock_cache.layers[place].get_seq_length()]
-    layout = _layout(stock_cache, places, hidden, name)
+    name = model.config.model_type
+    layout, stock = layout_of(model, hidden)
     hooked()
     config = EvictionConfig.create(budget=8, policy="recent")
     cache = layout.bounded_cache(stock_layers(model), config, None, {})
-    ours = _logits(model, ids, cache)
-    if any(entry.attended != ids.shape[1] for entry in cache.competing):
+    ours = _logits(model, cache)
+    if any(entry.attended != len(ours) for entry in cache.competing):
         raise UnsupportedModelError(
             f"{name} models cannot be bounded: their attention changes cached keys, or bypasses "
             "transformers' attention functions; use another model"
@@ -95,8 +86,26 @@ def probe(model: PreTrainedModel, name: str, hooked: Callable[[], None], hidden:
     return layout
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Logits (T, vocabulary) of a chunk and two single tokens after it."""
+@torch.no_grad()
+def layout_of(model: PreTrainedModel, hidden: dict[int, int]) -> tuple[Layout, torch.Tensor]:
+    """The layout of a model whose attention modules fill ``hidden``, and logits of a few tokens.
+
+    Raises:
+        UnsupportedModelError: nothing to bound, or layers that differ.
+    """
+    name, cache = model.config.model_type, DynamicCache(config=model.config)
+    places = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    if not places:
+        raise UnsupportedModelError(
+            f"{name} models keep no layer's full KV cache, so there is nothing to bound; use them as they are"
+        )
+    logits = _logits(model, cache)
+    return _layout(cache, [place for place in places if cache.get_seq_length(place)], hidden, name), logits
+
+
+def _logits(model: PreTrainedModel, cache: Any) -> torch.Tensor:
+    """Logits (5, vocabulary) of a chunk and two single tokens after it."""
+    ids = torch.arange(1, 6, device=model.device)[None] % model.config.get_text_config().vocab_size
     given = cache_argument(model, cache)
     return torch.cat([model(part, **given).logits[0] for part in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:])])
 

@@ -1,0 +1,241 @@
+"""Text within a budget: one sequence, token by token, on a bounded cache."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
+
+from mlx_kvret.core.request import check_max_tokens, figures, prompt_ids, split_eviction
+from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
+
+from .cache import BoundedCache, cache_argument
+from .memory import explained
+from .step import decoder_step
+
+Sampler = Callable[[torch.Tensor], torch.Tensor]
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Response:
+    """One token and the text it completes, in mlx-lm's fields, and the cache after it.
+
+    ``seen`` tokens were read or written, ``entries`` (one token in one KV head of one layer) are held in
+    ``cache_nbytes`` bytes.
+    """
+
+    text: str
+    token: int
+    logprobs: torch.Tensor
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+    seen: int = 0
+    entries: int = 0
+    cache_nbytes: int = 0
+
+
+class TokenIds:
+    """Stands in for a tokenizer where there is none: the text of a token is its number."""
+
+    eos_token_id = None
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        return "".join(f"{int(i)} " for i in ids)
+
+
+def stream_generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    cache: BoundedCache | None = None,
+    draft_model: Any = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[Processor] = (),
+    prefill_step_size: int = 2048,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[Response]:
+    """As :func:`mlx_kvret.stream_generate`.
+
+    Args:
+        sampler: log probabilities (1, V) to a token (1,); greedy unless given.
+        logits_processors: each takes token ids (1, n) and logits (1, V) and returns logits, as those of
+            transformers do.
+        prefill_step_size: tokens of the prompt read in one forward pass.
+        prompt_progress_callback: called with tokens read and tokens in all.
+
+    Raises:
+        ConfigError: an empty prompt, text without a tokenizer, or options that contradict each other.
+        CacheError: out of memory; the cache is as it was before the pass.
+    """
+    evict, rest = split_eviction(options, cache is not None)
+    if rest:
+        raise ConfigError(f"unknown options {', '.join(rest)}; see mlx_kvret.stream_generate on torch")
+    if draft_model is not None:
+        raise UnsupportedFeatureError(
+            "draft_model does not work here; call model.generate(ids, cache=cache, assistant_model=...)"
+        )
+    check_max_tokens(max_tokens)
+    if prefill_step_size < 1:
+        raise ConfigError(f"prefill_step_size is {prefill_step_size}; expected at least 1")
+    ids = torch.tensor([prompt_ids(tokenizer, prompt, cache is None)], device=model.device)
+    if cache is None:
+        from .wing import make_cache
+
+        cache = make_cache(model, **evict)
+    reader: Any = TokenIds() if tokenizer is None else tokenizer
+    stops, text = stop_tokens(model, reader), _Text(reader)
+    choose = _Choice(sampler, logits_processors, ids)
+
+    with torch.no_grad(), explained(model, cache, ids, prefill_step_size):
+        start = time.perf_counter()
+        step = decoder_step(model, cache)
+        logits = _read(model, cache, ids, prefill_step_size, prompt_progress_callback)
+        token, logprobs = choose(logits)
+        for count in itertools.count(1):
+            # the next step is on its way before this token is looked at
+            following = choose(step(token[:, None])) if count != max_tokens else None
+            value = int(token)
+            if count == 1:
+                prompt_time = time.perf_counter() - start
+                start = time.perf_counter()
+            reason = "stop" if value in stops else "length" if count == max_tokens else None
+            yield Response(
+                text=text.add(value, last=reason is not None, shown=reason != "stop"),
+                token=value,
+                logprobs=logprobs[0],
+                prompt_tokens=ids.shape[1],
+                prompt_tps=ids.shape[1] / prompt_time,
+                generation_tokens=count,
+                generation_tps=count / max(time.perf_counter() - start, 1e-9),
+                peak_memory=torch.cuda.max_memory_allocated() / 1e9 if ids.is_cuda else 0.0,
+                finish_reason=reason,
+                seen=cache.seen,
+                entries=cache.entries,
+                cache_nbytes=cache.nbytes,
+            )
+            if following is None or reason is not None:
+                return
+            token, logprobs = following
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    *,
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """As :func:`mlx_kvret.generate`."""
+    text, last = "", None
+    for last in stream_generate(model, tokenizer, prompt, **options):
+        text += last.text
+        if verbose:
+            print(last.text, end="", flush=True)
+    if verbose and last is not None:
+        print(f"\n{figures(last)}")
+    return text
+
+
+def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    """Options of :func:`stream_generate` that draw tokens with a temperature; 0 is greedy."""
+    if temp < 0 or not 0 < top_p <= 1:
+        raise ConfigError(f"temp is {temp}, top_p {top_p}; expected temp >= 0 and 0 < top_p <= 1")
+    if seed is not None:
+        torch.manual_seed(seed)
+    if temp == 0:
+        return {}
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temp))])
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+
+    # neither warper looks at the tokens before
+    nothing: Any = torch.zeros(1, 0, dtype=torch.long)
+
+    def draw(logprobs: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial(warpers(nothing, logprobs).softmax(-1), 1)[:, 0]
+
+    return {"sampler": draw}
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, of the tokenizer and of the model's generation configuration."""
+    found: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return found
+
+
+def _read(
+    model: PreTrainedModel,
+    cache: BoundedCache,
+    ids: torch.Tensor,
+    step: int,
+    progress: Callable[[int, int], None] | None,
+) -> torch.Tensor:
+    """Read a prompt in chunks and, as mlx-lm does, its last token alone; logits (1, V) after it."""
+    given, total = cache_argument(model, cache), ids.shape[1]
+    for start in range(0, total, step):
+        if progress is not None:
+            progress(start, total)
+        if start < total - 1:
+            model(ids[:, start : min(start + step, total - 1)], **given, logits_to_keep=1)
+    logits: torch.Tensor = model(ids[:, -1:], **given).logits[:, -1]
+    if progress is not None:
+        progress(total, total)
+    return logits
+
+
+class _Choice:
+    """From logits (1, V) to the next token (1,) and its log probabilities, without waiting for the device."""
+
+    def __init__(self, sampler: Sampler | None, processors: Sequence[Processor], ids: torch.Tensor) -> None:
+        self._sampler, self._processors, self._ids = sampler, processors, ids
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for process in self._processors:
+            logits = process(self._ids, logits)
+        logprobs = logits.float().log_softmax(-1)
+        token = logprobs.argmax(-1) if self._sampler is None else self._sampler(logprobs)
+        if self._processors:
+            self._ids = torch.cat([self._ids, token[:, None]], 1)
+        return token, logprobs
+
+
+class _Text(TextStreamer):
+    """transformers' streamer, which holds text back until no later token can change it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self._new = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._new += text
+
+    def add(self, token: int, last: bool, shown: bool) -> str:
+        """Text that is certain after one more token."""
+        if shown:
+            self.put(torch.tensor([token]))
+        if last:
+            self.end()
+        text, self._new = self._new, ""
+        return text

@@ -1,0 +1,65 @@
+"""Out of memory, explained: which chunk of the prompt or which budget would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from mlx_kvret.core.budget import tokens_within
+from mlx_kvret.errors import CacheError, ConfigError
+
+from .cache import BoundedCache, cache_argument
+
+
+@contextmanager
+def explained(model: PreTrainedModel, cache: BoundedCache, ids: torch.Tensor, chunk: int) -> Iterator[None]:
+    """Turn running out of memory into an error that helps; the cache stays as it was before the pass.
+
+    ``ids`` (1, n) are read in chunks of ``chunk`` tokens.
+
+    Raises:
+        CacheError: with a chunk that was tried and fits, or else with a budget.
+    """
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    # outside the handler, whose traceback would keep the tensors of the pass
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    fits = largest_chunk(model, cache, ids, chunk)
+    advice = f"prefill_step_size={fits} fits" if fits else _budget_advice(model, cache)
+    raise CacheError(
+        f"out of memory after {cache.seen:,} tokens ({reason}); {advice}; the cache still holds those tokens"
+    )
+
+
+def largest_chunk(model: PreTrainedModel, cache: BoundedCache, ids: torch.Tensor, chunk: int) -> int | None:
+    """The largest of chunk/2, chunk/4, … that can be read now, found by trying; None if there is none."""
+    size = min(chunk, ids.shape[1])
+    while size > 1:
+        size //= 2
+        try:
+            with torch.no_grad(), cache.trial():
+                model(ids[:, :size], **cache_argument(model, cache), logits_to_keep=1)
+            return size
+        except torch.OutOfMemoryError:
+            continue
+    return None
+
+
+def _budget_advice(model: PreTrainedModel, cache: BoundedCache) -> str:
+    if model.device.type != "cuda" or cache.shared is None:
+        return "lower the budget"
+    free, _ = torch.cuda.mem_get_info(model.device)
+    shape, rows = cache.shared.shape, cache.shared.rows
+    # a compaction holds the pool once more while it grows
+    room = (free + cache.nbytes) // (2 * rows)
+    try:
+        return f"a budget of {tokens_within(room, shape, None)} tokens per head would fit"
+    except ConfigError:
+        return "the model leaves no room for a cache; load it in fewer bits"
