@@ -7,7 +7,17 @@
 Importing this package imports neither MLX nor torch; the wing that is used comes with the first call.
 """
 
-from .api import attach, backends, detach, generate, load, make_cache, stream_generate
+from .api import (
+    attach,
+    backends,
+    detach,
+    generate,
+    load,
+    load_cache,
+    make_cache,
+    save_cache,
+    stream_generate,
+)
 from .errors import KVRetError
 
 __all__ = [
@@ -17,7 +27,9 @@ __all__ = [
     "detach",
     "generate",
     "load",
+    "load_cache",
     "make_cache",
+    "save_cache",
     "stream_generate",
 ]
 __version__ = "0.1.0"

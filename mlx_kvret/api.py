@@ -94,6 +94,25 @@ def stream_generate(model: Any, tokenizer: Any, prompt: str | list[int], **optio
     yield from wing_of(model).stream_generate(model, tokenizer, prompt, **options)
 
 
+def save_cache(model: Any, cache: Any, path: str | Path, notes: dict[str, str] | None = None) -> None:
+    """Write a cache to a file, whole or not at all, with texts to be kept beside it.
+
+    Either wing opens the file (:mod:`mlx_kvret.core.snapshot`): a server's reading goes on on a laptop.
+    """
+    wing_of(model).save_cache(model, cache, path, notes)
+
+
+def load_cache(model: Any, path: str | Path) -> tuple[Any, dict[str, str]]:
+    """A saved cache of this model and its gates, ready to go on, and the texts saved beside it.
+
+    Raises:
+        CheckpointError: not such a file, or damaged.
+        ModelMismatchError: it belongs to another model or other gates.
+    """
+    found: tuple[Any, dict[str, str]] = wing_of(model).load_cache(model, path)
+    return found
+
+
 def backends() -> dict[str, str]:
     """Each backend and ``"ok"``, or what is missing and the command that mends it."""
     found = {}

@@ -13,7 +13,6 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -21,15 +20,15 @@ import mlx_lm.models.cache as mlx_cache
 
 from .cache import BoundedCache, BoundedKVCache
 from .core.config import EvictionConfig
+from .core.snapshot import Snapshot
 from .errors import (
-    CheckpointError,
     ConfigError,
-    KVRetError,
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
 from .gates import RetentionGates
 from .probe import Layout, probe
+from .snapshots import reopen
 
 ATTENTION = "scaled_dot_product_attention"
 REFUSED = {
@@ -118,23 +117,12 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
     return made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
 
 
-def loaded_cache(path: str | Path, made: Attachment) -> tuple[BoundedCache, dict[str, str]]:
-    """A cache from an mlx-lm prompt file, and the file's metadata.
-
-    Raises:
-        CheckpointError: no such file, damaged, or no prompt cache.
-        ModelMismatchError: it belongs to another model or other gates.
-    """
-    path = Path(path).expanduser()
-    try:
-        entries, notes = mlx_cache.load_prompt_cache(str(path), return_metadata=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; check the path") from error
-    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        if isinstance(error, KVRetError):
-            raise
-        raise CheckpointError(f"{path} is not a whole prompt cache ({error}); save it again") from error
-    return made.layout.reopened(entries, made.gates, made.owner), notes
+def reopened_cache(model: nn.Module, snapshot: Snapshot) -> BoundedCache:
+    """A cache that goes on where a snapshot was taken. Raises as :func:`mlx_kvret.snapshots.reopen`."""
+    made = attachment(model)
+    if made is None:
+        raise ConfigError("the model is not attached; call mlx_kvret.attach(model, gates) first")
+    return reopen(snapshot, made, _stock_cache(model))
 
 
 def _stock_cache(model: nn.Module) -> list[Any]:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from json import JSONDecodeError
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import save_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model, load_tokenizer
 
-from . import demo, hooks
+from . import demo, hooks, snapshots
 from .cache import BoundedCache
 from .core.budget import CacheShape, parse_budget, tokens_within
 from .core.checkpoint import GateCheckpoint, check_base
 from .core.config import DEFAULT_BUDGET, EvictionConfig
-from .core.files import whole_file
 from .core.fingerprint import fingerprint
+from .core.snapshot import read_snapshot, write_snapshot
 from .core.tensors import tensors_id
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .gates import RetentionGates, from_checkpoint, to_tensor
 from .generation import generate, stream_generate
 from .hub import resolve
 
-__all__ = ["attach", "detach", "generate", "load", "make_cache", "stream_generate"]
+__all__ = [
+    "attach",
+    "detach",
+    "generate",
+    "load",
+    "load_cache",
+    "make_cache",
+    "save_cache",
+    "stream_generate",
+]
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
@@ -47,16 +55,32 @@ def load(model: str | Path, gates: str | Path | None = None, **options: Any) -> 
 def _load_model(folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's ``load_model`` with errors that say what to do."""
     try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        options["model_config"] = _rope(stored) | (options.get("model_config") or {})
         network, config = load_model(folder, **options)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds no model: {error}; expected config.json and safetensors"
         ) from error
-    except (JSONDecodeError, RuntimeError, KeyError) as error:
+    except (json.JSONDecodeError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged ({error!r}); copy or download the model again") from error
     except (ValueError, TypeError) as error:
         raise UnsupportedModelError(f"mlx-lm cannot load {folder}: {error}") from error
     return network, config
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings under the names mlx-lm reads, for models saved by transformers 5.
+
+    That nests them in ``rope_parameters``, which several of mlx-lm 0.32's model files do not look at: they
+    would go on with their own default base.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    plain = rope.get("rope_type", "default") == "default"
+    found = {"rope_theta": rope["rope_theta"]} | ({} if plain else {"rope_scaling": rope})
+    return {name: value for name, value in found.items() if config.get(name) is None}
 
 
 def read_gates(gates: str | Path | GateCheckpoint) -> GateCheckpoint | RetentionGates:
@@ -130,31 +154,17 @@ def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
     return {"sampler": make_sampler(temp, top_p)}
 
 
-def save_cache(path: str | Path, cache: BoundedCache, notes: dict[str, str] | None = None) -> Path:
-    """Write a cache to a file, whole or not at all, with strings to be kept beside it.
-
-    Returns the file's path, which ends in ``.safetensors`` whatever was given: MLX goes by that.
-    """
-    path = _prompt_file(path)
-    with whole_file(path) as scratch:
-        save_prompt_cache(str(scratch), cache, notes)
-    return path
+def save_cache(
+    model: nn.Module, cache: BoundedCache, path: str | Path, notes: dict[str, str] | None = None
+) -> None:
+    """As :func:`mlx_kvret.save_cache`."""
+    write_snapshot(path, snapshots.take(cache, notes or {}))
 
 
-def load_cache(path: str | Path, model: nn.Module) -> tuple[BoundedCache, dict[str, str]]:
-    """A saved cache of this model and its gates, and the strings saved beside it.
-
-    Raises:
-        CheckpointError: not such a file. ModelMismatchError: of another model or other gates.
-    """
-    attached = hooks.attachment(model)
-    assert attached is not None
-    return hooks.loaded_cache(_prompt_file(path), attached)
-
-
-def _prompt_file(path: str | Path) -> Path:
-    path = Path(path).expanduser()
-    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+def load_cache(model: nn.Module, path: str | Path) -> tuple[BoundedCache, dict[str, str]]:
+    """As :func:`mlx_kvret.load_cache`."""
+    snapshot = read_snapshot(path)
+    return hooks.reopened_cache(model, snapshot), snapshot.notes
 
 
 def _attach(

@@ -135,16 +135,16 @@ class Conversation:
             click.echo(stats_line(self.last, wing_of(self.model).full_nbytes(self.model, self.cache.seen)))
 
     def save(self, path: Path) -> None:
-        from ..api import wing_of
+        from ..api import save_cache
 
         notes = {"messages": json.dumps(self.messages), "context": self.context}
-        path = wing_of(self.model).save_cache(path, self.cache, notes)
+        save_cache(self.model, self.cache, path, notes)
         click.echo(f"[saved {self.cache.seen} tokens of conversation to {path}]")
 
     def load(self, path: Path) -> None:
-        from ..api import wing_of
+        from ..api import load_cache
 
-        cache, notes = wing_of(self.model).load_cache(path, self.model)
+        cache, notes = load_cache(self.model, path)
         self.messages = json.loads(notes.get("messages", "[]"))
         self.cache, self.context, self.last = cache, notes.get("context", ""), None
         click.echo(f"[loaded {self.cache.seen} tokens of conversation]")
