@@ -119,7 +119,9 @@ class Bounded:
             pool.fill(by_layer[layer], keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]))
             recent.forget_oldest(tokens)
         # nothing may hold on to what has been decided upon, whether or not anyone looks at the pool soon
-        mx.async_eval(pool.arrays(), pool.lookup.table, pool.lookup.offsets)
+        mx.async_eval(
+            pool.arrays(), pool.lookup.table, pool.lookup.offsets, [r.arrays() for r in self.recents]
+        )
         self._count(tokens, due)
 
     def _count(self, tokens: int, due: np.ndarray) -> None:
