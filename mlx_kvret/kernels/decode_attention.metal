@@ -39,7 +39,9 @@ for (int head = 0; head < heads; head++) {
     const int row = (RG > 1 ? int(simdgroup) : 0) * RB + j;
     rows.visible[j] = CAUSAL ? kept + recent - TOKENS + 1 + row % TOKENS : kept + recent;
     if (row < R) {
-      load_row<D, E>(rows.query[j], queries + (size_t(head) * R + row) * D, lane, 1);
+      const size_t query_head = head * (R / TOKENS) + row / TOKENS;
+      const device T* query = queries + query_head * queries_strides[1] + row % TOKENS * queries_strides[2];
+      load_row<D, E>(rows.query[j], query, lane, queries_strides[3]);
       for (int i = 0; i < E; i++) rows.query[j][i] *= scale;
     } else {
       for (int i = 0; i < E; i++) rows.query[j][i] = 0.0f;

@@ -75,7 +75,7 @@ def decode_attention(
     shape: Template = {"V": value_dim, "R": rows, "TOKENS": tokens, "T": queries.dtype}
     partial, stats = _attend(
         [
-            mx.contiguous(queries),
+            queries,
             pool.keys,
             pool.values,
             pool.lookup.table,
@@ -103,7 +103,7 @@ def decode_attention(
             pool.lookup.offsets,
             view.keys,
             layer,
-            constant(0, dtype=mx.float32) if sinks is None else mx.contiguous(sinks),
+            constant(0, dtype=mx.float32) if sinks is None else sinks,
         ],
         [((1, query_heads, tokens, value_dim), queries.dtype)],
         (1, query_heads * tokens, 1),

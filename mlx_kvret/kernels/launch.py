@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -81,22 +81,22 @@ class Kernel:
                 output_dtypes=[dtype for _, dtype in outputs],
                 init_value=init_value,
             )
-            if variant not in self._built:
-                # MLX builds when it evaluates, far from here: a source that fails is better found now
-                _evaluate(made)
+            # MLX builds when it evaluates, far from here: a source that fails is better found now
+            if variant not in self._built and _evaluated(made):
                 self._built.add(variant)
         except RuntimeError as error:
-            raise self._failure(error, template) from error
+            types = [_name(a.dtype) for a in inputs]
+            raise self._failure(error, dict.fromkeys(types), template) from error
         return made
 
-    def _failure(self, error: RuntimeError, template: Template) -> Exception:
+    def _failure(self, error: RuntimeError, types: Iterable[str], template: Template) -> Exception:
         text = str(error)
         if "No Metal back-end" in text:
             return KernelError(
                 f"the kernel {self.name} needs Metal and this MLX has none; set MLX_KVRET_KERNELS=reference"
             )
         if "metal library" in text or "Unable to load" in text or "Unable to build" in text:
-            how = ", ".join(f"{name}={value}" for name, value in template.items())
+            how = ", ".join([*types, *(f"{name}={value}" for name, value in template.items())])
             return KernelError(
                 f"Metal cannot build mlx_kvret/kernels/{self.name}.metal for {how}; "
                 f"set MLX_KVRET_KERNELS=reference to go on without it. {text}"
@@ -104,10 +104,16 @@ class Kernel:
         return error
 
 
-def _evaluate(arrays: list[mx.array]) -> None:
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _evaluated(arrays: list[mx.array]) -> bool:
+    """Evaluate, unless inside a trace, where nothing can be."""
     try:
         mx.eval(arrays)
     except ValueError as error:
-        # inside a trace nothing can be evaluated, and nothing is built
         if "function transformation" not in str(error):
             raise
+        return False
+    return True

@@ -43,7 +43,7 @@ for (int i = 0; i < F; i++) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // a sink is the logit of an entry without a value
-const float sink = SINKS ? float(sinks[row / TOKENS]) : LOWEST;
+const float sink = SINKS ? float(sinks[row / TOKENS * sinks_strides[0]]) : LOWEST;
 top = sink;
 for (int s = 0; s < S; s++) top = max(top, tg_top[s]);
 sum = SINKS ? fast::exp(sink - top) : 0.0f;

@@ -19,6 +19,7 @@ const bool real = row < all_rows;
 const int token = real ? row / group : 0;
 const int query_head = head * group + (real ? row % group : 0);
 const size_t place = size_t(query_head) * tokens + token;
+const device T* own_query = queries + query_head * queries_strides[1] + token * queries_strides[2];
 const int unseen = CAUSAL ? recent - tokens + 1 : recent;  // of the rectangle, for the first token, past it
 const int visible = kept + unseen + (CAUSAL ? token : 0);
 const int last_token = (min(first_row + S * 8, all_rows) - 1) / group;
@@ -33,7 +34,7 @@ simdgroup_matrix<float, 8, 8> block;
 float top = LOWEST, sum = 0.0f;
 for (int i = 0; i < E; i++) {
   for (int k = 0; k < 2; k++) {
-    query[i].thread_elements()[k] = real ? float(queries[place * D + i * 8 + x + k]) * scale : 0.0f;
+    query[i].thread_elements()[k] = real ? float(own_query[(i * 8 + x + k) * queries_strides[3]]) * scale : 0.0f;
   }
 }
 for (int f = 0; f < F; f++) {
@@ -98,7 +99,7 @@ sum += simd_shuffle_xor(sum, 1);
 sum += simd_shuffle_xor(sum, 8);
 float share = 1.0f;
 if (SINKS) {
-  const float sink = float(sinks[query_head]);
+  const float sink = float(sinks[query_head * sinks_strides[0]]);
   const float new_top = max(top, sink);
   share = fast::exp(top - new_top);
   sum = sum * share + fast::exp(sink - new_top);

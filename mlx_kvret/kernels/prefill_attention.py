@@ -52,15 +52,14 @@ def by_head(
     Copying the kept entries together costs 3 passes over them, against one for every 32 query rows in
     attention itself. Lengths come to the host, once for a whole chunk.
     """
-    group = queries.shape[1] // view.kv_heads
+    pool, group = view.pool, queries.shape[1] // view.kv_heads
+    offsets = pool.lookup.on_host()[view.first :]
     mask = "causal" if causal and queries.shape[2] > 1 else None
     out = []
-    for head, length in enumerate(view.host_lengths()):
-        keys, values = view.keys[:, head : head + 1], view.values[:, head : head + 1]
-        if length:
-            old_keys, old_values, _ = view.kept(head, 1, int(length))
-            keys = mx.concatenate([old_keys[None], keys], axis=2)
-            values = mx.concatenate([old_values[None], values], axis=2)
+    for head in range(view.kv_heads):
+        slots = pool.lookup.table[int(offsets[head]) : int(offsets[head + 1])]
+        keys = mx.concatenate([pool.keys[None, None, slots], view.keys[:, head : head + 1]], axis=2)
+        values = mx.concatenate([pool.values[None, None, slots], view.values[:, head : head + 1]], axis=2)
         own = slice(head * group, (head + 1) * group)
         # MLX aligns a causal mask with the end of the keys: all kept entries are visible
         out.append(
@@ -91,9 +90,9 @@ def tiled(
     entry = (key_dim + value_dim) * queries.dtype.size
     (attended,) = _attend(
         [
-            *(mx.contiguous(queries), pool.keys, pool.values, lookup.table, lookup.offsets),
+            *(queries, pool.keys, pool.values, lookup.table, lookup.offsets),
             *(view.keys, view.values, constant(view.first), constant(scale, softcap, dtype=mx.float32)),
-            constant(0, dtype=mx.float32) if sinks is None else mx.contiguous(sinks),
+            constant(0, dtype=mx.float32) if sinks is None else sinks,
         ],
         [((1, query_heads, tokens, value_dim), queries.dtype)],
         (-(-query_heads // view.kv_heads * tokens // ROWS), view.kv_heads, 1),

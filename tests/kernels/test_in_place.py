@@ -1,4 +1,4 @@
-"""A compaction's moves are MLX's scatter updates: they write into the pool itself, and as little as was evicted."""
+"""A compaction's moves are MLX's scatter updates: they write into the pool, and no more than was evicted."""
 
 import mlx.core as mx
 import numpy as np
