@@ -47,20 +47,24 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 # Everything a kernel needs is in the process already, but for compiler-rt's conversions to and from bfloat.
 LINK_FLAGS = ("-shared", "-nostdlib", "-fno-sanitize-link-runtime")
-RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra")
+SHARED = ("grid.cpp", "scheduler.cpp", "trace.cpp", "fiber.cpp")
+RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 
 
 @functools.cache
 def compiler() -> list[str]:
-    """The clang command, with the machine's flags for half precision."""
+    """The clang command, with instructions for half precision."""
     clang = os.environ.get("METAL_HOST_CXX") or shutil.which("clang++-19")
     if clang is None:
         raise ToolchainError(
             "metal_host executes Metal kernels on Linux with clang 19, and found no clang++-19.\n"
             f"On Debian or Ubuntu: apt-get install {PACKAGES}  (or set METAL_HOST_CXX to another clang >= 19)"
         )
-    machine = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
-    return [clang, *machine]
+    if os.uname().machine != "x86_64":
+        raise ToolchainError(
+            f"metal_host executes Metal kernels on x86-64 Linux; this is {os.uname().machine}"
+        )
+    return [clang, "-march=x86-64-v3"]
 
 
 @functools.cache
@@ -98,7 +102,7 @@ def _command(arguments: list[str], output: Path) -> subprocess.CompletedProcess[
 def _runtime(name: str, sources: list[str], flags: list[str]) -> Path:
     output = folder() / name
     if not output.exists():
-        paths = [str(SHIM / "runtime" / s) for s in sources]
+        paths = [str(SHIM / "runtime" / s) for s in [*sources, *SHARED]]
         done = _command([*RUNTIME_FLAGS, *flags, *paths], output)
         if done.returncode:
             raise ToolchainError(
@@ -110,14 +114,13 @@ def _runtime(name: str, sources: list[str], flags: list[str]) -> Path:
 
 @functools.cache
 def runtime_library() -> Path:
-    return _runtime("libmetal_host.so", ["scheduler.cpp", "trace.cpp", "fiber.cpp"], ["-shared"])
+    return _runtime("libmetal_host.so", [], ["-shared"])
 
 
 @functools.cache
 def asan_program() -> Path:
     """The process that loads kernels built for the address sanitizer."""
-    sources = ["asan_main.cpp", "scheduler.cpp", "trace.cpp", "fiber.cpp"]
-    return _runtime("asan_main", sources, ["-fsanitize=address,undefined", "-rdynamic"])
+    return _runtime("asan_main", ["asan_main.cpp"], ["-fsanitize=address,undefined", "-rdynamic"])
 
 
 @functools.cache

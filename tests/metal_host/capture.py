@@ -1,7 +1,7 @@
 """What MLX would hand to Metal for a call of a custom kernel: the generated source, without any Metal.
 
 Under `mx.export_function` a call is only traced, and the callback's entry of the primitive `CustomKernel`
-holds the complete source, name included. It doesn't report `init_value`: the emulator takes that from the call.
+holds the complete source, name included. It doesn't report `init_value`; the emulator has that from the call.
 """
 
 import re

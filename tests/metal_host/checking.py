@@ -45,7 +45,7 @@ def check(
 
 
 def count(call: Callable[[], Outputs]) -> Traffic:
-    """Memory traffic, barriers and simdgroup functions of all kernels that `call()` launches; emulated only."""
+    """Traffic, barriers and simdgroup functions of all kernels that `call()` launches; emulated only."""
     if not EMULATED:
         raise RuntimeError(
             "traffic is counted by the emulator; here Metal runs the kernels (metal_host.EMULATED is False)"

@@ -1,4 +1,4 @@
-"""Executes a built kernel on buffers in memory: in this process, or under the address sanitizer in another."""
+"""Executes a built kernel on buffers in memory: here, or under the address sanitizer in another process."""
 
 import ctypes
 import functools

@@ -118,6 +118,7 @@ FLOATS = {
     ],
     "float(extract_bits(uint(i), 1, 2)) + float(mulhi(0x80000000u, i))": (I >> 1 & 3) + I // 2,
     "float(Limits<half>::finite_max) * 0.0f + v": X,
+    "float(simd_sum(bfloat(1.0f + 0.0f * v)))": np.full(LANES, 32),
     "float(bfloat(v))": np.array(mx.array(X).astype(mx.bfloat16).astype(mx.float32)),
 }
 
@@ -211,8 +212,9 @@ REFUSED = {
     "as_type between types of different size": "as_type<ushort>(v)",
 }
 REFUSED_HEADER = """
-inline float f(threadgroup atomic<float>* p) { return atomic_load_explicit(p, memory_order_relaxed); }
-inline float g(threadgroup atomic<bool>* p) { return atomic_fetch_and_explicit(p, true, memory_order_relaxed); }
+#define RELAXED memory_order_relaxed
+inline float f(threadgroup atomic<float>* p) { return atomic_load_explicit(p, RELAXED); }
+inline float g(threadgroup atomic<bool>* p) { return atomic_fetch_and_explicit(p, true, RELAXED); }
 """
 
 

@@ -121,6 +121,17 @@ def test_more_buffers_than_metal_allows():
 
 
 @emulated_only
+def test_the_signature_that_mlx_gets_wrong():
+    with installed():
+        source = "a[0] = x_shape[0]; b[0] = x[0];"  # two outputs, a shape, no attribute
+        kernel = mx.fast.metal_kernel(name="two", input_names=["x"], output_names=["a", "b"], source=source)
+    one = (1, 1, 1)
+    call = {"output_shapes": [(1,)] * 2, "output_dtypes": [mx.float32] * 2, "grid": one, "threadgroup": one}
+    with pytest.raises(KernelError, match="mentions a thread attribute"):
+        kernel(inputs=[mx.zeros(9)], **call)
+
+
+@emulated_only
 def test_a_kernel_that_hangs_is_stopped(monkeypatch):
     monkeypatch.setattr("metal_host.launch.TIMEOUT", 1)
     source = "volatile float never = x0[0]; while (never == 0.0f) {} out[0] = never;"

@@ -1,8 +1,8 @@
 """The race detector against the definition of a race, on random programs.
 
 A program is a table: in step s thread t does nothing, loads, stores or adds atomically at some address; a
-barrier of some kind follows each step. Two accesses race if threads differ, the address is one, not both load,
-not both are atomic, and no barrier between their steps orders that memory for both threads.
+barrier of some kind follows each step. Two accesses race if threads differ, the address is one, not both
+load, not both are atomic, and no barrier between their steps orders that memory for both threads.
 """
 
 from itertools import product

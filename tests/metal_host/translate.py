@@ -45,6 +45,10 @@ def broken_rules(kernel: Capture) -> list[str]:
     """Rules of Metal that clang would not see broken, as `file:line: what`."""
     header = kernel.source[: kernel.source.index("[[kernel]]")]
     found = []
+    if "[[buffer(" in kernel.body:
+        found.append(
+            "MLX closed the signature too early; it doesn't when the source mentions a thread attribute"
+        )
     if len(kernel.buffers) > MOST_BUFFERS:
         found.append(f"{len(kernel.buffers)} buffers; Metal allows {MOST_BUFFERS}")
     for file, text in (("header.metal", header), ("kernel.metal", kernel.body)):
@@ -67,7 +71,7 @@ def _constructors(source: str) -> str:
 
 
 def _threadgroup_variables(source: str, types_only: bool) -> str:
-    """`threadgroup T a[N], b;` becomes one declaration each; executed, a reference to the threadgroup's memory."""
+    """`threadgroup T a[N], b;` becomes a declaration each; executed, a reference to shared memory."""
     numbers = count()
 
     def declare(kind: str, name: str, dimensions: str) -> str:

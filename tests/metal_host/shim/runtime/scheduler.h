@@ -1,4 +1,4 @@
-// What the scheduler and the tracer share.
+// What grid.cpp, scheduler.cpp and trace.cpp share. None of them is built with a sanitizer.
 #pragma once
 #include "abi.h"
 #include "fiber.h"
@@ -16,9 +16,22 @@ struct Thread {
   msl_attributes self;
 };
 
+constexpr unsigned simd_width = 32, most_threads = 1024;
+
+// grid.cpp
 extern msl_launch* launch;
-extern Thread* current;           // null while the scheduler itself runs
-extern unsigned threadgroup_index;  // linear, in order of execution
+extern unsigned threadgroup_index;  // in order of execution
+void** launch_arguments();
+
+// scheduler.cpp
+extern Thread threads[most_threads];
+extern Thread* current;  // null while the scheduler itself runs
+extern unsigned thread_count, simdgroup_count;  // of this threadgroup
+extern bool failed;
+extern unsigned random_state;  // of the schedule
+void thread_main();      // what a fiber executes
+void run_threadgroup();  // all threads ready
+void report(const char* format, ...);                    // the first report of a launch stays
 void fail(void* code_address, const char* format, ...);  // from a kernel thread: does not return
 
 // trace.cpp
