@@ -22,8 +22,9 @@ FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 def test_the_same_positions(tmp_path, family, scaling):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, rope_parameters={"rope_theta": 5e5, **scaling},
+        family, vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        rope_parameters={"rope_theta": 5e5, **scaling},
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     theirs = AutoModelForCausalLM.from_config(config).eval()
