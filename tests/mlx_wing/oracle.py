@@ -86,7 +86,9 @@ def recording(monkeypatch):
             oracle.keys[layer].append(np.array(keys[0]))
 
     def watch(cache, oracle):
-        watched.update({id(recent): (recent, oracle, layer) for layer, recent in enumerate(cache.shared.recents)})
+        watched.update(
+            {id(recent): (recent, oracle, layer) for layer, recent in enumerate(cache.shared.recents)}
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(Recent, "_run_gate", run_gate)

@@ -61,7 +61,9 @@ def dense(queries, kept, keys, values, scale, causal, sinks):
     return out
 
 
-def compare(lengths, group=2, tokens=1, recent=3, dim=8, value_dim=6, dtype=mx.float32, causal=True, sinks=False):
+def compare(
+    lengths, group=2, tokens=1, recent=3, dim=8, value_dim=6, dtype=mx.float32, causal=True, sinks=False
+):
     rng, heads = np.random.default_rng(1), len(lengths)
     pool, kept = filled(lengths, dim, value_dim, dtype, rng)
     q, k, v = (
@@ -72,7 +74,9 @@ def compare(lengths, group=2, tokens=1, recent=3, dim=8, value_dim=6, dtype=mx.f
     found = attend(q, LayerView(pool, 1, k, v), dim**-0.5, causal, null)
     assert found.dtype == dtype and found.shape == (1, heads * group, tokens, value_dim)
     arrays = (as_numpy(a[0]) for a in (k, v))
-    expected = dense(as_numpy(q[0]), kept, *arrays, dim**-0.5, causal, None if null is None else as_numpy(null))
+    expected = dense(
+        as_numpy(q[0]), kept, *arrays, dim**-0.5, causal, None if null is None else as_numpy(null)
+    )
     tolerance = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}[dtype]
     np.testing.assert_allclose(as_numpy(found[0]), expected, atol=tolerance)
 

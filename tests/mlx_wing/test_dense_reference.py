@@ -75,8 +75,10 @@ class Dense:
 
         q = norm(heads("q", args.num_attention_heads), w[name + "q_norm.weight"], args.rms_norm_eps)
         k = norm(heads("k", args.num_key_value_heads), w[name + "k_norm.weight"], args.rms_norm_eps)
-        q, k, v = rope(q, positions, args.rope_theta), rope(k, positions, args.rope_theta), heads(
-            "v", args.num_key_value_heads
+        q, k, v = (
+            rope(q, positions, args.rope_theta),
+            rope(k, positions, args.rope_theta),
+            heads("v", args.num_key_value_heads),
         )
         group, out = args.num_attention_heads // args.num_key_value_heads, []
         for head, query in enumerate(q):

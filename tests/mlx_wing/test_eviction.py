@@ -35,7 +35,10 @@ def configs(draw, policies=("learned", "recent", "random", "knorm", "keydiff")):
         "seed": draw(st.integers(0, 3)),
     }
     if policy == "learned" and draw(st.booleans()):
-        options |= {"lookahead": draw(st.integers(1, 9)), "threshold": draw(st.sampled_from([None, 1e-3, 0.5, 1.0]))}
+        options |= {
+            "lookahead": draw(st.integers(1, 9)),
+            "threshold": draw(st.sampled_from([None, 1e-3, 0.5, 1.0])),
+        }
     return EvictionConfig(policy=policy, **options)
 
 
@@ -73,7 +76,11 @@ def test_kept_positions_are_the_oracle_s(monkeypatch, tmp_path, config, steps, s
                 read(model, cache, oracle, step, seed)
                 continue
             left.append((cache, oracle))
-            twin = copy.deepcopy(cache) if step == "fork" else reloaded(model, cache, str(tmp_path / "c.safetensors"))
+            twin = (
+                copy.deepcopy(cache)
+                if step == "fork"
+                else reloaded(model, cache, str(tmp_path / "c.safetensors"))
+            )
             cache, oracle = twin, oracle.fork()
             watch(cache, oracle)
         for cache, oracle in left:

@@ -67,7 +67,9 @@ def shape_of(model):
 
 def random_gates(shape, seed=0, kind="rg10", shared=True, bias=(1.0, 7.0), scale=1.0, layers=None):
     """A gate checkpoint whose log β spreads over orders of magnitude within and between heads."""
-    config = GateConfig(kind, layers or shape.layers, shape.kv_heads, shape.hidden_size, width=8, shared_projection=shared)
+    config = GateConfig(
+        kind, layers or shape.layers, shape.kv_heads, shape.hidden_size, width=8, shared_projection=shared
+    )
     rng = np.random.default_rng(seed)
     tensors = {}
     for tensor, size in config.tensor_shapes().items():
