@@ -15,6 +15,7 @@ from .errors import KernelError, ToolchainError
 from .translate import broken_rules, to_cpp
 
 SHIM = Path(__file__).parent / "shim"
+RUNTIME = SHIM / "runtime"
 PACKAGES = "clang-19 libclang-rt-19-dev"
 CACHE = Path(os.environ.get("METAL_HOST_CACHE") or Path(tempfile.gettempdir()) / f"metal_host-{os.getuid()}")
 
@@ -47,7 +48,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 # Everything a kernel needs is in the process already, but for compiler-rt's conversions to and from bfloat.
 LINK_FLAGS = ("-shared", "-nostdlib", "-fno-sanitize-link-runtime")
-SHARED = ("grid.cpp", "scheduler.cpp", "trace.cpp", "fiber.cpp")
 RUNTIME_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 
 
@@ -90,20 +90,22 @@ def folder() -> Path:
     return path
 
 
-def _command(arguments: list[str], output: Path) -> subprocess.CompletedProcess[str]:
-    """Run clang; `output` appears whole or not at all."""
+def _command(
+    arguments: Sequence[str], output: Path, source: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run clang, with `source` as its standard input; `output` appears whole or not at all."""
     scratch = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    done = subprocess.run([*compiler(), *arguments, "-o", str(scratch)], capture_output=True, text=True)
+    command = [*compiler(), *arguments, "-o", str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, input=source)
     if done.returncode == 0 and scratch.exists():
         os.replace(scratch, output)
     return done
 
 
-def _runtime(name: str, sources: list[str], flags: list[str]) -> Path:
+def _runtime(name: str, *arguments: str) -> Path:
     output = folder() / name
     if not output.exists():
-        paths = [str(SHIM / "runtime" / s) for s in [*sources, *SHARED]]
-        done = _command([*RUNTIME_FLAGS, *flags, *paths], output)
+        done = _command([*RUNTIME_FLAGS, *arguments], output)
         if done.returncode:
             raise ToolchainError(
                 f"metal_host could not build {name}. On Debian or Ubuntu: apt-get install {PACKAGES}\n"
@@ -114,13 +116,16 @@ def _runtime(name: str, sources: list[str], flags: list[str]) -> Path:
 
 @functools.cache
 def runtime_library() -> Path:
-    return _runtime("libmetal_host.so", [], ["-shared"])
+    """What executes kernels."""
+    sources = ("grid.cpp", "scheduler.cpp", "trace.cpp", "fiber.cpp")
+    return _runtime("libmetal_host.so", "-shared", *(str(RUNTIME / s) for s in sources))
 
 
 @functools.cache
 def asan_program() -> Path:
-    """The process that loads kernels built for the address sanitizer."""
-    return _runtime("asan_main", ["asan_main.cpp"], ["-fsanitize=address,undefined", "-rdynamic"])
+    """The process that loads kernels built for AddressSanitizer; the runtime itself stays uninstrumented."""
+    parts = (str(RUNTIME / "asan_main.cpp"), str(runtime_library()), "-Wl,-rpath,$ORIGIN")
+    return _runtime("asan_main", *parts, "-fsanitize=address,undefined", "-rdynamic")
 
 
 @functools.cache
@@ -186,9 +191,15 @@ class Build:
             list(pool.map(self.library, variants))
 
     def _compile(self, variant: str, output: Path) -> subprocess.CompletedProcess[str]:
-        source = folder() / f"{self.key}.{'types.' if variant == 'types' else ''}cpp"
-        source.write_text(to_cpp(self.kernel, types_only=variant == "types"))
-        flags = [*KERNEL_FLAGS, *VARIANTS[variant], "-include-pch", str(_precompiled(variant))]
+        flags = [
+            *KERNEL_FLAGS,
+            *VARIANTS[variant],
+            "-include-pch",
+            str(_precompiled(variant)),
+            "-x",
+            "c++",
+            "-",
+        ]
         if variant != "types":
-            return _command([*flags, str(source), *LINK_FLAGS, _builtins()], output)
-        return _command([*flags, str(source)], output)
+            flags += [*LINK_FLAGS, "-x", "none", _builtins()]
+        return _command(flags, output, to_cpp(self.kernel, types_only=variant == "types"))

@@ -11,12 +11,13 @@
 
 int main(int, char** argument) {
   void* library = dlopen(argument[1], RTLD_NOW);
-  if (!library) return fprintf(stderr, "%s\n", dlerror()), 2;
+  void* kernel = library ? dlsym(library, "msl_kernel_entry") : nullptr;
+  if (!kernel) return fprintf(stderr, "%s\n", dlerror()), 2;
   FILE* job = fopen(argument[2], "rb+");
   unsigned header[9];  // buffer_count, grid, threadgroup, schedule, poison
   if (!job || fread(header, sizeof header, 1, job) != 1) return 2;
   static msl_launch launch;
-  launch.kernel = (msl_kernel)dlsym(library, "msl_kernel_entry");
+  launch.kernel = (msl_kernel)kernel;
   launch.buffer_count = header[0];
   for (int d = 0; d < 3; d++) launch.grid[d] = header[1 + d], launch.threadgroup[d] = header[4 + d];
   launch.schedule = header[7];
