@@ -94,13 +94,12 @@ def _family(gates: str) -> str:
 
 def losses(found: Sequence[Entry], deviations: float = 2.0) -> list[str]:
     """Where a learned method is worse than the full cache or than another policy by more than this many
-    standard errors, largest difference first, one sentence each. The oracle, which knows the answers, is
-    left out."""
-    worse: list[tuple[float, str]] = []
+    standard errors: one sentence per place, the largest difference first. The oracle, which knows the
+    answers, is left out."""
+    told: list[tuple[float, str]] = []
     for ours in found:
-        if not ours.method.startswith("learned"):
-            continue
-        for theirs in found:
+        worse = []
+        for theirs in found if ours.method.startswith("learned") else ():
             same = (theirs.task, theirs.length) == (ours.task, ours.length)
             if not same or theirs.budget not in (ours.budget, FULL):
                 continue
@@ -109,10 +108,13 @@ def losses(found: Sequence[Entry], deviations: float = 2.0) -> list[str]:
             gain, error = ours.ahead(theirs)
             # a single sample has no error; then every difference is told
             if gain < -deviations * (0.0 if math.isnan(error) else error):
-                place = f"{ours.task}, {ours.length} tokens, budget {ours.budget}"
-                told = f"{place}: {ours.method} {ours.text}, {theirs.method} {theirs.text}"
-                worse.append((gain, f"{told} ({gain:+.3f} ± {error:.3f})"))
-    return [sentence for _, sentence in sorted(worse)]
+                worse.append((gain, f"{theirs.method} {theirs.text} ({gain:+.3f} ± {error:.3f})"))
+        if worse:
+            worse.sort()
+            place = f"{ours.task}, {ours.length} tokens, budget {ours.budget}"
+            names = "; ".join(sentence for _, sentence in worse)
+            told.append((worse[0][0], f"{place}: {ours.method} {ours.text} is below {names}"))
+    return [sentence for _, sentence in sorted(told)]
 
 
 def table(found: Sequence[Entry], task: str, length: int) -> str:
