@@ -10,7 +10,9 @@ BLOCK = 64
 
 
 @triton.jit
-def soft_size_fwd_kernel(p_log_beta, p_starts, p_size, heads, tokens, BLOCK: tl.constexpr):
+def soft_size_fwd_kernel(  # type: ignore[no-untyped-def]
+    p_log_beta, p_starts, p_size, heads, tokens, BLOCK: tl.constexpr
+):
     row = tl.program_id(1)
     base, document = row.to(tl.int64) * tokens, (row // heads).to(tl.int64) * tokens
     first = tl.program_id(0) * BLOCK
@@ -29,7 +31,7 @@ def soft_size_fwd_kernel(p_log_beta, p_starts, p_size, heads, tokens, BLOCK: tl.
 
 
 @triton.jit
-def soft_size_bwd_kernel(
+def soft_size_bwd_kernel(  # type: ignore[no-untyped-def]
     p_log_beta, p_starts, p_stops, p_gradient, p_result, heads, tokens, BLOCK: tl.constexpr
 ):
     row = tl.program_id(1)

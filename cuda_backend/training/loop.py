@@ -50,6 +50,11 @@ class RunOptions:
     save_every: int = 100
     recompute: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+
 
 def train(model: str | Path, records: Records, config: TrainConfig, options: RunOptions) -> Path | None:
     """Train gates for a base model; returns the folder of the finished gate checkpoint.
@@ -98,9 +103,9 @@ class Run:
         torch.manual_seed(config.seed)
         self.gates = RetentionGates(self.gate_config).to(processes.device)
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), weight_decay=config.weight_decay)
-        epochs = None if config.steps else config.epochs
+        alone = not self.student.packs
         self.packer = Packer(
-            records, self._read, config.length, config.batch, config.seed, epochs, not self.student.packs
+            records, self._read, config.length, config.batch, config.seed, config.epochs, alone
         )
         self.step = self.tokens = 0
         self.losses: Losses | None = None
@@ -110,7 +115,7 @@ class Run:
             "data": records.identity,
         }
         parameters = sum(p.numel() for p in self.gates.parameters())
-        self.memory = base.Memory.of(loaded, shape[0] * shape[1], parameters, config.width)
+        self.memory = base.Memory.of(loaded, shape[0] * shape[1], parameters, config.width, options.recompute)
         self.memory.require(config.length * min(options.micro_batch, config.batch), processes.device)
 
     def _check_folder(self) -> None:

@@ -70,13 +70,11 @@ def _forward(
 def _reduce(gates: RetentionGates, sums: torch.Tensor, processes: Processes) -> torch.Tensor:
     """Add up gradients and sums of all processes in one message."""
     weights = list(gates.parameters())
-    for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-    if processes.count == 1:
-        return sums
-    flat = processes.sum(torch.cat([*(weight.grad.flatten() for weight in weights), sums]))
-    *parts, sums = flat.split([*(weight.numel() for weight in weights), len(sums)])
-    for weight, part in zip(weights, parts, strict=True):
-        weight.grad.copy_(part.view_as(weight))
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    if processes.count > 1:
+        flat = processes.sum(torch.cat([*(gradient.flatten() for gradient in gradients), sums]))
+        *parts, sums = flat.split([*(weight.numel() for weight in weights), len(sums)])
+        gradients = [part.view_as(weight) for weight, part in zip(weights, parts, strict=True)]
+    for weight, own in zip(weights, gradients, strict=True):
+        weight.grad = own
     return sums

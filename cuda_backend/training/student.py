@@ -8,7 +8,6 @@ transformers' registry fades, and the stock head turns hidden states into logits
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,19 +17,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import AttentionInterface
 
 from mlx_kvret.errors import UnsupportedModelError
 
 from ..gates import RetentionGates
-from .attention import decay_attention
-
-IMPLEMENTATION = "kvret_training"
-# arguments of an attention call that change its result in ways the fading attention does not follow
-_UNKNOWN = ("softcap", "s_aux", "position_bias")
+from .registry import CALL, IMPLEMENTATION, Call
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Attention modules by layer: the innermost ones with a ``layer_idx`` whose forward takes a cache."""
     found = {name: module for name, module in model.named_modules() if _takes_cache(module)}
     inner = {n: m for n, m in found.items() if not any(other.startswith(f"{n}.") for other in found)}
-    return {int(module.layer_idx): module for module in inner.values()}  # type: ignore[arg-type]
+    return {int(module.layer_idx): module for module in inner.values()}
 
 
 def competing_layers(model: PreTrainedModel) -> list[int]:
@@ -118,7 +111,7 @@ class Student:
             )
         for layer in layers:
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(
+            vars(layer)["_gradient_checkpointing_func"] = partial(
                 checkpoint, use_reentrant=False, preserve_rng_state=False
             )
             # the flag of the layer alone: what is inside stays in evaluation mode, without dropout
@@ -169,7 +162,7 @@ class Student:
 
     def _before(self, layer: int | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        vars(module)["_kvret"] = _Call(partial(self._fade, layer, x), self._first)
+        vars(module)[CALL] = Call(partial(self._fade, layer, x), self._first)
 
     def _fade(self, layer: int | None, x: torch.Tensor, kv_heads: int) -> torch.Tensor | None:
         """log β (B, T, H) for a competing layer of the student, else None."""
@@ -226,66 +219,3 @@ class _Hidden(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What an attention call needs beyond its arguments: log β given the KV heads, and first visible keys."""
-
-    fade: Callable[[int], torch.Tensor | None]
-    first: list[int]
-
-
-class _BlockMask:
-    """The model's own mask, built for one block at a time. Implements ``attention.Mask``."""
-
-    def __init__(self, how: dict[str, Any], first: list[int], window: int | None):
-        self._how, self._first, self._window = how, first, window
-
-    def block(self, queries: range, keys: range) -> torch.Tensor:
-        where = {"q_length": len(queries), "q_offset": queries.start}
-        where |= {"kv_length": len(keys), "kv_offset": keys.start}
-        return sdpa_mask(**self._how | where | {"allow_is_causal_skip": False})
-
-    def first_key(self, queries: range) -> int:
-        reach = queries.start - self._window + 1 if self._window else 0
-        return max(self._first[queries.start], reach)
-
-
-@dataclass(frozen=True)
-class _Deferred:
-    """What a mask function would build, kept as its arguments."""
-
-    how: dict[str, Any]
-
-
-def _defer_mask(**how: Any) -> _Deferred:
-    return _Deferred(how)
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    name = type(module).__name__
-    if wrong := [argument for argument in _UNKNOWN if others.get(argument) is not None]:
-        raise UnsupportedModelError(
-            f"{name} uses {', '.join(wrong)} in attention, which training does not follow; use another model"
-        )
-    if not isinstance(attention_mask, _Deferred) or "_kvret" not in vars(module):
-        raise UnsupportedModelError(f"{name} builds its attention mask by hand; use another model")
-    call = vars(module).pop("_kvret")
-    mask = _BlockMask(attention_mask.how, call.first, sliding_window)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = decay_attention(query, key, value, call.fade(key.shape[1]), mask, scale)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(IMPLEMENTATION, _attend)
-AttentionMaskInterface.register(IMPLEMENTATION, _defer_mask)

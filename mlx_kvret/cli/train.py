@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from ..training.config import TrainConfig
+
 EXAMPLES = """
 \b
 Examples:
@@ -21,53 +23,69 @@ folder "gates", ready for `mlx-kvret generate --gates run/gates`.
 """
 
 
+def _setting(name: str, text: str, metavar: str | None = None) -> Any:
+    """An option for a field of TrainConfig, with its default."""
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        default=getattr(TrainConfig, name),
+        show_default=True,
+        metavar=metavar,
+        help=text,
+    )
+
+
 @click.command("train", epilog=EXAMPLES)
 @click.argument("model")
 @click.option(
-    "--data", "files", multiple=True, metavar="FILE",
+    "--data",
+    "files",
+    multiple=True,
+    metavar="FILE",
     help="A .txt file (one document) or .jsonl file (per line an object with text or messages). Repeatable.",
-)  # fmt: skip
+)
 @click.option(
-    "--dataset", "datasets", multiple=True, metavar="NAME",
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="NAME",
     help="A data set of the hub or a folder, opened by the datasets package. Repeatable.",
-)  # fmt: skip
+)
 @click.option("--split", default="train", show_default=True, help="Which split of the data sets.")
 @click.option("--output", "folder", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the output folder.")
 @click.option("--skip-bad", is_flag=True, help="Leave out bad records instead of stopping; they are counted.")
-@click.option("--kind", default="rg10", show_default=True, help="Gates with three maps (rg10) or two (rg).")
-@click.option("--width", default=512, show_default=True, help="Inner width of the gates.")
-@click.option("--bias", default=18.0, show_default=True, help="First bias of the gates; high means keep all.")
+@_setting("kind", "Gates with three maps (rg10) or two (rg).", "[rg10|rg]")
+@_setting("width", "Inner width of the gates.")
+@_setting("bias", "First bias of the gates; high means keep all.")
 @click.option(
-    "--shared/--separate", "shared_projection", default=None,
+    "--shared/--separate",
+    "shared_projection",
+    default=None,
     help="One last projection for all layers, or one each.  [default: shared for rg10]",
-)  # fmt: skip
-@click.option("--budget", default=128, show_default=True, help="M, tokens per KV head of the capacity loss.")
-@click.option(
-    "--scope", default="global", show_default=True,
-    help="Hold the budget over all heads (global) or in every head (head).",
-)  # fmt: skip
-@click.option("--capacity-weight", default=1.0, show_default=True, help="λ, weight of the capacity loss.")
-@click.option("--length", default=16384, show_default=True, help="Tokens of a sequence.")
-@click.option("--batch", default=4, show_default=True, help="Sequences per step, over all processes.")
-@click.option("--micro-batch", default=1, show_default=True, help="Sequences in the model at once.")
-@click.option(
-    "--loss", default="all", show_default=True, help="Learn from all tokens or from the assistant's only."
 )
-@click.option("--learning-rate", default=2e-4, show_default=True, help="Highest learning rate.")
-@click.option("--warmup", default=0.03, show_default=True, help="Share of the run with a rising rate.")
-@click.option("--epochs", default=1, show_default=True, help="Passes over the data.")
+@_setting("budget", "M, tokens per KV head of the capacity loss.")
+@_setting("scope", "Hold the budget over all heads (global) or in every head (head).", "[global|head]")
+@_setting("capacity_weight", "λ, weight of the capacity loss.")
+@_setting("length", "Tokens of a sequence.")
+@_setting("batch", "Sequences per step, over all processes.")
+@click.option("--micro-batch", default=1, show_default=True, help="Sequences in the model at once.")
+@_setting("loss", "Learn from all tokens or from the assistant's only.", "[all|assistant]")
+@_setting("learning_rate", "Highest learning rate.")
+@_setting("warmup", "Share of the run with a rising rate.")
+@click.option("--epochs", type=int, help="Passes over the data.  [default: 1]")
 @click.option("--steps", type=int, help="Number of steps, instead of epochs.")
-@click.option("--clip", default=1.0, show_default=True, help="Largest norm of the gradient.")
-@click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the base model; gates are float32.")
-@click.option("--seed", default=0, show_default=True, help="Of first weights and data order.")
+@_setting("clip", "Largest norm of the gradient.")
+@_setting("weight_decay", "Of AdamW.")
+@_setting("dtype", "Of the base model; gates are float32.", "[auto|float32|bfloat16|float16]")
+@_setting("seed", "Of first weights and data order.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--save-every", default=100, show_default=True, help="Steps between checkpoints.")
 @click.option(
-    "--recompute/--no-recompute", default=True, show_default=True,
+    "--recompute/--no-recompute",
+    default=True,
+    show_default=True,
     help="Recompute layers in the backward pass: slower, far less memory.",
-)  # fmt: skip
+)
 def command(
     model: str,
     files: tuple[str, ...],
@@ -88,7 +106,6 @@ def command(
     within a budget. Defaults are the published settings.
     """
     from ..errors import MissingDependencyError
-    from ..training.config import TrainConfig
     from ..training.plots import plot_run
     from ..training.records import Records
 

@@ -29,7 +29,7 @@ class TrainConfig:
         batch: sequences of a step, over all processes.
         loss: learn from every token, or from what the assistant says in ``messages`` records.
         learning_rate: the highest one; it rises over the first ``warmup`` of the run and falls as a cosine.
-        epochs: passes over the data, unless ``steps`` says how many steps to take.
+        epochs: passes over the data, 1 unless ``steps`` says how many steps to take.
         clip: largest norm of the gradient.
         weight_decay: of AdamW.
         dtype: of the base model; the gates are float32 always.
@@ -48,7 +48,7 @@ class TrainConfig:
     loss: Loss = "all"
     learning_rate: float = 2e-4
     warmup: float = 0.03
-    epochs: int = 1
+    epochs: int | None = None
     steps: int | None = None
     clip: float = 1.0
     weight_decay: float = 0.0
@@ -65,12 +65,16 @@ class TrainConfig:
             ("budget", 1),
             ("length", 2),
             ("batch", 1),
-            ("epochs", 1),
             ("seed", 0),
         ):
             self._whole(name, least)
-        if self.steps is not None:
+        if self.steps is None:
+            object.__setattr__(self, "epochs", 1 if self.epochs is None else self.epochs)
+            self._whole("epochs", 1)
+        elif self.epochs is None:
             self._whole("steps", 1)
+        else:
+            raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}; give one of them")
         self._number("bias", -math.inf)
         self._number("capacity_weight", 0)
         self._number("weight_decay", 0)

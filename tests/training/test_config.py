@@ -19,6 +19,7 @@ from mlx_kvret.training.schedule import rate
         ("length", 1, "at least 2"),
         ("batch", 0, "at least 1"),
         ("steps", 0, "at least 1"),
+        ("epochs", 0, "at least 1"),
         ("seed", -1, "at least 0"),
         ("width", 1.5, "whole number"),
         ("learning_rate", 0.0, "above 0"),
@@ -33,6 +34,13 @@ def test_refuses(setting, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         TrainConfig(**{setting: value})
     assert setting in str(error.value)
+
+
+def test_epochs_or_steps():
+    assert TrainConfig().epochs == 1
+    assert TrainConfig(steps=5).epochs is None
+    with pytest.raises(ConfigError, match="give one of them"):
+        TrainConfig(steps=5, epochs=2)
 
 
 def test_refuses_sequences_longer_than_the_model():
@@ -52,9 +60,9 @@ def test_gates_of_a_base_model():
 
 
 def test_differences():
-    one, other = TrainConfig().to_dict(), TrainConfig(batch=8, steps=5).to_dict()
+    one, other = TrainConfig().to_dict(), TrainConfig(batch=8, dtype="float32").to_dict()
     assert differences(one, one) == []
-    assert differences(other, one) == ["batch is 8, was 4", "steps is 5, was None"]
+    assert differences(other, one) == ["batch is 8, was 4", "dtype is 'float32', was 'auto'"]
 
 
 def test_rate_rises_then_falls():

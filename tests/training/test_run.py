@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -226,6 +227,20 @@ def test_refuses_a_damaged_checkpoint(finished, chats, tmp_path):
     (tmp_path / state.NAME).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="is damaged"):
         run(tmp_path, chats, resume=True)
+
+
+@pytest.mark.parametrize("option", ["micro_batch", "save_every"])
+def test_refuses_options(tmp_path, option):
+    with pytest.raises(ConfigError, match=f"{option} is 0; expected at least 1"):
+        RunOptions(tmp_path, **{option: 0})
+
+
+def test_memory_that_fits_is_what_is_advised():
+    memory = loop.base.Memory(1 << 20, 5000, 300_000)
+    for free in (1 << 27, 1 << 30, 1 << 34):
+        tokens = int(re.search(r"about ([\d,]+) tokens", memory.advice(free)).group(1).replace(",", ""))
+        assert memory.needed(tokens) <= free < memory.needed(tokens + 2)
+    assert "not even short" in memory.advice(1 << 21)
 
 
 def test_no_free_memory(chats, tmp_path, monkeypatch):

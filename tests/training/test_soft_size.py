@@ -27,6 +27,23 @@ def test_triton_kernel():
     assert f"{len(CASES) + 1} passed" in run.stdout
 
 
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus(capability):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from cuda_backend.kernels import soft_size_triton as kernels
+
+    for kernel in (kernels.soft_size_fwd_kernel, kernels.soft_size_bwd_kernel):
+        pointers = {name: "*fp32" for name in kernel.arg_names if name.startswith("p_")}
+        integers = {"p_starts": "*i32", "p_stops": "*i32", "heads": "i32", "tokens": "i32"}
+        integers = {name: kind for name, kind in integers.items() if name in kernel.arg_names}
+        source = ASTSource(kernel, pointers | integers | {"BLOCK": "constexpr"}, {"BLOCK": kernels.BLOCK})
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
 def inputs(batch, heads, tokens, cuts=()):
     make = torch.Generator().manual_seed(tokens)
     log_beta = torch.nn.functional.logsigmoid(4 * torch.randn(batch, heads, tokens, generator=make) + 4)

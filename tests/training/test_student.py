@@ -136,7 +136,7 @@ def test_refuses_models_without_a_cache_of_all_tokens():
 def test_refuses_a_model_that_gives_other_logits(monkeypatch):
     model = tiny_model("qwen3")
     monkeypatch.setattr(
-        "cuda_backend.training.student.decay_attention", lambda q, k, v, *_: torch.zeros_like(q)
+        "cuda_backend.training.registry.decay_attention", lambda q, k, v, *_: torch.zeros_like(q)
     )
     with pytest.raises(UnsupportedModelError, match="other logits"):
         Student(model)

@@ -1,0 +1,65 @@
+"""The command line of training."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_kvret.cli.train import command
+from mlx_kvret.core.checkpoint import load_gates
+from mlx_kvret.demo import MODEL
+from mlx_kvret.errors import ConfigError
+
+QUICK = "--width 8 --budget 4 --length 64 --batch 1 --steps 1 --device cpu"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_help_names_defaults_and_examples():
+    text = invoke("--help").stdout
+    for part in ("Examples:", "accelerate launch", "--skip-bad", "[default: 0.0002]", "default: shared"):
+        assert part in text
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from mlx_kvret.cli.train import command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind, shared", [("rg", False), ("rg10", True)])
+def test_trains(chats, tmp_path, kind, shared):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(chats.read_text() + "\n{}")
+    out = invoke(
+        MODEL, "--data", bad, "--output", tmp_path / "run", "--kind", kind, "--skip-bad", *QUICK.split()
+    )
+    assert out.exit_code == 0, out.exception
+    assert f"gates: {tmp_path / 'run' / 'gates'}" in out.stdout
+    assert "skipped 1 bad records, first: " in out.stderr
+    checkpoint = load_gates(tmp_path / "run" / "gates")
+    assert (checkpoint.config.kind, checkpoint.config.shared_projection) == (kind, shared)
+    assert checkpoint.config.bias_init == 18
+
+
+def test_bfloat16(chats, tmp_path):
+    out = invoke(MODEL, "--data", chats, "--output", tmp_path / "run", "--dtype", "bfloat16", *QUICK.split())
+    assert out.exit_code == 0, out.exception
+    assert {t.dtype for t in load_gates(tmp_path / "run" / "gates").tensors.values()} == {"F32"}
+
+
+def test_errors_are_ours(chats, tmp_path):
+    out = invoke(MODEL, "--data", chats, "--output", tmp_path / "run", "--length", 1 << 20)
+    assert isinstance(out.exception, ConfigError)
+    assert "made for 8192" in str(out.exception)
+
+
+def test_without_matplotlib_it_says_so(chats, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = invoke(MODEL, "--data", chats, "--output", tmp_path / "run", *QUICK.split())
+    assert out.exit_code == 0, out.exception
+    assert "no plots: plots need matplotlib" in out.stderr
+    assert json.loads((tmp_path / "run" / "profile.json").read_text())["soft_size"]
