@@ -1,5 +1,6 @@
 """Compiles translated kernels and the runtime that executes them. Results are kept by content hash."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -24,7 +25,7 @@ WARNINGS = (
     *("-Wuninitialized", "-Wsometimes-uninitialized", "-Wconditional-uninitialized"),
 )
 KERNEL_FLAGS = (
-    *("-std=c++17", "-nostdinc", f"-I{SHIM}", "-fno-exceptions", "-fno-rtti", "-fPIC"),
+    *("-std=c++17", "-nostdinc", "-fno-exceptions", "-fno-rtti", "-fPIC"),
     *WARNINGS,
     *("-ferror-limit=8", "-fno-caret-diagnostics"),
     # Literals are single precision and every operation rounds to its own type, as on the GPU.
@@ -129,13 +130,29 @@ def asan_program() -> Path:
 
 
 @functools.cache
+def _shim() -> Path:
+    """A copy of the headers with the builds: clang refuses a precompiled header of files with a new date."""
+    copy = folder() / "shim"
+    if not copy.exists():
+        with tempfile.TemporaryDirectory(dir=folder()) as scratch:
+            shutil.copytree(SHIM, f"{scratch}/shim")
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(f"{scratch}/shim", copy)
+    return copy
+
+
+def _kernel_flags() -> list[str]:
+    return [*KERNEL_FLAGS, f"-I{_shim()}"]
+
+
+@functools.cache
 def _precompiled(variant: str) -> Path:
     """The shim's headers, parsed once per variant."""
     output = folder() / f"prelude.{variant}.pch"
     if not output.exists():
         flags = [f for f in VARIANTS[variant] if f != "-fsyntax-only"]
         done = _command(
-            [*KERNEL_FLAGS, *flags, "-fPIC", "-x", "c++-header", str(SHIM / "mlx_prelude.h")], output
+            [*_kernel_flags(), *flags, "-x", "c++-header", str(_shim() / "mlx_prelude.h")], output
         )
         if done.returncode:
             raise ToolchainError(f"metal_host's shim does not compile ({variant}):\n{done.stderr}")
@@ -192,7 +209,7 @@ class Build:
 
     def _compile(self, variant: str, output: Path) -> subprocess.CompletedProcess[str]:
         flags = [
-            *KERNEL_FLAGS,
+            *_kernel_flags(),
             *VARIANTS[variant],
             "-include-pch",
             str(_precompiled(variant)),
