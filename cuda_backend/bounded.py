@@ -154,12 +154,11 @@ class Bounded:
     def _newcomers(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Retention, position and flat head of the oldest ``tokens`` of the rectangle, (groups, N)."""
         rows, layers = self.rows, self.shape.layers
-        place = torch.arange(start, start + tokens, device=self.device)
-        position = place - self.padding[:, None]
+        position = self._positions(start, tokens)
         head = torch.arange(self.pool.heads, device=self.device).view(rows, -1, 1)
         # padding is no entry
         head = torch.where(position[:, None] >= 0, head, self.pool.heads)
-        retention = torch.stack([self._retention(layer, tokens, position) for layer in range(layers)], 1)
+        retention = torch.stack([self.retention_of(layer, tokens, start) for layer in range(layers)], 1)
         groups = (self.pool.groups, -1)
         return (
             retention.reshape(groups),
@@ -167,14 +166,19 @@ class Bounded:
             head.reshape(groups),
         )
 
-    def _retention(self, layer: int, tokens: int, position: torch.Tensor) -> torch.Tensor:
-        """What is stored with the oldest ``tokens`` of a layer, (R, H, tokens) float32."""
+    def _positions(self, start: int, tokens: int) -> torch.Tensor:
+        """Positions (R, tokens) of the places from ``start`` on, below 0 for padding."""
+        return torch.arange(start, start + tokens, device=self.device) - self.padding[:, None]
+
+    @torch.no_grad()
+    def retention_of(self, layer: int, tokens: int, start: int) -> torch.Tensor:
+        """What is stored with the oldest ``tokens`` of a layer, from place ``start`` on, (R, H, tokens)."""
         recent = self.recents[layer]
         if self.config.policy == "learned":
             return recent.log_beta()[:, :, :tokens]
         first = layer * self.shape.kv_heads
         head = torch.arange(first, first + self.shape.kv_heads, device=self.device)
-        return static_score(self.config, recent.keys[:, :, :tokens], head, position)
+        return static_score(self.config, recent.keys[:, :, :tokens], head, self._positions(start, tokens))
 
     def _score(self, candidates: list[torch.Tensor], tokens: int, seen: torch.Tensor) -> torch.Tensor:
         retention, position, head = candidates

@@ -26,11 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.request import NO_GATES
+from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
 from .cache import BoundedCache, BoundedKVCache
 from .gates import RetentionGates
 from .probe import Layout, layout_of, probe, stock_layers
+from .snapshots import reopen
 from .training.student import attention_modules
 
 # the bounded cache of the forward pass that is under way
@@ -119,6 +121,14 @@ def _observers(model: PreTrainedModel, hidden: dict[int, int]) -> list[Any]:
         module.register_forward_pre_hook(partial(_observe, layer, hidden), with_kwargs=True)
         for layer, module in modules.items()
     ]
+
+
+def reopened_cache(model: PreTrainedModel, snapshot: Snapshot) -> BoundedCache:
+    """A cache that goes on where a snapshot was taken. Raises as :func:`cuda_backend.snapshots.reopen`."""
+    made = attachment(model)
+    if made is None:
+        raise ConfigError("the model is not attached; call mlx_kvret.attach(model, gates) first")
+    return reopen(snapshot, made, stock_layers(model))
 
 
 def _unhook(model: PreTrainedModel, handles: list[Any], stock: str) -> None:

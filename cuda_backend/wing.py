@@ -13,16 +13,27 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint, check_base
 from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.core.request import eviction
+from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import tensors_id
 from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mlx_kvret.hub import resolve
 
-from . import hooks
+from . import hooks, snapshots
 from .cache import BoundedCache
 from .gates import from_checkpoint
 from .generation import generate, sampling, stream_generate
 
-__all__ = ["attach", "detach", "generate", "load", "make_cache", "sampling", "stream_generate"]
+__all__ = [
+    "attach",
+    "detach",
+    "generate",
+    "load",
+    "load_cache",
+    "make_cache",
+    "sampling",
+    "save_cache",
+    "stream_generate",
+]
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -95,6 +106,19 @@ def make_cache(
     attached = hooks.attachment(model) or hooks.attachment(attach(model))
     assert attached is not None
     return hooks.new_cache(model, attached, eviction(attached.layout.shape, budget, buffer, **options))
+
+
+def save_cache(
+    model: PreTrainedModel, cache: BoundedCache, path: str | Path, notes: dict[str, str] | None = None
+) -> None:
+    """As :func:`mlx_kvret.save_cache`."""
+    write_snapshot(path, snapshots.take(cache, notes or {}))
+
+
+def load_cache(model: PreTrainedModel, path: str | Path) -> tuple[BoundedCache, dict[str, str]]:
+    """As :func:`mlx_kvret.load_cache`."""
+    snapshot = read_snapshot(path)
+    return hooks.reopened_cache(model, snapshot), snapshot.notes
 
 
 def full_nbytes(model: PreTrainedModel, tokens: int) -> int:
