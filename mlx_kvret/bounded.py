@@ -14,6 +14,7 @@ import numpy as np
 from .core.budget import CacheShape
 from .core.config import EvictionConfig
 from .core.eviction import heads_per_group
+from .core.schedule import Move, Schedule
 from .core.types import Ints
 from .errors import CacheError
 from .pool import Pool
@@ -45,15 +46,11 @@ class Bounded:
         self.gates, self.gate_layers = gates, gate_layers
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
         self.pool = Pool(shape.heads // self.size, self.size)
-        self.counts = np.zeros(self.pool.groups, np.int64)
+        self.schedule = Schedule(config, self.pool.groups, self.size)
         self.recents = [self._recent(layer) for layer in range(shape.layers)]
         self.seen = [0] * shape.layers
         # masks made for the pass that begins after so many tokens
         self.masks: list[tuple[int, mx.array]] = []
-        # without a threshold a group never keeps more than its budget; with one, groups fall out of step,
-        # and one that is not due when another is must find room for its rectangle
-        loose = config.threshold is not None and self.pool.groups > 1
-        self._capacity = config.budget + (config.buffer if loose else 0)
 
     def _recent(self, layer: int) -> Recent:
         index = self.gate_layers[layer] if self.gate_layers else layer
@@ -68,26 +65,18 @@ class Bounded:
                 f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: a forward pass was "
                 "broken off half way; make a new cache"
             )
-        recent, config = self.recents[0].length, self.config
         self.masks = [(seen, mask) for seen, mask in self.masks if seen == self.seen[0]]
         mx.async_eval([log_beta for layer in self.recents for log_beta in layer.fresh()])
-        if recent == 0:
-            return
-        due = self.counts + recent * self.size >= (config.budget + config.buffer) * self.size
-        if due.any():
-            self._compact(recent, due)
-        elif recent >= config.buffer:
-            room = self._capacity - int(-(-self.counts.max() // self.size))
-            if room > 0:
-                self._compact(min(recent, room), due)
+        move = self.schedule.next(self.seen[0], self.recents[0].length)
+        if move is not None:
+            self._compact(move)
 
-    def _compact(self, tokens: int, due: np.ndarray) -> None:
-        """Move the oldest ``tokens`` of the rectangle into the pool; groups that are due select first."""
-        pool, shape = self.pool, self.shape
-        needed = self._capacity if due.any() else int(-(-self.counts.max() // self.size)) + tokens
-        if needed > pool.capacity:
-            first = self.recents[0]
-            pool.grow(min(self._capacity, max(needed, 2 * pool.capacity)), first.keys, first.values)
+    def _compact(self, move: Move) -> None:
+        """Move the oldest tokens of the rectangle into the pool; groups that are due select first."""
+        pool, shape, tokens, due = self.pool, self.shape, move.tokens, move.due
+        if move.capacity > pool.capacity:
+            first, room = self.recents[0], max(move.capacity, 2 * pool.capacity)
+            pool.grow(min(self.schedule.most, room), first.keys, first.values)
         rows = (pool.groups, -1)
         start = self.seen[0] - self.recents[0].length
         position = mx.broadcast_to(mx.arange(start, start + tokens, dtype=mx.int32), (shape.heads, tokens))
@@ -122,15 +111,13 @@ class Bounded:
         mx.async_eval(
             pool.arrays(), pool.lookup.table, pool.lookup.offsets, [r.arrays() for r in self.recents]
         )
-        self._count(tokens, due)
+        self.schedule.done(move, start, self._counted())
 
-    def _count(self, tokens: int, due: np.ndarray) -> None:
-        """Entries per group after a compaction: arithmetic, unless a threshold decides."""
-        if self.config.threshold is not None:
-            held = mx.array(self.pool.lookup.offsets)[:: self.size]
-            self.counts = np.diff(np.array(held)).astype(np.int64)
-        else:
-            self.counts = np.where(due, self.config.budget * self.size, self.counts + tokens * self.size)
+    def _counted(self) -> Ints | None:
+        """Entries per group where a threshold decides, read from the device; None where it is arithmetic."""
+        if self.config.threshold is None:
+            return None
+        return np.diff(np.array(self.pool.lookup.offsets)[:: self.size])
 
     def _retention(self, layer: int, tokens: int, start: int) -> mx.array:
         """What is stored with the oldest ``tokens`` of a layer, (H, tokens) float32."""
@@ -167,7 +154,7 @@ class Bounded:
     @property
     def unsettled_entries(self) -> int:
         """Entries before anything that is due is carried out."""
-        return int(self.counts.sum()) + self.recents[0].length * self.shape.heads
+        return int(self.schedule.counts.sum()) + self.recents[0].length * self.shape.heads
 
     def kept_positions(self) -> list[list[Ints]]:
         """For each layer, for each KV head, the sorted positions of its entries (int64 arrays)."""
@@ -193,7 +180,7 @@ class Bounded:
         twin = Bounded(self.shape, self.config, self.owner, self.gates, self.gate_layers)
         memo[id(self)] = twin
         twin.pool = copy.deepcopy(self.pool, memo)
-        twin.counts, twin.seen = self.counts.copy(), list(self.seen)
+        twin.schedule, twin.seen = copy.deepcopy(self.schedule, memo), list(self.seen)
         for recent, theirs in zip(twin.recents, self.recents, strict=True):
             if theirs.length:
                 learned = self.config.policy == "learned"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,21 +13,11 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import make_prompt_cache
 
+from . import hooks
 from .cache import BoundedCache
+from .core.request import check_max_tokens, figures, prompt_ids, split_eviction
 from .errors import ConfigError, UnsupportedFeatureError
 
-EVICTION = (
-    "budget",
-    "buffer",
-    "scope",
-    "policy",
-    "min_per_head",
-    "sinks",
-    "window",
-    "lookahead",
-    "threshold",
-    "seed",
-)
 CACHE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
 
 
@@ -50,11 +40,17 @@ class TokenIds:
     bos_token = eos_token_id = chat_template = None
     clean_up_tokenization_spaces = False
 
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return []
+
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{i} " for i in ids)
 
     def get_vocab(self) -> dict[str, int]:
         return {}
+
+    def apply_chat_template(self, messages: Any) -> NoReturn:
+        raise ConfigError("the model has no tokenizer, so no chat template; give token ids")
 
 
 def stream_generate(
@@ -63,7 +59,7 @@ def stream_generate(
     prompt: str | list[int] | mx.array,
     *,
     max_tokens: int = 256,
-    cache: BoundedCache | None = None,
+    cache: BoundedCache | list[Any] | None = None,
     draft_model: nn.Module | None = None,
     **options: Any,
 ) -> Iterator[Response]:
@@ -71,28 +67,23 @@ def stream_generate(
 
     Raises:
         ConfigError: an empty prompt, text without a tokenizer, or options that contradict each other.
+        ModelMismatchError: ``cache`` is another model's.
         UnsupportedFeatureError: an option of mlx-lm's caches, which would have no effect.
     """
-    eviction = {name: options.pop(name) for name in EVICTION if name in options}
+    eviction, options = split_eviction(options, cache is not None)
     if useless := [name for name in CACHE_OPTIONS if options.get(name) is not None]:
         raise UnsupportedFeatureError(
             f"{', '.join(useless)} has no effect on a bounded cache; drop it and set budget, or pass cache"
         )
-    if max_tokens == 0 or max_tokens < -1:
-        raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
-    if isinstance(prompt, str) and tokenizer is None:
-        raise ConfigError("the model has no tokenizer, so the prompt must be a list of token ids, not text")
-    ids = prompt if not isinstance(prompt, str) else encode(tokenizer, prompt, cache is None)
-    if len(ids) == 0:
-        raise ConfigError("the prompt is empty; give at least one token")
+    check_max_tokens(max_tokens)
+    given: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+    ids = prompt_ids(tokenizer, given, cache is None)
     if cache is None:
         from .wing import make_cache
 
         cache = make_cache(model, **eviction)
-    elif eviction:
-        raise ConfigError(
-            f"{', '.join(eviction)} were decided when the cache was made; drop them or drop cache"
-        )
+    else:
+        cache = hooks.checked_cache(model, cache)
     held: list[Any] = cache
     if draft_model is not None:
         held = [*cache, *make_prompt_cache(draft_model)]
@@ -117,13 +108,6 @@ def stream_generate(
         )
 
 
-def encode(tokenizer: Any, text: str, first: bool) -> list[int]:
-    """Token ids of a prompt; a begin token is added only at the very start of a cache."""
-    bos = tokenizer.bos_token
-    ids = tokenizer.encode(text, add_special_tokens=first and (bos is None or not text.startswith(bos)))
-    return list(ids)
-
-
 def generate(
     model: nn.Module, tokenizer: Any, prompt: str | list[int], *, verbose: bool = False, **options: Any
 ) -> str:
@@ -136,12 +120,3 @@ def generate(
     if verbose and last is not None:
         print(f"\n{figures(last)}")
     return text
-
-
-def figures(last: Response) -> str:
-    """One line on a finished generation."""
-    return (
-        f"prompt {last.prompt_tokens} tokens at {last.prompt_tps:.1f}/s, "
-        f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s, "
-        f"{last.entries:,} entries of {last.seen:,} tokens seen in {last.cache_nbytes / 1e6:.2f} MB"
-    )

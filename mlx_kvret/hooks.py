@@ -20,9 +20,11 @@ import mlx_lm.models.cache as mlx_cache
 
 from .cache import BoundedCache, BoundedKVCache
 from .core.config import EvictionConfig
+from .core.request import NO_GATES
 from .core.snapshot import Snapshot
 from .errors import (
     ConfigError,
+    ModelMismatchError,
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
@@ -110,11 +112,28 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
         ConfigError: the policy needs gates and there are none.
     """
     if config.policy == "learned" and made.gates is None:
-        raise ConfigError(
-            "this model has no retention gates; load it with gates, or choose a policy that needs none "
-            "(recent, knorm, keydiff, random, full)"
-        )
+        raise ConfigError(NO_GATES)
     return made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
+
+
+def checked_cache(model: nn.Module, cache: list[Any]) -> BoundedCache:
+    """A cache to go on with: one of ours for this model, or layers that mlx-lm read from a prompt file.
+
+    Raises:
+        ConfigError: it is something else.
+        ModelMismatchError: it belongs to another model or other gates.
+    """
+    made = attachment(model)
+    if made is None or not isinstance(cache, list):
+        raise ConfigError(
+            f"cache is a {type(cache).__name__}, the model {'not ' if made is None else ''}attached; make the "
+            "cache with mlx_kvret.make_cache(model)"
+        )
+    if not isinstance(cache, BoundedCache):
+        return made.layout.reopened(cache, made.gates, made.owner)
+    if cache.shared is not None and cache.shared.owner != made.owner:
+        raise ModelMismatchError("the cache belongs to another model or other gates; make one for this model")
+    return cache
 
 
 def reopened_cache(model: nn.Module, snapshot: Snapshot) -> BoundedCache:

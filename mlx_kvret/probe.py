@@ -16,7 +16,8 @@ from .cache import BoundedCache, BoundedKVCache
 from .core.budget import CacheShape
 from .core.config import EvictionConfig
 from .core.fingerprint import differences
-from .errors import ModelMismatchError, UnsupportedModelError
+from .core.fitting import fit_gates
+from .errors import ConfigError, ModelMismatchError, UnsupportedModelError
 from .gates import RetentionGates
 from .saved import Loaded, restore, shape_and_config
 
@@ -37,30 +38,8 @@ class Layout:
     latent: bool
 
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
-        """Which gate belongs to which competing layer.
-
-        Raises:
-            ModelMismatchError: the gates' shape is not the model's.
-        """
-        config, shape = gates.config, self.shape
-        found = {"KV heads": config.kv_heads, "hidden size": config.hidden_size}
-        wrong = [
-            f"{name} {value}, the model has {expected}"
-            for (name, value), expected in zip(
-                found.items(), (shape.kv_heads, shape.hidden_size), strict=True
-            )
-            if value != expected
-        ]
-        if config.layers not in (shape.layers, self.layers):
-            wrong.append(f"{config.layers} layers, the model has {shape.layers} that can be bounded")
-        if wrong:
-            raise ModelMismatchError(
-                f"these gates ({config.base_model or 'base model unnamed'}) are for another model: "
-                f"{'; '.join(wrong)}; give gates trained for this model"
-            )
-        if config.layers == shape.layers:
-            return tuple(range(shape.layers))
-        return tuple(index for index, _ in self.places)
+        """Which gate belongs to which competing layer. Raises as :func:`fit_gates`."""
+        return fit_gates(gates.config, self.shape, [index for index, _ in self.places], self.layers)
 
     def bounded_cache(
         self, entries: list[Any], config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]
@@ -107,13 +86,20 @@ class Layout:
     def reopened(
         self, entries: list[Any], gates: RetentionGates | None, owner: dict[str, str]
     ) -> BoundedCache:
-        """A prompt cache from layers just read from a file. Raises as :meth:`join`."""
+        """A prompt cache from layers that mlx-lm read from a file.
+
+        Raises:
+            ModelMismatchError: as :meth:`join`.
+            ConfigError: they are no bounded cache.
+        """
         if len(entries) != self.layers:
             raise ModelMismatchError(
                 f"the saved cache has {len(entries)} layers, the model {self.layers}; load the model it was "
                 "saved with, or read the prompt again"
             )
         shared = self.join(entries, gates, owner)
+        if shared is None:
+            raise ConfigError("cache is no bounded cache; make it with mlx_kvret.make_cache(model)")
         return BoundedCache(entries, shared, [_at(entries, place) for place in self.places])
 
     def _place(self, entries: list[Any], shared: Bounded) -> list[BoundedKVCache]:

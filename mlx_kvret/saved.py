@@ -50,7 +50,7 @@ def layer_state(shared: Bounded, layer: int) -> list[Any]:
         "shape": asdict(shared.shape),
         "eviction": shared.config.to_dict(),
         "seen": shared.seen[0],
-        "counts": shared.counts.tolist(),
+        "counts": shared.schedule.counts.tolist(),
         "capacity": shared.pool.capacity,
     }
     recent = shared.recents[layer]
@@ -64,7 +64,7 @@ def layer_state(shared: Bounded, layer: int) -> list[Any]:
 def restore(shared: Bounded, layers: list[Loaded]) -> None:
     """Fill an empty cache of the same shape and configuration with what was saved."""
     header = layers[0].header
-    shared.counts = np.array(header["counts"], np.int64)
+    shared.schedule.counts = np.array(header["counts"], np.int64)
     shared.pool.restore(header["capacity"], layers[0].pool)
     for layer in layers:
         shared.seen[layer.layer] = header["seen"]

@@ -130,10 +130,10 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
     kept = np.flatnonzero(~new)
     head = snapshot.head[kept]
     group = head // shared.size
-    shared.counts = np.bincount(group, minlength=pool.groups)
+    counts = shared.schedule.counts = np.bincount(group, minlength=pool.groups)
     if len(kept):
-        pool.grow(int(-(-shared.counts.max() // shared.size)), keys, values)
-        first = np.concatenate([[0], np.cumsum(shared.counts)[:-1]])
+        pool.grow(int(-(-counts.max() // shared.size)), keys, values)
+        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
         local = np.arange(len(kept)) - first[group]
         slots = mx.array((group * (pool.capacity * pool.size + 1) + local).astype(np.int32))
         index = mx.array(kept.astype(np.int32))

@@ -14,10 +14,10 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from . import demo, hooks, snapshots
 from .cache import BoundedCache
-from .core.budget import CacheShape, parse_budget, tokens_within
+from .core.budget import CacheShape
 from .core.checkpoint import GateCheckpoint, check_base
-from .core.config import DEFAULT_BUDGET, EvictionConfig
 from .core.fingerprint import fingerprint
+from .core.request import eviction
 from .core.snapshot import read_snapshot, write_snapshot
 from .core.tensors import tensors_id
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -116,17 +116,8 @@ def make_cache(
     """As :func:`mlx_kvret.make_cache`."""
     attached = hooks.attachment(model) or hooks.attachment(attach(model))
     assert attached is not None
-    config = eviction(attached.layout.shape, DEFAULT_BUDGET if budget is None else budget, buffer, **options)
+    config = eviction(attached.layout.shape, budget, buffer, **options)
     return hooks.new_cache(model, attached, config)
-
-
-def eviction(shape: CacheShape, budget: int | str, buffer: int | None, **options: Any) -> EvictionConfig:
-    """The eviction configuration that a user's options mean for a cache of this shape."""
-    tokens, size = parse_budget(budget)
-    if tokens is None:
-        assert size is not None
-        tokens = tokens_within(size, shape, buffer)
-    return EvictionConfig.create(tokens, buffer, **options)
 
 
 def full_nbytes(model: nn.Module, tokens: int) -> int:

@@ -75,7 +75,8 @@ def show_gates(folder: Path) -> None:
 
 
 def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...]) -> None:
-    from ..wing import cache_shape, eviction
+    from ..core.request import eviction
+    from ..wing import cache_shape
 
     config, shape = cache_shape(folder)
     _table({
@@ -87,7 +88,7 @@ def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...])
     click.echo("\nKV memory, most after prefill, and as a share of the full cache:")
     click.echo("  budget      per head      bounded" + "".join(f"{n:>14,}" for n in lengths))
     for budget in budgets:
-        chosen = eviction(shape, budget, None)
+        chosen = eviction(shape, budget)
         size = shape.nbytes(chosen.budget, chosen.buffer)
         shares = "".join(f"{size / shape.full_nbytes(n):>14.1%}" for n in lengths)
         click.echo(f"  {budget:<10}{chosen.budget:>10,}{size / 1e6:>10.1f} MB{shares}")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from ..core.config import Policy, Scope
+from ..core.request import EVICTION
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,23 +46,9 @@ def eviction_options(function: F) -> F:
     return function
 
 
-NAMES = (
-    "budget",
-    "buffer",
-    "policy",
-    "scope",
-    "min_per_head",
-    "sinks",
-    "window",
-    "lookahead",
-    "threshold",
-    "seed",
-)
-
-
 def eviction(options: dict[str, Any]) -> dict[str, Any]:
     """Take the eviction options that were given out of a command's keywords."""
-    found = {name: options.pop(name) for name in NAMES}
+    found = {name: options.pop(name) for name in EVICTION}
     return {name: value for name, value in found.items() if value is not None}
 
 
