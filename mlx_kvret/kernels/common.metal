@@ -1,14 +1,17 @@
 // Shared by the attention kernels. A lane of a simdgroup holds the elements lane*E .. lane*E + E - 1 of a row of D.
 
+// Loops over arrays that have to stay in registers.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 // What a softmax starts from; finite, so that a difference of two of them is 0 and no infinity is ever computed with.
 constant constexpr float LOWEST = -3.0e38f;
 
 template <int D, int E, typename P>
 METAL_FUNC void load_row(thread float* out, P row, uint lane, long step) {
   if (step == 1) {
-    for (int i = 0; i < E; i++) out[i] = int(lane) * E + i < D ? float(row[lane * E + i]) : 0.0f;
+    UNROLL for (int i = 0; i < E; i++) out[i] = int(lane) * E + i < D ? float(row[lane * E + i]) : 0.0f;
   } else {
-    for (int i = 0; i < E; i++) out[i] = int(lane) * E + i < D ? float(row[(lane * E + i) * step]) : 0.0f;
+    UNROLL for (int i = 0; i < E; i++) out[i] = int(lane) * E + i < D ? float(row[(lane * E + i) * step]) : 0.0f;
   }
 }
 
@@ -28,18 +31,18 @@ template <int B, int E, int F> struct Rows {
   float query[B][E], sum[B], top[B], out[B][F];
   int visible[B];  // entries of the head that the row may see
 
-  METAL_FUNC void start() thread {
-    for (int j = 0; j < B; j++) {
+  METAL_FUNC void start() {
+    UNROLL for (int j = 0; j < B; j++) {
       top[j] = LOWEST;
       sum[j] = 0.0f;
-      for (int i = 0; i < F; i++) out[j][i] = 0.0f;
+      UNROLL for (int i = 0; i < F; i++) out[j][i] = 0.0f;
     }
   }
 
-  METAL_FUNC void take(const thread float* key, const thread float* value, int entry, float softcap) thread {
-    for (int j = 0; j < B; j++) {
+  METAL_FUNC void take(const thread float* key, const thread float* value, int entry, float softcap) {
+    UNROLL for (int j = 0; j < B; j++) {
       float logit = 0.0f;
-      for (int i = 0; i < E; i++) logit += query[j][i] * key[i];
+      UNROLL for (int i = 0; i < E; i++) logit += query[j][i] * key[i];
       logit = simd_sum(logit);
       if (softcap > 0.0f) logit = softcap * precise::tanh(logit / softcap);
       const bool seen = entry < visible[j];
@@ -47,7 +50,7 @@ template <int B, int E, int F> struct Rows {
       const float old = fast::exp(top[j] - new_top);
       const float weight = seen ? fast::exp(logit - new_top) : 0.0f;
       sum[j] = sum[j] * old + weight;
-      for (int i = 0; i < F; i++) out[j][i] = out[j][i] * old + weight * value[i];
+      UNROLL for (int i = 0; i < F; i++) out[j][i] = out[j][i] * old + weight * value[i];
       top[j] = new_top;
     }
   }

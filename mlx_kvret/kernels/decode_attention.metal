@@ -6,7 +6,7 @@
 // over RG = S simdgroups, and tiles of N entries pass through threadgroup memory.
 constexpr int E = (D + 31) / 32, F = (V + 31) / 32;
 const uint lane = thread_index_in_simdgroup;
-const uint simdgroup = simdgroup_index_in_threadgroup;
+const uint warp = simdgroup_index_in_threadgroup;
 const uint self = thread_index_in_threadgroup;
 const int heads = recent_keys_shape[1], recent = recent_keys_shape[2];
 const long key_step = recent_keys_strides[3], value_step = recent_values_strides[3];
@@ -35,21 +35,21 @@ for (int head = 0; head < heads; head++) {
   const device T* head_keys = recent_keys + head * recent_keys_strides[1];
   const device T* head_values = recent_values + head * recent_values_strides[1];
   rows.start();
-  for (int j = 0; j < RB; j++) {
-    const int row = (RG > 1 ? int(simdgroup) : 0) * RB + j;
+  UNROLL for (int j = 0; j < RB; j++) {
+    const int row = (RG > 1 ? int(warp) : 0) * RB + j;
     rows.visible[j] = CAUSAL ? kept + recent - TOKENS + 1 + row % TOKENS : kept + recent;
     if (row < R) {
       const size_t query_head = head * (R / TOKENS) + row / TOKENS;
       const device T* query = queries + query_head * queries_strides[1] + row % TOKENS * queries_strides[2];
       load_row<D, E>(rows.query[j], query, lane, queries_strides[3]);
-      for (int i = 0; i < E; i++) rows.query[j][i] *= scale;
+      UNROLL for (int i = 0; i < E; i++) rows.query[j][i] *= scale;
     } else {
-      for (int i = 0; i < E; i++) rows.query[j][i] = 0.0f;
+      UNROLL for (int i = 0; i < E; i++) rows.query[j][i] = 0.0f;
     }
   }
 
   if (RG == 1) {
-    for (int block = low + int(simdgroup); block < high; block += S * 32) {
+    for (int block = low + int(warp); block < high; block += S * 32) {
       const int ahead = block + S * int(lane);  // the entry this simdgroup takes in `lane` steps
       const int slots = ahead < min(high, kept) ? table[begin + ahead] : 0;
       for (int j = 0; j < 32 && block + S * j < high; j++) {
@@ -68,14 +68,14 @@ for (int head = 0; head < heads; head++) {
   } else {
     for (int tile = low; tile < high; tile += N) {
       const int count = min(N, high - tile);
-      for (int j = int(simdgroup); j < count; j += S) {
+      for (int j = int(warp); j < count; j += S) {
         const int entry = tile + j;
-        const bool old = entry < kept;
-        const size_t slot = old ? table[begin + entry] : 0;
-        const device T* k = old ? keys + slot * D : head_keys + (entry - kept) * recent_keys_strides[2];
-        const device T* v = old ? values + slot * V : head_values + (entry - kept) * recent_values_strides[2];
-        copy_row<D>(tg_keys + j * D, k, lane, old ? 1 : key_step, true);
-        copy_row<V>(tg_values + j * V, v, lane, old ? 1 : value_step, true);
+        const bool pooled = entry < kept;
+        const size_t slot = pooled ? table[begin + entry] : 0;
+        const device T* k = pooled ? keys + slot * D : head_keys + (entry - kept) * recent_keys_strides[2];
+        const device T* v = pooled ? values + slot * V : head_values + (entry - kept) * recent_values_strides[2];
+        copy_row<D>(tg_keys + j * D, k, lane, pooled ? 1 : key_step, true);
+        copy_row<V>(tg_values + j * V, v, lane, pooled ? 1 : value_step, true);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int j = 0; j < count; j++) {
@@ -89,13 +89,13 @@ for (int head = 0; head < heads; head++) {
 
   const size_t part = size_t(piece + head) * R;
   if (RG == 1) {
-    for (int j = 0; j < RB; j++) {
+    UNROLL for (int j = 0; j < RB; j++) {
       if (lane == 0) {
-        tg_top[simdgroup] = rows.top[j];
-        tg_sum[simdgroup] = rows.sum[j];
+        tg_top[warp] = rows.top[j];
+        tg_sum[warp] = rows.sum[j];
       }
-      for (int i = 0; i < F; i++) {
-        if (int(lane) * F + i < V) tg_out[simdgroup * V + lane * F + i] = rows.out[j][i];
+      UNROLL for (int i = 0; i < F; i++) {
+        if (int(lane) * F + i < V) tg_out[warp * V + lane * F + i] = rows.out[j][i];
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       float top = LOWEST, sum = 0.0f;
@@ -113,10 +113,10 @@ for (int head = 0; head < heads; head++) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
   } else {
-    for (int j = 0; j < RB; j++) {
-      const int row = int(simdgroup) * RB + j;
+    UNROLL for (int j = 0; j < RB; j++) {
+      const int row = int(warp) * RB + j;
       if (row >= R) continue;
-      for (int i = 0; i < F; i++) {
+      UNROLL for (int i = 0; i < F; i++) {
         if (int(lane) * F + i < V) partial[(part + row) * V + lane * F + i] = rows.out[j][i];
       }
       if (lane == 0) {

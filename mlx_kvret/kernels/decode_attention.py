@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 8
 SIMDGROUPS = 8
-PIECE = 128  # entries a threadgroup should have at least: its partial result weighs as much as a few of them
+PIECE_BYTES = (
+    65536  # keys and values for a threadgroup, at least: its partial result is a few hundredths of them
+)
 MAX_PIECES = 128  # threadgroups that keep any GPU of the family busy
 ROW_FLOATS = 64  # registers of a lane for the queries and results of its rows
-MAX_ROW_GROUPS = 16
+MAX_ROW_GROUPS = 8
 TILE_BYTES = 8192
 
 ENTRIES = ["table", "offsets", "recent_keys", "recent_values", "layer", "scaling"]
@@ -36,9 +38,9 @@ _merge = Kernel(
 )
 
 
-def pieces(entries: int) -> int:
-    """Threadgroups that share a layer's ``entries``; host arithmetic, an estimate will do."""
-    return max(1, min(MAX_PIECES, entries // PIECE))
+def pieces(nbytes: int) -> int:
+    """Threadgroups that share a layer's ``nbytes`` of keys and values; an estimate by the host will do."""
+    return max(1, min(MAX_PIECES, nbytes // PIECE_BYTES))
 
 
 def row_groups(rows: int, key_dim: int, value_dim: int) -> int:
@@ -70,7 +72,8 @@ def decode_attention(
     value_dim, rows = view.values.shape[-1], query_heads // heads * tokens
     groups = row_groups(rows, key_dim, value_dim)
     simdgroups = SIMDGROUPS if groups == 1 else groups
-    shares = pieces((pool.capacity + view.keys.shape[2]) * heads)
+    entry = (key_dim + value_dim) * queries.dtype.size
+    shares = pieces((pool.capacity + view.keys.shape[2]) * heads * entry)
     layer = constant(view.first)
     shape: Template = {"V": value_dim, "R": rows, "TOKENS": tokens, "T": queries.dtype}
     partial, stats = _attend(
@@ -93,7 +96,7 @@ def decode_attention(
         S=simdgroups,
         RG=groups,
         RB=-(-rows // groups),
-        N=max(1, TILE_BYTES // ((key_dim + value_dim) * queries.dtype.size)),
+        N=max(1, TILE_BYTES // entry),
         CAUSAL=causal,
     )
     (attended,) = _merge(

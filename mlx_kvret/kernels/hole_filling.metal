@@ -3,7 +3,7 @@
 constexpr int E = 8;
 const uint self = thread_index_in_threadgroup;
 const uint lane = thread_index_in_simdgroup;
-const uint simdgroup = simdgroup_index_in_threadgroup;
+const uint warp = simdgroup_index_in_threadgroup;
 const int group = int(threadgroup_position_in_grid.x);
 const int count = keep_shape[1], newcomers = survives_shape[1];
 
@@ -17,11 +17,11 @@ for (int phase = 0; phase < 2; phase++) {
     int mine = 0;
     for (int i = begin; i < end; i++) mine += phase == 0 ? !keep[row + i] : int(survives[row + i]);
     int place = simd_prefix_exclusive_sum(mine);
-    if (lane == 31) tg_counts[simdgroup] = place + mine;
+    if (lane == 31) tg_counts[warp] = place + mine;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     int all = 0;
     for (uint s = 0; s < uint(S); s++) {
-      if (s < simdgroup) place += tg_counts[s];
+      if (s < warp) place += tg_counts[s];
       all += tg_counts[s];
     }
     place += found[phase];

@@ -1,7 +1,7 @@
 // One threadgroup of S simdgroups per query row: the partial results of its head's pieces, joined by log-sum-exp.
 constexpr int F = (V + 31) / 32;
 const uint lane = thread_index_in_simdgroup;
-const uint simdgroup = simdgroup_index_in_threadgroup;
+const uint warp = simdgroup_index_in_threadgroup;
 const uint self = thread_index_in_threadgroup;
 const int row = int(threadgroup_position_in_grid.y), head = row / R;
 const int heads = recent_keys_shape[1], recent = recent_keys_shape[2], first = layer[0];
@@ -17,16 +17,16 @@ threadgroup float tg_sum[S];
 threadgroup float tg_out[S * V];
 thread float out[F];
 float top = LOWEST, sum = 0.0f;
-for (int i = 0; i < F; i++) out[i] = 0.0f;
+UNROLL for (int i = 0; i < F; i++) out[i] = 0.0f;
 
-for (int piece = piece_of(entries, begin, pieces) + int(simdgroup); piece <= last; piece += S) {
+for (int piece = piece_of(entries, begin, pieces) + int(warp); piece <= last; piece += S) {
   // with fewer entries than pieces some pieces are empty and wrote nothing
   if (piece_start(entries, piece, pieces) == piece_start(entries, piece + 1, pieces)) continue;
   const size_t part = size_t(piece + head) * R + row % R;
   const float new_top = max(top, stats[part * 2]);
   const float old = fast::exp(top - new_top), weight = fast::exp(stats[part * 2] - new_top);
   sum = sum * old + stats[part * 2 + 1] * weight;
-  for (int i = 0; i < F; i++) {
+  UNROLL for (int i = 0; i < F; i++) {
     const int d = int(lane) * F + i;
     out[i] = out[i] * old + (d < V ? partial[part * V + d] * weight : 0.0f);
   }
@@ -34,11 +34,11 @@ for (int piece = piece_of(entries, begin, pieces) + int(simdgroup); piece <= las
 }
 
 if (lane == 0) {
-  tg_top[simdgroup] = top;
-  tg_sum[simdgroup] = sum;
+  tg_top[warp] = top;
+  tg_sum[warp] = sum;
 }
-for (int i = 0; i < F; i++) {
-  if (int(lane) * F + i < V) tg_out[simdgroup * V + lane * F + i] = out[i];
+UNROLL for (int i = 0; i < F; i++) {
+  if (int(lane) * F + i < V) tg_out[warp * V + lane * F + i] = out[i];
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -3,7 +3,7 @@
 // threadgroup memory, once for all rows. Products are of 8x8 blocks; a lane holds two neighbours of one row of each.
 constexpr int E = D / 8, F = V / 8, C = N / 8, PAD = 16 / sizeof(T);
 const uint lane = thread_index_in_simdgroup;
-const uint simdgroup = simdgroup_index_in_threadgroup;
+const uint warp = simdgroup_index_in_threadgroup;
 const int head = int(threadgroup_position_in_grid.y), heads = recent_keys_shape[1], recent = recent_keys_shape[2];
 const int tokens = queries_shape[2], group = queries_shape[1] / heads, all_rows = group * tokens;
 const int begin = offsets[layer[0] + head], kept = offsets[layer[0] + head + 1] - begin;
@@ -14,7 +14,7 @@ const float scale = scaling[0], softcap = scaling[1];
 // where a lane stands in a block
 const int y = int((lane / 4 & 4) + lane / 2 % 4), x = int((lane / 4 & 2) * 2 + lane % 2 * 2);
 const int first_row = int(threadgroup_position_in_grid.x) * S * 8;
-const int row = first_row + int(simdgroup) * 8 + y;
+const int row = first_row + int(warp) * 8 + y;
 const bool real = row < all_rows;
 const int token = real ? row / group : 0;
 const int query_head = head * group + (real ? row % group : 0);
@@ -32,37 +32,37 @@ simdgroup_matrix<float, 8, 8> out[F];
 simdgroup_matrix<float, 8, 8> weight[C];
 simdgroup_matrix<float, 8, 8> block;
 float top = LOWEST, sum = 0.0f;
-for (int i = 0; i < E; i++) {
-  for (int k = 0; k < 2; k++) {
+UNROLL for (int i = 0; i < E; i++) {
+  UNROLL for (int k = 0; k < 2; k++) {
     query[i].thread_elements()[k] = real ? float(own_query[(i * 8 + x + k) * queries_strides[3]]) * scale : 0.0f;
   }
 }
-for (int f = 0; f < F; f++) {
-  for (int k = 0; k < 2; k++) out[f].thread_elements()[k] = 0.0f;
+UNROLL for (int f = 0; f < F; f++) {
+  UNROLL for (int k = 0; k < 2; k++) out[f].thread_elements()[k] = 0.0f;
 }
 
 for (int tile = 0; tile < entries; tile += N) {
-  for (int j = int(simdgroup); j < N; j += S) {
+  for (int j = int(warp); j < N; j += S) {
     const int entry = tile + j;
-    const bool old = entry < kept, there = entry < entries;
-    const size_t slot = old && there ? table[begin + entry] : 0;
-    const device T* k = old ? keys + slot * D : head_keys + (entry - kept) * recent_keys_strides[2];
-    const device T* v = old ? values + slot * V : head_values + (entry - kept) * recent_values_strides[2];
-    copy_row<D>(tg_keys + j * (D + PAD), k, lane, old ? 1 : recent_keys_strides[3], there);
-    copy_row<V>(tg_values + j * (V + PAD), v, lane, old ? 1 : recent_values_strides[3], there);
+    const bool pooled = entry < kept, there = entry < entries;
+    const size_t slot = pooled && there ? table[begin + entry] : 0;
+    const device T* k = pooled ? keys + slot * D : head_keys + (entry - kept) * recent_keys_strides[2];
+    const device T* v = pooled ? values + slot * V : head_values + (entry - kept) * recent_values_strides[2];
+    copy_row<D>(tg_keys + j * (D + PAD), k, lane, pooled ? 1 : recent_keys_strides[3], there);
+    copy_row<V>(tg_values + j * (V + PAD), v, lane, pooled ? 1 : recent_values_strides[3], there);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   float new_top = top;
-  for (int c = 0; c < C; c++) {
-    for (int k = 0; k < 2; k++) weight[c].thread_elements()[k] = 0.0f;
-    for (int i = 0; i < E; i++) {
-      for (int k = 0; k < 2; k++) {
+  UNROLL for (int c = 0; c < C; c++) {
+    UNROLL for (int k = 0; k < 2; k++) weight[c].thread_elements()[k] = 0.0f;
+    UNROLL for (int i = 0; i < E; i++) {
+      UNROLL for (int k = 0; k < 2; k++) {
         block.thread_elements()[k] = float(tg_keys[(c * 8 + x + k) * (D + PAD) + i * 8 + y]);
       }
       simdgroup_multiply_accumulate(weight[c], query[i], block, weight[c]);
     }
-    for (int k = 0; k < 2; k++) {
+    UNROLL for (int k = 0; k < 2; k++) {
       float logit = weight[c].thread_elements()[k];
       if (softcap > 0.0f) logit = softcap * precise::tanh(logit / softcap);
       weight[c].thread_elements()[k] = logit;
@@ -75,18 +75,18 @@ for (int tile = 0; tile < entries; tile += N) {
   const float old = fast::exp(top - new_top);
   top = new_top;
   sum *= old;
-  for (int c = 0; c < C; c++) {
-    for (int k = 0; k < 2; k++) {
+  UNROLL for (int c = 0; c < C; c++) {
+    UNROLL for (int k = 0; k < 2; k++) {
       const bool seen = tile + c * 8 + x + k < visible;
       const float p = seen ? fast::exp(weight[c].thread_elements()[k] - top) : 0.0f;
       weight[c].thread_elements()[k] = p;
       sum += p;
     }
   }
-  for (int f = 0; f < F; f++) {
-    for (int k = 0; k < 2; k++) out[f].thread_elements()[k] *= old;
-    for (int c = 0; c < C; c++) {
-      for (int k = 0; k < 2; k++) {
+  UNROLL for (int f = 0; f < F; f++) {
+    UNROLL for (int k = 0; k < 2; k++) out[f].thread_elements()[k] *= old;
+    UNROLL for (int c = 0; c < C; c++) {
+      UNROLL for (int k = 0; k < 2; k++) {
         block.thread_elements()[k] = float(tg_values[(c * 8 + y) * (V + PAD) + f * 8 + x + k]);
       }
       simdgroup_multiply_accumulate(out[f], weight[c], block, out[f]);
@@ -105,8 +105,8 @@ if (SINKS) {
   sum = sum * share + fast::exp(sink - new_top);
 }
 if (real) {
-  for (int f = 0; f < F; f++) {
-    for (int k = 0; k < 2; k++) {
+  UNROLL for (int f = 0; f < F; f++) {
+    UNROLL for (int k = 0; k < 2; k++) {
       attended[place * V + f * 8 + x + k] = T(out[f].thread_elements()[k] * share / sum);
     }
   }

@@ -9,7 +9,7 @@ if (at < numbers[2]) {
     // below this the ratio is K to float precision, and 0/0 at log β = 0
     const bool flat = fabs(log_beta) < 1e-30f;
     const float safe = flat ? -1.0f : log_beta;
-    result += precise::log(flat ? steps : expm1(steps * safe) / expm1(safe));
+    result += precise::log(flat ? steps : exp_minus_1(steps * safe) / exp_minus_1(safe));
   }
   score[at] = result;
 }

@@ -69,13 +69,13 @@ def test_ragged_heads(lengths, tokens):
     compare(queries_for(view, 2, tokens), view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
 
 
-@pytest.mark.parametrize("tokens", [2, 5, 8])
+@pytest.mark.parametrize("tokens", [2, 8])
 def test_a_few_tokens_of_many_query_heads_share_one_read(tokens):
     view = view_with(RAGGED, tokens + 1, 64, 64, mx.float16)
     compare(queries_for(view, 8, tokens, mx.float16), view)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 12])
+@pytest.mark.parametrize("tokens", [1, 12])
 def test_keys_and_values_of_different_sizes(tokens):
     view = view_with(RAGGED, tokens, 192, 128)
     compare(queries_for(view, 3, tokens), view)
@@ -89,7 +89,7 @@ def test_sinks_soft_cap_and_no_causality(tokens):
     compare(queries, view, False, sinks, 0.0, passes=("run",))
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 10])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_inputs_that_are_not_contiguous(tokens):
     view = view_with([5, 9], tokens + 3, 32, 32)
 
@@ -97,7 +97,7 @@ def test_inputs_that_are_not_contiguous(tokens):
         return mx.contiguous(array.swapaxes(2, 3)).swapaxes(2, 3)
 
     view = LayerView(view.pool, view.layer, turned(view.keys), turned(view.values))
-    queries = mx.contiguous(queries_for(view, 4, tokens).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    queries = mx.contiguous(queries_for(view, 2, tokens).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
     compare(queries, view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
 
 
@@ -115,7 +115,7 @@ def test_prefill_by_mlx_s_own_attention(sinks):
     seed=st.integers(0, 99),
 )
 def test_any_lengths_in_any_pieces(monkeypatch, lengths, recent, piece, seed):
-    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE", piece)
+    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE_BYTES", piece * 256)
     mx.random.seed(seed)
     view = view_with(lengths, recent, 32, 32)
     compare(queries_for(view, 2, 1), view, passes=("run",))

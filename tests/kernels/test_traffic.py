@@ -1,0 +1,59 @@
+"""Bytes moved, counted: the promises of the kernels' design, whatever the imbalance."""
+
+import mlx.core as mx
+import pytest
+from metal_host import EMULATED
+
+from mlx_kvret.kernels import decode_attention
+
+from .traffic import compaction, decode, prefill
+
+PIECE_BYTES = decode_attention.PIECE_BYTES
+pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulator counts; here the kernels run")
+MOST_MEMORY = 32 * 1024
+
+
+@pytest.fixture(autouse=True)
+def _real_pieces(monkeypatch):
+    """In place of the small ones of other tests; still small for 4 heads."""
+    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE_BYTES", 25_600)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("lengths", [[300] * 4, [1200, 12, 12, 12], [0, 0, 0, 1000]])
+def test_decoding_reads_each_entry_once(lengths, group, tokens):
+    seen = decode(lengths, recent=13, group=group, size=64, tokens=tokens)
+    assert seen.threadgroups > 8
+    assert seen.entries == 1.0
+    assert seen.spread < 0.1
+    assert seen.memory <= MOST_MEMORY
+
+
+def test_all_that_decoding_moves_is_little_more_than_the_entries(monkeypatch):
+    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE_BYTES", PIECE_BYTES)
+    seen = decode([1000] * 4, recent=13, group=4, size=128)
+    assert 1.0 < seen.loaded + seen.stored <= 1.1
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("group", [2, 16])
+def test_the_largest_heads_fit_into_threadgroup_memory(group, dtype):
+    assert decode([30] * 2, recent=13, group=group, size=256, tokens=2, dtype=dtype).memory <= MOST_MEMORY
+    if group == 2:
+        seen, _ = prefill([10, 3], 33, group, 256, dtype)
+        assert seen.memory <= MOST_MEMORY
+
+
+def test_prefill_reads_entries_once_for_each_block_of_rows():
+    seen, blocks = prefill([60, 9, 0, 100], 96, 2, 96)
+    # later tokens of the chunk are not read for blocks of earlier ones
+    assert blocks == 3 and 0.7 * blocks < seen.entries < blocks
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_compaction_reads_the_scores_four_times_and_moves_no_more_than_it_evicts(ties):
+    seen = compaction(kept=16_000, new=4_000, heads=16, ties=ties)
+    assert seen.score_reads == 4.0
+    assert 0.5 < seen.moves <= 1.0
+    assert seen.memory <= MOST_MEMORY

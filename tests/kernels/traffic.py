@@ -1,0 +1,104 @@
+"""What the kernels move, counted access by access by the emulator."""
+
+from dataclasses import dataclass
+
+import metal_host
+import mlx.core as mx
+import numpy as np
+
+from mlx_kvret.kernels import compaction_plan, score_select
+from mlx_kvret.kernels.attention import attend
+from mlx_kvret.kernels.prefill_attention import ROWS, tiled
+
+from .cases import uniform, view_with
+
+ENTRIES = ("keys", "values", "recent_keys", "recent_values")
+
+
+@dataclass
+class Attention:
+    """One layer's attention. Bytes are relative to what its entries' keys and values take.
+
+    ``entries``: of keys and values, every access of every thread. ``loaded``, ``stored``: of all buffers,
+    each byte once per threadgroup. ``spread``: most over least entries' bytes of a threadgroup, less 1.
+    """
+
+    threadgroups: int
+    entries: float
+    loaded: float
+    stored: float
+    spread: float
+    memory: int
+
+    @classmethod
+    def of(cls, traffic, kernel, least):
+        (main,) = traffic.of_kernel(kernel).launches
+        work = main.work(*ENTRIES)
+        return cls(
+            len(work),
+            traffic.total("loaded", *ENTRIES) / least,
+            traffic.total("loaded_per_threadgroup") / least,
+            traffic.total("stored_per_threadgroup") / least,
+            work.max() / work.min() - 1,
+            traffic.threadgroup_memory,
+        )
+
+
+def layer(lengths, recent, group, tokens, size, dtype):
+    """A view, its queries and the bytes of its keys and values."""
+    view = view_with(lengths, recent, size, size, dtype, layer=0, layers=1)
+    queries = uniform(1, len(lengths) * group, tokens, size, dtype=dtype)
+    return view, queries, (sum(lengths) + len(lengths) * recent) * 2 * size * dtype.size
+
+
+def decode(lengths, recent, group, size, tokens=1, dtype=mx.float16):
+    """Attention of one step."""
+    view, queries, least = layer(lengths, recent, group, tokens, size, dtype)
+    traffic = metal_host.count(lambda: attend(queries, view, size**-0.5))
+    return Attention.of(traffic, "decode_attention", least)
+
+
+def prefill(lengths, tokens, group, size, dtype=mx.float16):
+    """Attention of a chunk by the kernel, and the blocks of query rows for which it reads entries anew."""
+    view, queries, least = layer(lengths, tokens, group, tokens, size, dtype)
+    traffic = metal_host.count(lambda: tiled(queries, view, size**-0.5, True, None, 0.0))
+    return Attention.of(traffic, "prefill_attention", least), -(-group * tokens // ROWS)
+
+
+@dataclass
+class Compaction:
+    """``score_reads``: bytes loaded of the scores, over their size. ``moves``: entries written, over evicted.
+
+    ``loaded``, ``stored``: bytes of all buffers per candidate, each byte once per threadgroup.
+    """
+
+    score_reads: float
+    loaded: float
+    stored: float
+    moves: float
+    memory: int
+
+
+def compaction(kept, new, heads, ties=False):
+    """A full pool of ``kept`` entries, of which as many stay, and ``new`` ones, all heads competing."""
+    count = kept + new
+    score = mx.floor(uniform(1, count) * 2) if ties else uniform(1, count)
+    index = mx.arange(count, dtype=mx.int32)[None]
+    arrays = score, mx.zeros(score.shape, mx.bool_), index // heads, index % heads
+
+    def plan():
+        keep = score_select.select(*arrays, kept, count // heads + 1, heads, -np.inf)
+        return keep, compaction_plan.destinations(keep[:, :kept], keep[:, kept:])
+
+    traffic = metal_host.count(plan)
+    with metal_host.installed():
+        keep, slots = (np.array(array[0]) for array in plan())
+    written = slots[slots != kept]
+    assert len(set(written)) == len(written) and keep.sum() == kept
+    return Compaction(
+        traffic.total("loaded", "score") / score.nbytes,
+        traffic.total("loaded_per_threadgroup") / count,
+        traffic.total("stored_per_threadgroup") / count,
+        len(written) / (~keep).sum(),
+        traffic.threadgroup_memory,
+    )
