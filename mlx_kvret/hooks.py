@@ -126,8 +126,8 @@ def checked_cache(model: nn.Module, cache: list[Any]) -> BoundedCache:
     made = attachment(model)
     if made is None or not isinstance(cache, list):
         raise ConfigError(
-            f"cache is a {type(cache).__name__}, the model {'not ' if made is None else ''}attached; make the "
-            "cache with mlx_kvret.make_cache(model)"
+            f"cache is a {type(cache).__name__}, the model {'not ' if made is None else ''}attached; "
+            "make the cache with mlx_kvret.make_cache(model)"
         )
     if not isinstance(cache, BoundedCache):
         return made.layout.reopened(cache, made.gates, made.owner)

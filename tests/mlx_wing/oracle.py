@@ -1,4 +1,4 @@
-"""The numpy oracle beside a running cache: the same stream of entries, evicted by ``core.eviction.select``."""
+"""The numpy oracle beside a running cache: the same entries, evicted by ``core.eviction.select``."""
 
 import contextlib
 import copy
@@ -12,7 +12,7 @@ from mlx_kvret.recent import Recent
 
 
 class Oracle:
-    """What a cache should hold. ``log_beta`` and ``keys`` list each layer's (H, T) and (H, T, D), token by token."""
+    """What a cache should hold; ``log_beta`` and ``keys`` list each layer's parts (H, T) and (H, T, D)."""
 
     def __init__(self, shape, config):
         self.shape, self.config = shape, config

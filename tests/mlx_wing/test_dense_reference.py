@@ -1,5 +1,4 @@
-"""A whole forward pass written from scratch: full KV arrays, evicted entries masked out, nothing shared with the wing
-but the policy core."""
+"""A whole forward pass from scratch: full KV arrays with evicted entries masked out, and the policy core."""
 
 import mlx.core as mx
 import numpy as np

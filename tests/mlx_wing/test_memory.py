@@ -1,4 +1,4 @@
-"""Bytes: bounded whatever the imbalance of heads, reported truthfully, and independent of the prompt's length."""
+"""Bytes: bounded whatever the imbalance of heads, true, and independent of the prompt's length."""
 
 import gc
 

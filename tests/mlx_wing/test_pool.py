@@ -1,6 +1,7 @@
 """Slots: an entry stays where it is until it is evicted, and updates happen in place."""
 
 import gc
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -50,7 +51,7 @@ def test_the_lookup_lists_every_entry_once_by_head():
     pool.restore(4, [pool.keys, pool.values, pool.retention, pool.position, mx.array(owner)])
     offsets, table = pool.lookup.on_host(), np.array(pool.lookup.table)
     assert offsets.tolist() == [0, 1, 1, 3, 4, 4, 6] and len(table) == 24
-    assert [sorted(table[a:b].tolist()) for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == [
+    assert [sorted(table[a:b].tolist()) for a, b in pairwise(offsets)] == [
         [5], [], [0, 11], [15], [], [14, 24]
     ]  # fmt: skip
 

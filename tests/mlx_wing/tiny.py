@@ -34,14 +34,15 @@ OWN = {
         "num_hidden_layers": 4, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma4_text": SLIDING | {
-        "num_hidden_layers": 6, "num_kv_shared_layers": 2, "global_head_dim": 8, "vocab_size_per_layer_input": VOCAB,
-        "hidden_size_per_layer_input": 4},
+        "num_hidden_layers": 6, "num_kv_shared_layers": 2, "global_head_dim": 8,
+        "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 4},
     # a hybrid: linear attention in every layer but the last of each two
     "qwen3_next": {
-        "num_hidden_layers": 4, "full_attention_interval": 2, "linear_num_value_heads": 2, "linear_num_key_heads": 2,
-        "linear_key_head_dim": 32, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3, "num_experts": 4,
-        "num_experts_per_tok": 2, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 16,
-        "mlp_only_layers": [], "moe_intermediate_size": 16, "partial_rotary_factor": 0.5},
+        "num_hidden_layers": 4, "full_attention_interval": 2, "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 3, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 16, "mlp_only_layers": [], "moe_intermediate_size": 16,
+        "partial_rotary_factor": 0.5},
     # a hybrid whose layers each keep a state and a KV cache in one list
     "falcon_h1": {
         "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_conv": 3},
