@@ -151,6 +151,50 @@ def test_vectors_in_memory():
     )
 
 
+def test_constant_tables_structs_and_loops_over_them():
+    header = """
+    constant float table[4] = {1.0f, 10.0f, 100.0f, 1000.0f};
+    struct Range { uint begin, end; };
+    inline float total(Range r, const threadgroup float* values) {
+      float sum = 0.0f;
+      for (uint i = r.begin; i < r.end; i++) sum += values[i] * table[i % 4];
+      return sum;
+    }
+    """
+    body = """
+    threadgroup float values[8];
+    const uint i = thread_index_in_simdgroup;
+    if (i < 8) values[i] = x[i];
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    Range r = {i % 8, 8};
+    out[i] = total(r, values);
+    """
+    weighted = X[:8] * np.array([1, 10, 100, 1000] * 2)
+    wanted = np.array([weighted[i % 8 :].sum() for i in I], np.float32)
+    check(
+        lambda: run(body, {"x": mx.array(X)}, {"out": mx.float32}, header=header),
+        lambda: [mx.array(wanted)],
+        1e-5,
+    )
+
+
+def test_64_bit_maximum_in_device_memory():
+    body = """
+    const ulong value = ulong(x[thread_index_in_simdgroup]) << 33;
+    atomic_max_explicit((device atomic_ulong*)out, value, memory_order_relaxed);
+    """
+
+    def call():
+        with installed():
+            kernel = mx.fast.metal_kernel(name="top", input_names=["x"], output_names=["out"], source=body)
+        size = {"grid": (LANES, 1, 1), "threadgroup": (LANES, 1, 1)}
+        return kernel(
+            inputs=[mx.array(I)], output_shapes=[(1,)], output_dtypes=[mx.uint64], init_value=0, **size
+        )
+
+    check(call, lambda: [mx.array([31 << 33], dtype=mx.uint64)])
+
+
 def test_atomics():
     header = """
     #define RELAXED memory_order_relaxed
