@@ -58,7 +58,8 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Part:
-    """Cells of one results file: a grid without learned methods, or with those for some kinds of gates."""
+    """Cells of one results file: a grid without learned methods, or with those for some kinds of gates, all
+    seeds of them or a few."""
 
     file: str
     tasks: tuple[str, ...]
@@ -66,6 +67,7 @@ class Part:
     budgets: tuple[str, ...]
     methods: tuple[str, ...]
     kinds: tuple[str, ...] = ()
+    few: bool = False
 
 
 def parts(tiny: bool) -> list[Part]:
@@ -84,7 +86,7 @@ def parts(tiny: bool) -> list[Part]:
         Part("ablations", *one, ("full",)),
         Part("ablations", *one, ("learned-global", "learned-head", "learned-layer"), MAIN),
         Part("ablations", *one, ("learned-global",), tuple(name for name in VARIANTS if name not in MAIN)),
-        Part("ablations", *one, OPTIONS, ("shared",)),
+        Part("ablations", *one, OPTIONS, ("shared",), few=True),
     ]
 
 
@@ -101,9 +103,10 @@ class Run:
     batch: int
     tiny: bool
 
-    def labels(self, kinds: tuple[str, ...]) -> list[str]:
-        """Labels of the sets of gates of these kinds, one per seed."""
-        return [f"{k}/{s}" for k in kinds for s in range(self.seeds if k in MAIN else self.few_seeds)]
+    def labels(self, kinds: tuple[str, ...], few: bool = False) -> list[str]:
+        """Labels of the sets of gates of these kinds, one per seed; a few of the main kinds if wished."""
+        counts = {k: self.seeds if k in MAIN and not few else self.few_seeds for k in kinds}
+        return [f"{k}/{s}" for k in kinds for s in range(counts[k])]
 
     def gates(self, label: str) -> Path:
         return self.work / "gates" / label
@@ -132,14 +135,16 @@ def evaluate(
 
     What ``known`` holds with at least as many samples is taken from there: the first ones are the same.
     """
-    settings = {"model": str(run.model), "samples": samples, "seed": seed, "chunk": CHUNK, "buffer": 0}
+    model = "shipped" if run.model == demo.MODEL else "trained"
+    settings = {"model": model, "samples": samples, "seed": seed, "chunk": CHUNK, "buffer": 0}
     results = open_results(run.work / f"{chosen[0].file}.json", settings, {})
-    jobs = []
+    jobs, order = [], list[str]()
     for part in chosen:
         methods = tuple(parse_methods(part.methods))
         grid = Grid(part.tasks, part.lengths, part.budgets, methods, samples, seed)
-        for task, length, budget, method, label in grid.cells(run.labels(part.kinds)):
+        for task, length, budget, method, label in grid.cells(run.labels(part.kinds, part.few)):
             key = cell_key(task, length, budget, method.name, label)
+            order.append(key)
             if known and key in known.cells and key not in results.cells:
                 results.add(replace(known.cells[key], scores=known.cells[key].scores[:samples], seconds=0.0))
             if key not in results.cells:
@@ -148,6 +153,9 @@ def evaluate(
                 jobs.append(pool.submit(run_cell, run, alone, label))
     for job in tqdm(as_completed(jobs), total=len(jobs), unit="cell", desc=chosen[0].file):
         results.add(job.result())
+    # not in the order in which workers were done
+    results.cells = {key: results.cells[key] for key in order}
+    results.save()
     return results
 
 
@@ -207,9 +215,9 @@ def write_page(
         f"![accuracy against budget]({out.stem}.png)",
         f"![tasks the gates never saw]({out.stem}-unseen.png)",
         "",
-        "Tasks are described in `mlx_kvret/evaluation/demo_tasks.py`. Gates were trained on texts of 768 tokens "
-        f"like those of `facts` with M = 8, the model on at most {TRAINED_LENGTH} tokens. The page is written by "
-        f"`python examples/reproduce.py`; its cells took {hours:.1f} hours of one thread.",
+        "Tasks are described in `mlx_kvret/evaluation/demo_tasks.py`. Gates were trained on texts of 768 "
+        f"tokens like those of `facts` with M = 8, the model on at most {TRAINED_LENGTH} tokens. "
+        f"`python examples/reproduce.py` writes this page; its cells took {hours:.1f} hours of one thread.",
         "",
         f"On validation seed {VALIDATION_SEED} (`facts`, {best.length} tokens, budget "
         f"{best.budget}) {best.gates} were best: {sum(best.scores) / len(best.scores):.3f}.",
@@ -278,15 +286,15 @@ def main() -> None:
         train_all(run, pool)
         chosen = parts(run.tiny)
         by_file = {name: [p for p in chosen if p.file == name] for name in ("main", "unseen", "ablations")}
-        half = max(2, run.samples // 2)
+        fewer = max(2, run.samples // 4)
         first = evaluate(run, by_file["main"], pool, run.samples, SEED)
-        unseen = evaluate(run, by_file["unseen"], pool, half, SEED)
-        ablations = evaluate(run, by_file["ablations"], pool, half, SEED, known=first)
+        unseen = evaluate(run, by_file["unseen"], pool, fewer, SEED)
+        ablations = evaluate(run, by_file["ablations"], pool, fewer, SEED, known=first)
         longest = chosen[0].lengths[-1:]
         check = Part(
             "validation", ("facts",), longest, ("1/64",), ("learned-global",), ("shared", "separate")
         )
-        valid = evaluate(run, [check], pool, half, VALIDATION_SEED)
+        valid = evaluate(run, [check], pool, fewer, VALIDATION_SEED)
     write_page(run, first, unseen, ablations, valid, options.out)
     print(f"wrote {options.out}")
 
