@@ -121,6 +121,26 @@ def test_more_buffers_than_metal_allows():
 
 
 @emulated_only
+@pytest.mark.parametrize(
+    "got,wanted", [(1.0, np.inf), (-np.inf, np.inf), (np.inf, 1.0), (np.nan, 1.0), (1.0, np.nan)]
+)
+def test_no_tolerance_between_finite_and_not(got, wanted):
+    def call():
+        return simple("out[0] = x0[0];", [mx.full(8, got)], (1,), (1, 1, 1))
+
+    with pytest.raises(KernelError, match="differ from the twin"):
+        check(call, lambda: mx.full(1, wanted), 0.1, passes=["run"])
+    check(call, lambda: mx.full(1, got), passes=["run"])
+
+
+@emulated_only
+def test_a_call_that_launches_nothing_proves_nothing():
+    for prove in (count, lambda call: check(call, call)):
+        with pytest.raises(KernelError, match="launched no kernel"):
+            prove(lambda: mx.zeros(3))
+
+
+@emulated_only
 def test_the_signature_that_mlx_gets_wrong():
     with installed():
         source = "a[0] = x_shape[0]; b[0] = x[0];"  # two outputs, a shape, no attribute
