@@ -12,7 +12,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.nn as nn
@@ -57,6 +57,10 @@ class Attachment:
     owner: dict[str, str]
     modules: Modules
     eviction: EvictionConfig = field(default_factory=EvictionConfig.create)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """Of a copied model: hooks of its own, the same gates, which never change."""
+        return replace(self, modules=Modules(self.modules))
 
 
 def attachment(model: nn.Module) -> Attachment | None:

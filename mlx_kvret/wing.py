@@ -167,6 +167,9 @@ def _attach(
         gates = from_checkpoint(gates) if isinstance(gates, GateCheckpoint) else gates
         weights: Any = tree_flatten(gates.parameters())
         owner["gates"] = tensors_id({name: to_tensor(array) for name, array in weights})
+    before = hooks.attachment(model)
+    if before is not None and gates is not None:
+        before.layout.check_gates(gates)  # a refusal leaves the model as it was
     hooks.remove(model)
     hooks.install(model, gates, owner)
     return model
