@@ -99,7 +99,7 @@ def retained(engine: PublicEngine, samples: Sequence[Sample], method: Method, bu
         cache = engine.new_cache(method, budget)
         ids = [token for turn in sample.turns for token in turn.ids]
         for start in range(0, len(ids), engine.chunk):
-            engine.forward(ids[start : start + engine.chunk], cache)
+            engine.forward(ids[start : start + engine.chunk], cache, 0)
         shares.append(_histogram(cache.kept_positions(), len(ids)))
     return np.asarray(np.mean(shares, 0))
 

@@ -83,10 +83,10 @@ class PublicEngine:
         for turn in sample.turns:
             for start in range(0, len(turn.ids), self.chunk):
                 ids = turn.ids[start : start + self.chunk]
-                logits = self.forward(ids, cache)
+                logits = self.forward(ids, cache, None if turn.scored else 0)
                 if turn.scored:
                     likelihoods.append(log_likelihoods(last, logits, ids))
-                last = logits[-1:]
+                    last = logits[-1:]
             scores += [self._ask(question, cache) for question in turn.questions]
         heads = sum(len(layer) for layer in cache.kept_positions())
         return Outcome(sample_score(scores, likelihoods), cache.entries / heads)
@@ -99,25 +99,36 @@ class PublicEngine:
         ids, said = question.ids, list[int]()
         ends = end_tokens(self.tokenizer)
         while len(said) < question.max_tokens:
-            token = int(self.forward(ids, fork)[-1].argmax())
+            token = int(self.forward(ids, fork, 1)[-1].argmax())
             if token in ends:
                 break
             said.append(token)
             ids = (token,)
         return text_score(question, self.tokenizer.decode(said))
 
-    def forward(self, ids: Sequence[int], cache: Any) -> Floats:
-        """One forward pass into the cache; logits (tokens, words) in float32."""
+    def forward(self, ids: Sequence[int], cache: Any, wanted: int | None = None) -> Floats:
+        """One forward pass into the cache; the last ``wanted`` logits (tokens, words), float32, all for None.
+
+        A chunk of thousands of tokens has gigabytes of logits, so none are made where none are wanted.
+        """
+        count = len(ids) if wanted is None else wanted
         if self._mlx:
             import mlx.core as mx
 
-            return np.array(self.model(mx.array(list(ids))[None], cache=cache)[0].astype(mx.float32))
+            logits = self.model(mx.array(list(ids))[None], cache=cache)
+            if count == 0:
+                mx.eval([layer.state for layer in cache])
+                return np.zeros((0, logits.shape[-1]), np.float32)
+            return np.array(logits[0, -count:].astype(mx.float32))
         import torch
 
+        from cuda_backend.cache import cache_argument
+
         with torch.no_grad():
-            device = next(self.model.parameters()).device
-            out = self.model(torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
-            return np.asarray(out.logits[0].float().cpu().numpy())
+            tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+            held = cache_argument(self.model, cache)
+            out = self.model(tokens, use_cache=True, logits_to_keep=max(1, count), **held)
+            return np.asarray(out.logits[0, -count:].float().cpu().numpy())
 
 
 def end_tokens(tokenizer: Any) -> set[int]:

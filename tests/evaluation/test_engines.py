@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch")
 METHODS = ["full", "learned", "learned-layer", "learned-head", "recent", "random:seed=2", "keydiff"]
 
 
-@pytest.fixture(scope="module")
-def public():
-    model, tokenizer = mlx_kvret.load("demo", backend="mlx")
+@pytest.fixture(scope="module", params=["mlx", "torch"])
+def public(request):
+    model, tokenizer = mlx_kvret.load("demo", backend=request.param)
     return PublicEngine(model, tokenizer, chunk=37, buffer=5)
 
 
