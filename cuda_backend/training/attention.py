@@ -38,6 +38,7 @@ def decay_attention(
     mask: Mask,
     scale: float,
     rows: int = ROWS,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a sequence on itself, fading if ``log_beta`` is given.
 
@@ -47,6 +48,7 @@ def decay_attention(
         mask: must hide every key after its query.
         scale: of the products of queries and keys.
         rows: G times the number of tokens of a block of queries.
+        sinks: (H·G,) logits that take part in each softmax and have no value.
 
     Returns:
         (B, H·G, T, Dv), the type of ``value``.
@@ -63,9 +65,9 @@ def decay_attention(
         tensors = (query[:, :, block.start : block.stop], key, padded, log_beta)
         if torch.is_grad_enabled() and tokens > step:
             # the extended keys of every block together would take T²·D / step
-            made = checkpoint(_block, *tensors, mask, block, scale, use_reentrant=False)
+            made = checkpoint(_block, *tensors, mask, block, scale, sinks, use_reentrant=False)
         else:
-            made = _block(*tensors, mask, block, scale)
+            made = _block(*tensors, mask, block, scale, sinks)
         out.append(made.view(batch, heads * groups, len(block), -1))
     return torch.cat(out, 2).to(value.dtype)
 
@@ -78,6 +80,7 @@ def _block(
     mask: Mask,
     block: range,
     scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One block of queries against the keys it may see: (B, H, G·t, Dv)."""
     (batch, heads, _, width), count = key.shape, len(block)
@@ -89,11 +92,15 @@ def _block(
     size = value.shape[-1]
     if log_beta is not None:
         query, key = _extend(query, key, log_beta[:, keys.start : keys.stop], block, keys, scale)
+    seen = mask.block(block, keys)[:, :, None].expand(-1, 1, groups, count, len(keys))
+    seen = seen.reshape(-1, 1, groups * count, len(keys))
+    if sinks is not None:
+        query, key = _add_sink(query, key, sinks.view(heads, groups, 1), scale)
+        # a key without a value that all may see
+        value, seen = F.pad(value, (0, 0, 0, 1)), F.pad(seen, (0, 1), value=True)
     # fused kernels want one head size, a multiple of 8
     wide = -(-max(query.shape[-1], size) // 8) * 8
     query, key, value = (F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
-    seen = mask.block(block, keys)[:, :, None].expand(-1, 1, groups, count, len(keys))
-    seen = seen.reshape(-1, 1, groups * count, len(keys))
     out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
     return out[..., :size]
 
@@ -116,6 +123,21 @@ def _extend(
     ones = torch.ones((), dtype=query.dtype, device=query.device).expand(*query.shape[:3], len(parts))
     query = torch.cat([query, *columns, ones], -1)
     key = torch.cat([key, *parts * len(columns), *pieces(before, key.dtype)], -1)
+    return query, key
+
+
+def _add_sink(
+    query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append a key whose product with each query is the sink of its head, by columns only it has."""
+    batch, heads, rows, _ = query.shape
+    sinks = (
+        sinks.float().expand(heads, sinks.shape[1], rows // sinks.shape[1]).reshape(1, heads, rows, 1) / scale
+    )
+    columns = [piece.expand(batch, heads, rows, 1) for piece in pieces(sinks, query.dtype)]
+    query = torch.cat([query, *columns], -1)
+    key = F.pad(key, (0, len(columns), 0, 1))
+    key[:, :, -1, -len(columns) :] = 1
     return query, key
 
 
@@ -143,6 +165,7 @@ def naive_decay_attention(
     log_beta: torch.Tensor | None,
     mask: Mask,
     scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of :func:`decay_attention`: the whole T×T matrix."""
     batch, heads, tokens = key.shape[:3]
@@ -153,7 +176,11 @@ def naive_decay_attention(
         logits = logits + (place[:, None] - place) * log_beta.transpose(1, 2)[:, :, None, None, :]
     everything = range(tokens)
     logits = logits.masked_fill(~mask.block(everything, everything)[:, :, None], -torch.inf)
-    return torch.einsum("bhgti,bhid->bhgtd", logits.softmax(-1), value).flatten(1, 2)
+    if sinks is not None:
+        sink = sinks.view(1, heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sink.to(logits)], -1)
+    weight = logits.softmax(-1)[..., :tokens]
+    return torch.einsum("bhgti,bhid->bhgtd", weight, value).flatten(1, 2)
 
 
 class PackedMask:

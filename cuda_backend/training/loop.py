@@ -72,7 +72,8 @@ def train(model: str | Path, records: Records, config: TrainConfig, options: Run
     description = base.read_config(source)
     config.check_model(description)
     processes = join(options.device)
-    run = Run(str(model), source, description, records, config, options, processes)
+    name = source.name if source == Path(model).expanduser() else str(model)
+    run = Run(name, source, description, records, config, options, processes)
     run.go()
     return options.folder / GATES if run.main else None
 
@@ -157,7 +158,7 @@ class Run:
                 if before >= 1 or (batch := self.packer.batch()) is None:
                     break
                 after = self._progress(1)
-                self._step(batch, (before + after) / 2, report, position)
+                self._step(batch, before, after, report, position)
                 if self.main and self.step % self.options.save_every == 0:
                     self._save()
 
@@ -166,7 +167,7 @@ class Run:
             return (self.step + ahead) / self.config.steps
         return self.packer.progress()
 
-    def _step(self, batch: Batch, progress: float, report: Report, position: Position) -> None:
+    def _step(self, batch: Batch, before: float, after: float, report: Report, position: Position) -> None:
         config = self.config
         try:
             losses = gradient(
@@ -182,11 +183,11 @@ class Run:
         norm = float(torch.nn.utils.clip_grad_norm_(self.gates.parameters(), config.clip))
         if not (losses.finite and math.isfinite(norm)):
             self._stop(losses, norm, batch, position)
-        learning_rate = config.learning_rate * rate(progress, config.warmup)
+        learning_rate = config.learning_rate * rate((before + after) / 2, config.warmup)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.step, self.tokens, self.losses = self.step + 1, self.tokens + batch.tokens, losses
-        report.step(self.step, progress, losses, learning_rate, norm, batch)
+        report.step(self.step, after, losses, learning_rate, norm, batch)
 
     def _stop(self, losses: Losses, norm: float, batch: Batch, position: Position) -> None:
         names = list(dict.fromkeys(batch.where))

@@ -17,39 +17,40 @@ from transformers.modeling_utils import AttentionInterface
 
 from mlx_kvret.errors import UnsupportedModelError
 
-from .attention import decay_attention
+from .attention import PackedMask, decay_attention
 
 IMPLEMENTATION = "kvret_training"
 # where the hook before an attention module leaves its Call
 CALL = "_kvret_call"
 # arguments of an attention call that change its result in ways the fading attention does not follow
-_UNKNOWN = ("softcap", "s_aux", "position_bias")
+_UNKNOWN = ("softcap", "position_bias")
 
 
 @dataclass(frozen=True)
 class Call:
-    """What an attention call needs beyond its arguments: log β given the KV heads, and first visible keys."""
+    """What an attention call needs beyond its arguments: log β given the KV heads, and the documents."""
 
     fade: Callable[[int], torch.Tensor | None]
-    first: list[int]
+    documents: PackedMask
 
 
 class _BlockMask:
-    """The model's own mask, built for one block at a time. Implements ``attention.Mask``."""
+    """The model's own mask within each document, for one block at a time. Implements ``attention.Mask``."""
 
-    def __init__(self, how: dict[str, Any], first: list[int], window: int | None):
-        self._how, self._first, self._window = how, first, window
+    def __init__(self, how: dict[str, Any], documents: PackedMask, window: int | None):
+        self._how, self._documents, self._window = how, documents, window
 
     def block(self, queries: range, keys: range) -> torch.Tensor:
         where = {"q_length": len(queries), "q_offset": queries.start}
         where |= {"kv_length": len(keys), "kv_offset": keys.start}
         mask = sdpa_mask(**self._how | where | {"allow_is_causal_skip": False})
         assert mask is not None  # since nothing may be skipped
-        return mask
+        # not every model tells its mask where documents begin
+        return mask & self._documents.block(queries, keys)
 
     def first_key(self, queries: range) -> int:
         reach = queries.start - self._window + 1 if self._window else 0
-        return max(self._first[queries.start], reach)
+        return max(self._documents.first_key(queries), reach)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def _attend(
     attention_mask: Any,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     name = type(module).__name__
@@ -81,9 +83,9 @@ def _attend(
     if not isinstance(attention_mask, _Deferred) or CALL not in vars(module):
         raise UnsupportedModelError(f"{name} builds its attention mask by hand; use another model")
     call = vars(module).pop(CALL)
-    mask = _BlockMask(attention_mask.how, call.first, sliding_window)
+    mask = _BlockMask(attention_mask.how, call.documents, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = decay_attention(query, key, value, call.fade(key.shape[1]), mask, scale)
+    out = decay_attention(query, key, value, call.fade(key.shape[1]), mask, scale, sinks=s_aux)
     return out.transpose(1, 2), None
 
 

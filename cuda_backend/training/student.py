@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mlx_kvret.errors import UnsupportedModelError
 
 from ..gates import RetentionGates
+from .attention import PackedMask
 from .registry import CALL, IMPLEMENTATION, Call
 
 
@@ -69,8 +70,8 @@ class Student:
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval().requires_grad_(False)
         self._active: RetentionGates | None = None
+        self._documents: PackedMask | None = None
         self._shapes: dict[int, tuple[int, int]] = {}
-        self._first: list[int] = []
         self._collected: dict[int, torch.Tensor] | None = None
         self._stock = model.config._attn_implementation
         modules = attention_modules(model)
@@ -151,7 +152,7 @@ class Student:
             del decoder.forward
 
     def _run(self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates | None) -> Trace:
-        self._active, self._first, self._collected = gates, starts.amin(0).tolist(), {}
+        self._active, self._documents, self._collected = gates, PackedMask(starts), {}
         position = torch.arange(ids.shape[1], device=ids.device) - starts
         out = self.model.get_decoder()(input_ids=ids, position_ids=position, use_cache=False)
         collected, self._collected = self._collected, None
@@ -161,8 +162,10 @@ class Student:
         return Trace(out.last_hidden_state, log_beta.transpose(2, 3).flatten(1, 2))
 
     def _before(self, layer: int | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._documents is None:
+            return
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        vars(module)[CALL] = Call(partial(self._fade, layer, x), self._first)
+        vars(module)[CALL] = Call(partial(self._fade, layer, x), self._documents)
 
     def _fade(self, layer: int | None, x: torch.Tensor, kv_heads: int) -> torch.Tensor | None:
         """log β (B, T, H) for a competing layer of the student, else None."""

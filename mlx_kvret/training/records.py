@@ -212,8 +212,11 @@ class Records:
 
     @property
     def identity(self) -> list[dict[str, Any]]:
-        """Names, sizes and digests: what a resumed run must find again."""
-        return [{"name": s.name, "records": len(s), "digest": s.digest} for s in self._sources]
+        """Names without folders, sizes and digests: what a resumed run must find again."""
+        return [
+            {"name": Path(source.name).name, "records": len(source), "digest": source.digest}
+            for source in self._sources
+        ]
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -59,6 +59,7 @@ class Report:
         self._since = time.perf_counter()
         self._bar = tqdm(
             total=100.0,
+            dynamic_ncols=True,
             disable=None if main else True,
             bar_format="{percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
         )

@@ -45,11 +45,11 @@ def outcome(function, inputs, *options):
     return [out.detach()] + [x.grad.float() for x in inputs]
 
 
-def compare(inputs, tokens, rows, tolerance):
+def compare(inputs, tokens, rows, tolerance, sinks=None):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     mask = packed(tokens)
-    found = outcome(decay_attention, inputs, mask, SCALE, rows)
-    expected = outcome(naive_decay_attention, exact, mask, SCALE)
+    found = outcome(decay_attention, inputs, mask, SCALE, rows, sinks)
+    expected = outcome(naive_decay_attention, exact, mask, SCALE, sinks)
     for mine, right in zip(found, expected, strict=True):
         assert (mine - right).norm() <= tolerance * right.norm() + 1e-6
 
@@ -58,6 +58,11 @@ def compare(inputs, tokens, rows, tolerance):
 @pytest.mark.parametrize("tokens, groups, size, value", [(50, 3, 16, 24), (63, 1, 7, 5), (1, 2, 8, 8)])
 def test_equals_naive(tokens, groups, size, value, rows):
     compare(tensors(groups, tokens, size, value), tokens, rows, 1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_sinks(dtype, tolerance):
+    compare(tensors(dtype=dtype), 50, 33, tolerance, torch.linspace(-3, 5, 6))
 
 
 def test_bfloat16_carries_float32_columns():

@@ -2,14 +2,21 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from cuda_backend.gates import RetentionGates
 from cuda_backend.training.student import Student
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.errors import UnsupportedModelError
 
-from .tiny_models import tiny_model
+from .tiny_models import SMALL, tiny_model
 
 IDS = torch.randint(99, (2, 60), generator=torch.Generator().manual_seed(0))
 STARTS = torch.zeros(2, 60, dtype=torch.long)
@@ -47,7 +54,7 @@ def test_open_gates_change_nothing_and_closed_ones_do(model):
     teacher = student.teach(IDS, STARTS).hidden
     opened = student.learn(IDS, STARTS, gates_for(student, 80.0))
     assert torch.allclose(opened.hidden, teacher, atol=1e-5)
-    assert opened.log_beta.shape == (2, 2 * student.kv_heads, 60)
+    assert opened.log_beta.shape == (2, student.layers * student.kv_heads, 60)
     assert not torch.allclose(student.learn(IDS, STARTS, gates_for(student, 0.0)).hidden, teacher, atol=1e-2)
 
 
@@ -115,16 +122,10 @@ def test_detach_restores_the_model(model):
 
 def test_tells_whether_documents_are_kept_apart(model):
     assert Student(model).packs
-    config = OPTConfig(
-        vocab_size=99,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        word_embed_proj_dim=32,
-    )
-    # its learnt positions count on from one document to the next
-    assert not Student(OPTForCausalLM(config)).packs
+    # a convolution that runs on from one document to the next
+    layers = ["conv", "full_attention"]
+    config = Lfm2Config(**SMALL, layer_types=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    assert not Student(Lfm2ForCausalLM(config)).packs
 
 
 def test_refuses_models_without_a_cache_of_all_tokens():
@@ -136,7 +137,7 @@ def test_refuses_models_without_a_cache_of_all_tokens():
 def test_refuses_a_model_that_gives_other_logits(monkeypatch):
     model = tiny_model("qwen3")
     monkeypatch.setattr(
-        "cuda_backend.training.registry.decay_attention", lambda q, k, v, *_: torch.zeros_like(q)
+        "cuda_backend.training.registry.decay_attention", lambda q, *_, **__: torch.zeros_like(q)
     )
     with pytest.raises(UnsupportedModelError, match="other logits"):
         Student(model)

@@ -1,7 +1,14 @@
-"""Tiny random models of four architectures."""
+"""Tiny random models of five architectures."""
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 SMALL = {
     "vocab_size": 99,
@@ -15,6 +22,10 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
     "llama": lambda: LlamaConfig(**SMALL),
     "phi3": lambda: Phi3Config(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    # attention sinks and experts
+    "gpt_oss": lambda: GptOssConfig(
+        **SMALL, head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0
+    ),
     "gemma3": lambda: Gemma3TextConfig(
         **SMALL | {"num_hidden_layers": 4},
         head_dim=16,
