@@ -14,7 +14,7 @@ import click
 
 from ..errors import ConfigError, KVRetError
 from . import options as shared
-from .session import load, prefill_progress, sampling, stats_line
+from .session import interruptible, load, prefill_progress, sampling, stats_line
 
 COMMANDS = "/stats  /save FILE  /load FILE  /reset  /quit"
 
@@ -24,11 +24,13 @@ COMMANDS = "/stats  /save FILE  /load FILE  /reset  /quit"
 @click.option("--system", help="System message.")
 @shared.eviction_options
 @shared.sampling_options
+@interruptible()
 def command(**options: Any) -> None:
     """Talk to a model within a fixed KV budget.
 
     The cache lives across turns, so a turn costs only its new tokens and the conversation has no end.
-    Commands: /stats, /save FILE, /load FILE, /reset, /quit. Ctrl-C stops an answer, ctrl-D leaves.
+    Commands: /stats, /save FILE, /load FILE, /reset, /quit. Ctrl-C stops an answer (twice: leaves at once),
+    ctrl-D leaves.
 
     \b
     Examples:
@@ -80,20 +82,32 @@ class Conversation:
         ids = self.tokenizer.encode(new, add_special_tokens=False)
         answer, interrupted = "", False
         with prefill_progress() as progress, stoppable() as stop:
+
+            def advance(done: int, total: int) -> None:
+                progress(done, total)
+                if done < total and stop():
+                    raise Stopped(done)
+
             stream: Any = stream_generate(
                 self.model,
                 self.tokenizer,
                 ids,
                 cache=self.cache,
-                prompt_progress_callback=progress,
+                prompt_progress_callback=advance,
                 **options,
             )
-            for self.last in stream:
-                answer += self.last.text
-                click.echo(self.last.text, nl=False)
-                if interrupted := stop():
-                    stream.close()
-                    break
+            try:
+                for self.last in stream:
+                    answer += self.last.text
+                    click.echo(self.last.text, nl=False)
+                    if interrupted := stop():
+                        stream.close()
+                        break
+            except Stopped as stopped:
+                click.echo(f"[stopped after {stopped.read} of {len(ids)} tokens were read]")
+                self.messages.pop()
+                self.context += self.tokenizer.decode(ids[: stopped.read])
+                return
         click.echo(" [stopped]" if interrupted else "")
         self.messages.append({"role": "assistant", "content": answer})
         ended = self.last is not None and self.last.finish_reason == "stop"
@@ -148,6 +162,13 @@ class Conversation:
         self.messages = json.loads(notes.get("messages", "[]"))
         self.cache, self.context, self.last = cache, notes.get("context", ""), None
         click.echo(f"[loaded {self.cache.seen} tokens of conversation]")
+
+
+class Stopped(Exception):
+    """Ctrl-C between two chunks of a prompt, of which ``read`` tokens are in the cache."""
+
+    def __init__(self, read: int) -> None:
+        self.read = read
 
 
 def read_line() -> str | None:

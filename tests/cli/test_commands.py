@@ -1,0 +1,99 @@
+"""The command line in one process: output, help and one-line errors."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_kvret import demo
+from mlx_kvret.cli import main
+
+DEMO = ["generate", "--model", "demo"]
+FILLER = "the weary miller walks past a quiet river and "
+STORY = FILLER + "remember Ada amber " + FILLER * 20
+
+
+def run(*arguments, text=None):
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=text)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "info"])
+def test_help_has_examples(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0 and "Examples:" in result.output
+    assert f"mlx-kvret {command} " in result.output
+
+
+def test_help_lists_the_commands():
+    result = run("--help")
+    assert all(f"  {name} " in result.output for name in ("generate", "chat", "convert", "info"))
+
+
+def test_generate_answers_from_an_option_a_file_and_a_pipe(tmp_path):
+    (tmp_path / "story.txt").write_text(STORY)
+    asked = [
+        run(*DEMO, "--budget", 32, "--prompt", STORY + "recall Ada"),
+        run(*DEMO, "--budget", 32, "--file", tmp_path / "story.txt", "--prompt", "recall Ada"),
+        run(*DEMO, "--budget", 32, text=STORY + "recall Ada"),
+        run(*DEMO, "--budget", 32, "--file", "-", "--prompt", "recall Ada", text=STORY),
+        run(*DEMO, "--budget", "40KB", "--raw", "--prompt", STORY + "recall Ada"),
+    ]
+    for result in asked:
+        assert (result.exit_code, result.stdout.split()) == (0, ["amber"]), result.output
+
+
+def test_the_policy_decides():
+    result = run(*DEMO, "--budget", 32, "--policy", "recent", "--prompt", STORY + "recall Ada", "--stats")
+    assert result.exit_code == 0 and result.stdout.split() != ["amber"]
+    assert "entries of 196 tokens" in result.stderr and "full cache" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments,reason",
+    [
+        (["--budget", "0"], "budget is 0"),
+        (["--budget", "-5"], "budget is -5"),
+        (["--budget", "some"], "budget 'some'"),
+        (["--budget", "1KB"], "too small"),
+        (["--buffer", "-1"], "buffer"),
+        (["--sinks", "2000"], "sinks"),
+        (["--threshold", "0.5", "--policy", "recent"], "threshold"),
+        (["--max-tokens", "0"], "max_tokens"),
+        (["--chunk", "0"], "--chunk"),
+        (["--temp", "-1"], "temp"),
+        (["--prompt", " "], "prompt is empty"),
+        (["--file", "no-such-file"], "no-such-file"),
+        (["--model", "no-such-folder"], "no folder no-such-folder"),
+        (["--model", "org/no-such-model"], "org/no-such-model"),
+        (["--gates", "no-such-gates"], "no-such-gates"),
+        (["--raw", "--system", "s"], "--system"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_and_status_1(monkeypatch, arguments, reason):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = [*DEMO, *([] if "--prompt" in arguments else ["--prompt", "the weary miller"]), *arguments]
+    result = run(*given)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and reason in result.stderr
+
+
+def test_the_learned_policy_without_gates(tmp_path):
+    # the demo's model as any folder, which brings no gates
+    result = run("generate", "--model", demo.MODEL, "--prompt", "the")
+    assert result.exit_code == 1 and "no retention gates" in result.stderr
+    result = run("generate", "--model", demo.MODEL, "--prompt", "the", "--policy", "knorm", "--max-tokens", 2)
+    assert result.exit_code == 0
+    (tmp_path / "config.json").write_text("{}")
+    assert run("generate", "--model", tmp_path, "--prompt", "the").exit_code == 1
+
+
+def test_info_prices_a_budget():
+    result = run("info", "demo", "--budget", "64", "--budget", "100KB", "--context", 4096)
+    assert result.exit_code == 0
+    for part in ("bounded", "rg10", "4,096", "64", "100KB", "backends"):
+        assert part in result.output
+    shape = json.loads((demo.MODEL / "config.json").read_text())
+    assert f"{shape['num_hidden_layers']} layers" in result.output
+    result = run("info", demo.GATES.parent)
+    assert result.exit_code == 1 and "neither a model" in result.stderr
