@@ -77,13 +77,13 @@ def stream_generate(
         )
     check_max_tokens(max_tokens)
     given: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
-    ids = prompt_ids(tokenizer, given, cache is None)
     if cache is None:
         from .wing import make_cache
 
         cache = make_cache(model, **eviction)
     else:
         cache = hooks.checked_cache(model, cache)
+    ids = prompt_ids(tokenizer, given, cache.seen == 0)
     held: list[Any] = cache
     if draft_model is not None:
         held = [*cache, *make_prompt_cache(draft_model)]
