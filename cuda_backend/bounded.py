@@ -19,9 +19,10 @@ from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CacheError, UnsupportedFeatureError
 
 from .gates import RetentionGates
+from .kernels.dispatch import fill, select
 from .pool import Pool
 from .recent import Recent
-from .selection import keydiff_score, retention_score, select, static_score
+from .selection import keydiff_score, retention_score, static_score
 
 
 class Bounded:
@@ -141,10 +142,10 @@ class Bounded:
             stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
         slots = pool.destinations(stays, survives)
         pool.admit(stays, slots, survives, *new)
-        by_layer = slots.view(self.rows, self.shape.layers, -1)
+        slots, survives = (a.reshape(self.rows, self.shape.layers, -1) for a in (slots, survives))
         for layer, recent in enumerate(self.recents):
             keys, values = recent.keys[:, :, :tokens], recent.values[:, :, :tokens]
-            pool.fill(by_layer[:, layer].flatten(), keys.flatten(0, 2), values.flatten(0, 2))
+            fill(pool, slots[:, layer].flatten(), survives[:, layer].flatten(), keys, values)
             recent.forget_oldest(tokens)
         counts = None
         if self.config.threshold is not None:

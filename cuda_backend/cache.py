@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CacheError, UnsupportedFeatureError
 
-from .attention import LayerView, attend
+from .attention import LayerView
 from .bounded import Bounded
+from .kernels.dispatch import attend
 
 
 class BoundedKVCache(CacheLayerMixin):

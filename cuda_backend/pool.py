@@ -74,8 +74,11 @@ class Pool:
         flat slot ids, int64.
         """
         slots = self.capacity * self.size
-        local = torch.arange(slots, device=keep.device)
-        holes = torch.where(keep, slots, local).sort(1).values
+        local = torch.arange(slots, device=keep.device).expand_as(keep)
+        # each hole is written to the place of its rank, and what is none behind them
+        rank = torch.where(keep, slots, (~keep).cumsum(1) - 1)
+        holes = torch.full_like(rank, slots)
+        holes = torch.nn.functional.pad(holes, (0, 1)).scatter_(1, rank, local)
         rank = (survives.cumsum(1) - 1).clamp(0, slots - 1)
         place = torch.where(survives, holes.gather(1, rank), slots)
         return place + torch.arange(self.groups, device=keep.device)[:, None] * (slots + 1)

@@ -1,0 +1,312 @@
+"""Ragged attention in Triton: kept entries through the pool's table and offsets, then the rectangle.
+
+*Decoding* (1 to 8 query tokens): the entries of a layer are split into equal pieces whatever head they belong
+to, so that a head of ten times its neighbour's length costs no waiting; each piece is one program of a fixed
+grid. All query heads of a KV head share one read of its keys and values. Partial results are merged by their
+log-sum-exp (flash decoding). *Prefill*: one program per query head and block of tokens (flash attention).
+:func:`cuda_backend.attention.naive_attend` is the specification of both.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..attention import LayerView
+
+BLOCK = 64
+# a piece's partial result must weigh little beside its entries
+PIECE_ENTRIES = 128
+
+
+@triton.jit
+def _logits(b_query, b_key, scale, softcap, HAS_CAP: tl.constexpr):
+    """Products of queries (M, D) and keys (N, D) in float32."""
+    b_logit = tl.dot(b_query, tl.trans(b_key), input_precision="ieee").to(tl.float32) * scale
+    if HAS_CAP:
+        b_logit = softcap * (1 - 2 / (tl.exp(2 * b_logit / softcap) + 1))
+    return b_logit
+
+
+@triton.jit
+def _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out):
+    """One step of an online softmax: running maximum, sum and output."""
+    b_logit = tl.where(b_seen, b_logit, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_logit, 1))
+    # a row that has seen nothing yet must not turn -inf - -inf into NaN
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_weight = tl.exp(b_logit - b_base[:, None])
+    b_shrink = tl.exp(b_max - b_base)
+    b_sum = b_sum * b_shrink + tl.sum(b_weight, 1)
+    b_part = tl.dot(b_weight.to(b_value.dtype), b_value, input_precision="ieee")
+    return b_new, b_sum, b_out * b_shrink[:, None] + b_part
+
+
+@triton.jit(do_not_specialize=["layer", "layers", "length"])
+def decode_attention_fwd_kernel(
+    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_hidden, p_length,
+    p_max, p_sum, p_out,
+    layer, layers, length, scale, softcap, key_row, key_head, key_place, value_row, value_head, value_place,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    PIECES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Program p < PIECES takes a piece of the kept entries, program PIECES + h the rectangle of head h.
+
+    Partial results go to place p + h of PIECES + 2·KV_HEADS: along the pieces neither p nor h ever falls, so
+    that no two programs share a place; rectangles follow behind.
+    """
+    row, piece = tl.program_id(0), tl.program_id(1)
+    places: tl.constexpr = PIECES + 2 * KV_HEADS
+    # query rows of a KV head: token by token, its query heads side by side
+    r_query = tl.arange(0, ROWS)
+    token, member = r_query // GROUP, r_query % GROUP
+    real = r_query < GROUP * TOKENS
+    r_key, r_value, r_entry = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), tl.arange(0, BLOCK)
+    if HAS_LENGTH:
+        length = tl.load(p_length)
+    base = (row * layers + layer) * KV_HEADS
+    first = tl.load(p_offsets + base)
+    total = tl.load(p_offsets + base + KV_HEADS) - first
+    size = (total + PIECES - 1) // PIECES
+    begin = first + piece * size
+    end = tl.minimum(begin + size, first + total)
+    for head in range(KV_HEADS):
+        if piece < PIECES:
+            low = tl.maximum(begin, tl.load(p_offsets + base + head))
+            high = tl.minimum(end, tl.load(p_offsets + base + head + 1))
+            place = piece + head
+        else:
+            low = 0
+            high = tl.where(piece - PIECES == head, length, 0)
+            place = PIECES + KV_HEADS + head
+        if low < high:
+            b_max = tl.full([ROWS], float("-inf"), tl.float32)
+            b_sum = tl.zeros([ROWS], tl.float32)
+            b_out = tl.zeros([ROWS, BLOCK_VALUE], tl.float32)
+            at = ((row * KV_HEADS + head) * GROUP + member) * TOKENS + token
+            b_query = tl.load(
+                p_query + at[:, None] * KEY + r_key[None, :],
+                mask=real[:, None] & (r_key < KEY)[None, :],
+                other=0.0,
+            )
+            for start in range(low, high, BLOCK):
+                entry = start + r_entry
+                b_inside = entry < high
+                if piece < PIECES:
+                    slot = tl.load(p_table + entry, mask=b_inside, other=0).to(tl.int64)
+                    p_k = p_pool_key + slot[:, None] * KEY
+                    p_v = p_pool_value + slot[:, None] * VALUE
+                    b_seen = b_inside[None, :] & real[:, None]
+                else:
+                    wide = entry.to(tl.int64)[:, None]
+                    p_k = p_key + row * key_row + head * key_head + wide * key_place
+                    p_v = p_value + row * value_row + head * value_head + wide * value_place
+                    own = length - TOKENS + token
+                    b_seen = (entry[None, :] <= own[:, None]) & b_inside[None, :] & real[:, None]
+                    if HAS_HIDDEN:
+                        hidden = tl.load(p_hidden + row)
+                        b_seen = b_seen & ((entry >= hidden)[None, :] | (entry[None, :] == own[:, None]))
+                b_key = tl.load(p_k + r_key, mask=b_inside[:, None] & (r_key < KEY)[None, :], other=0.0)
+                b_value = tl.load(
+                    p_v + r_value, mask=b_inside[:, None] & (r_value < VALUE)[None, :], other=0.0
+                )
+                b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
+                b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
+            part = (row * places + place) * ROWS + r_query
+            tl.store(p_max + part, b_max, mask=real)
+            tl.store(p_sum + part, b_sum, mask=real)
+            tl.store(p_out + part[:, None] * BLOCK_VALUE + r_value, b_out, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["layer", "layers"])
+def decode_attention_merge_kernel(
+    p_max, p_sum, p_part, p_offsets, p_sinks, p_out, layer, layers,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, VALUE: tl.constexpr,
+    PIECES: tl.constexpr, ROWS: tl.constexpr, BLOCK_VALUE: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Merge the partial results of one sequence and KV head by their log-sum-exp."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    places: tl.constexpr = PIECES + 2 * KV_HEADS
+    r_query, r_value = tl.arange(0, ROWS), tl.arange(0, BLOCK_VALUE)
+    token, member = r_query // GROUP, r_query % GROUP
+    real = r_query < GROUP * TOKENS
+    base = (row * layers + layer) * KV_HEADS
+    first = tl.load(p_offsets + base)
+    size = (tl.load(p_offsets + base + KV_HEADS) - first + PIECES - 1) // PIECES
+    low = tl.load(p_offsets + base + head) - first
+    high = tl.load(p_offsets + base + head + 1) - first
+    # the pieces that hold entries of this head, then the rectangle, which always holds the step's own tokens
+    piece = tl.where(low < high, low // tl.maximum(size, 1), 0)
+    stop = tl.where(low < high, (high - 1) // tl.maximum(size, 1) + 1, 0)
+    part = (row * places + PIECES + KV_HEADS + head) * ROWS + r_query
+    b_max = tl.load(p_max + part, mask=real, other=0.0)
+    b_sum = tl.load(p_sum + part, mask=real, other=1.0)
+    b_out = tl.load(p_part + part[:, None] * BLOCK_VALUE + r_value, mask=real[:, None], other=0.0)
+    for p in range(piece, stop):
+        part = (row * places + p + head) * ROWS + r_query
+        b_other = tl.load(p_max + part, mask=real, other=0.0)
+        b_new = tl.maximum(b_max, b_other)
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_left, b_right = tl.exp(b_max - b_base), tl.exp(b_other - b_base)
+        b_sum = b_sum * b_left + tl.load(p_sum + part, mask=real, other=0.0) * b_right
+        b_part = tl.load(p_part + part[:, None] * BLOCK_VALUE + r_value, mask=real[:, None], other=0.0)
+        b_out = b_out * b_left[:, None] + b_part * b_right[:, None]
+        b_max = b_new
+    if HAS_SINKS:
+        b_null = tl.load(p_sinks + head * GROUP + member, mask=real, other=0.0).to(tl.float32)
+        b_new = tl.maximum(b_max, b_null)
+        b_out = b_out * tl.exp(b_max - b_new)[:, None]
+        b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_null - b_new)
+    b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+    at = ((row * KV_HEADS + head) * GROUP + member) * TOKENS + token
+    inside = real[:, None] & (r_value < VALUE)[None, :]
+    tl.store(p_out + at[:, None] * VALUE + r_value, b_out.to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["layer", "layers", "length", "tokens"])
+def prefill_attention_fwd_kernel(
+    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_hidden, p_sinks, p_out,
+    layer, layers, length, tokens, scale, softcap,
+    key_row, key_head, key_place, value_row, value_head, value_place,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """A block of one query head's tokens: ragged kept entries, then the rectangle up to its diagonal."""
+    row, query_head = tl.program_id(1) // (KV_HEADS * GROUP), tl.program_id(1) % (KV_HEADS * GROUP)
+    head = query_head // GROUP
+    r_key, r_value, r_entry = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), tl.arange(0, BLOCK)
+    token = tl.program_id(0) * BLOCK + r_entry
+    real = token < tokens
+    own = length - tokens + token
+    at = (tl.program_id(1).to(tl.int64) * tokens + token)[:, None]
+    b_query = tl.load(p_query + at * KEY + r_key, mask=real[:, None] & (r_key < KEY)[None, :], other=0.0)
+    b_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    b_out = tl.zeros([BLOCK, BLOCK_VALUE], tl.float32)
+    flat = (row * layers + layer) * KV_HEADS + head
+    low, high = tl.load(p_offsets + flat), tl.load(p_offsets + flat + 1)
+    for start in range(low, high, BLOCK):
+        b_inside = start + r_entry < high
+        slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0).to(tl.int64)[:, None]
+        b_key = tl.load(
+            p_pool_key + slot * KEY + r_key, mask=b_inside[:, None] & (r_key < KEY)[None, :], other=0.0
+        )
+        b_value = tl.load(
+            p_pool_value + slot * VALUE + r_value,
+            mask=b_inside[:, None] & (r_value < VALUE)[None, :],
+            other=0.0,
+        )
+        b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
+        b_seen = b_inside[None, :] & real[:, None]
+        b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
+    hidden = 0
+    if HAS_HIDDEN:
+        hidden = tl.load(p_hidden + row)
+    last = tl.minimum(length - tokens + (tl.program_id(0) + 1) * BLOCK, length)
+    for start in range(0, last, BLOCK):
+        entry = start + r_entry
+        b_inside = entry < last
+        wide = entry.to(tl.int64)[:, None]
+        b_key = tl.load(
+            p_key + row * key_row + head * key_head + wide * key_place + r_key,
+            mask=b_inside[:, None] & (r_key < KEY)[None, :],
+            other=0.0,
+        )
+        b_value = tl.load(
+            p_value + row * value_row + head * value_head + wide * value_place + r_value,
+            mask=b_inside[:, None] & (r_value < VALUE)[None, :],
+            other=0.0,
+        )
+        b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
+        b_seen = (entry[None, :] <= own[:, None]) & real[:, None]
+        b_seen = b_seen & ((entry >= hidden)[None, :] | (entry[None, :] == own[:, None]))
+        b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
+    if HAS_SINKS:
+        b_null = tl.load(p_sinks + query_head).to(tl.float32)
+        b_new = tl.maximum(b_max, b_null)
+        b_out = b_out * tl.exp(b_max - b_new)[:, None]
+        b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_null - b_new)
+    b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+    inside = real[:, None] & (r_value < VALUE)[None, :]
+    tl.store(p_out + at * VALUE + r_value, b_out.to(p_out.dtype.element_ty), mask=inside)
+
+
+def decode_attention(
+    queries: torch.Tensor,
+    view: LayerView,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    pieces: int | None = None,
+    length: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As :func:`cuda_backend.attention.naive_attend` for a few query tokens; nothing waits for the device.
+
+    Args:
+        pieces: programs over a sequence's kept entries of the layer; by default two waves of the GPU in all,
+            or fewer where there is little to read.
+        length: (1,) int32 on the device, the places of the rectangle in use where ``view`` has room for more;
+            for a step that is captured once and replayed.
+    """
+    rows, query_heads, tokens, key_dim = queries.shape
+    heads, value_dim = view.kv_heads, view.values.shape[-1]
+    group, queries = query_heads // heads, queries.contiguous()
+    height = max(16, triton.next_power_of_2(group * tokens))
+    wide = max(16, triton.next_power_of_2(value_dim))
+    if pieces is None:
+        pieces = piece_count(view)
+    places = pieces + 2 * heads
+    top = queries.new_empty(rows, places, height, dtype=torch.float32)
+    total, part = torch.empty_like(top), top.new_empty(*top.shape, wide)
+    out = queries.new_empty(*queries.shape[:3], value_dim)
+    pool, lookup, shapes = view.pool, view.pool.lookup, {"KV_HEADS": heads, "GROUP": group, "TOKENS": tokens}
+    decode_attention_fwd_kernel[(rows, pieces + heads)](
+        queries, pool.keys, pool.values, lookup.table, lookup.offsets, view.keys, view.values,
+        view.hidden, length, top, total, part,
+        view.layer, view.layers, view.keys.shape[2], scale, softcap or 0.0,
+        *view.keys.stride()[:3], *view.values.stride()[:3],
+        **shapes, KEY=key_dim, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK=BLOCK,
+        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)), BLOCK_VALUE=wide,
+        HAS_CAP=softcap is not None, HAS_HIDDEN=view.hidden is not None, HAS_LENGTH=length is not None,
+    )  # fmt: skip
+    decode_attention_merge_kernel[(rows, heads)](
+        top, total, part, lookup.offsets, sinks, out, view.layer, view.layers,
+        **shapes, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK_VALUE=wide, HAS_SINKS=sinks is not None,
+    )  # fmt: skip
+    return out
+
+
+def piece_count(view: LayerView) -> int:
+    """How many programs share a layer's kept entries: host arithmetic, the same for every step."""
+    processors = 8
+    if view.keys.is_cuda:
+        processors = torch.cuda.get_device_properties(view.keys.device).multi_processor_count
+    entries = view.pool.capacity * view.kv_heads
+    return max(1, min(triton.cdiv(entries, PIECE_ENTRIES), triton.cdiv(2 * processors, view.rows)))
+
+
+def prefill_attention(
+    queries: torch.Tensor,
+    view: LayerView,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """As :func:`cuda_backend.attention.naive_attend` for a chunk of tokens."""
+    rows, query_heads, tokens, key_dim = queries.shape
+    heads, value_dim = view.kv_heads, view.values.shape[-1]
+    queries, out = queries.contiguous(), queries.new_empty(*queries.shape[:3], value_dim)
+    pool, lookup = view.pool, view.pool.lookup
+    prefill_attention_fwd_kernel[(triton.cdiv(tokens, BLOCK), rows * query_heads)](
+        queries, pool.keys, pool.values, lookup.table, lookup.offsets, view.keys, view.values,
+        view.hidden, sinks, out, view.layer, view.layers, view.keys.shape[2], tokens, scale, softcap or 0.0,
+        *view.keys.stride()[:3], *view.values.stride()[:3],
+        KV_HEADS=heads, GROUP=query_heads // heads, KEY=key_dim, VALUE=value_dim, BLOCK=BLOCK,
+        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
+        BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
+        HAS_CAP=softcap is not None, HAS_HIDDEN=view.hidden is not None, HAS_SINKS=sinks is not None,
+    )  # fmt: skip
+    return out
