@@ -97,7 +97,7 @@ def command(
     \b
     Tasks in the demo's words: facts, bare, crowded, many, hostile, early, turns, copy.
     Tasks for any text model:  needle-single, needle-multikey, needle-multivalue,
-      needle-multiquery, variable-tracking, key-value, common-words,
+      needle-multiquery, variable-tracking, key-value, common-words, multi-turn,
       perplexity:FILE, longbench:FILE, ruler:FILE, longmemeval:FILE.
     Methods: full, learned (also -layer, -head), recent, random, knorm, keydiff, and
       snapkv, h2o, oracle, which look at attention or answers and need torch.

@@ -136,21 +136,24 @@ def table(found: Sequence[Entry], task: str, length: int) -> str:
 def markdown(results: Results, title: str = "Evaluation") -> str:
     """The page: settings, where learned eviction loses, then a table for every task and length."""
     found = entries(results)
-    seeds = max((len(e.scores) for e in found), default=0)
     counts = sorted({e.scores.shape[1] for e in found})
     settings = ", ".join(f"{name} {value}" for name, value in results.settings.items())
     lines = [f"# {title}", "", f"Settings: {settings}. Samples per cell: {', '.join(map(str, counts))}."]
-    lines += [
-        f"Sets of gates per learned method: up to {seeds}. After ± stands the standard error over samples "
-        "and, where there are several, over gates.",
-        "",
-    ]
-    worse = losses(found)
-    lines += ["## Where learned eviction loses", ""]
-    lines += [f"- {sentence}" for sentence in worse] or [
-        "Nowhere in these tables by more than two standard errors, compared with the full cache and with "
-        "every policy but the oracle.",
-    ]
+    seeds = [len(e.scores) for e in found if e.method.startswith("learned")]
+    if not seeds:
+        lines += ["After ± stands the standard error over samples."]
+    else:
+        lines += [
+            f"Learned methods have up to {max(seeds)} sets of gates; after ± stands the standard error over "
+            "samples and sets of gates together.",
+            "",
+            "## Where learned eviction loses",
+            "",
+        ]
+        lines += [f"- {sentence}" for sentence in losses(found)] or [
+            "Nowhere in these tables by more than two standard errors, compared with the full cache and with "
+            "every policy but the oracle."
+        ]
     for task, length in dict.fromkeys((e.task, e.length) for e in found):
         name = "perplexity" if any(e.task == task and e.metric == "nll" for e in found) else "accuracy"
         where = f"{length:,} tokens" if length else "texts as they are"

@@ -49,12 +49,12 @@ class Grid:
 
     def cells(self, gates: Sequence[str]) -> Iterator[tuple[str, int, str, Method, str]]:
         """(gates, task, length) vary slowest; only learned methods are run with each of the gates."""
-        for task in self.tasks:
-            for length in self.lengths if has_length(task) else (0,):
+        for task in dict.fromkeys(self.tasks):
+            for length in dict.fromkeys(self.lengths) if has_length(task) else (0,):
                 for label in ["", *gates]:
                     for method in self.methods:
                         if method.learned == bool(label):
-                            for budget in (FULL,) if method.full else self.budgets:
+                            for budget in (FULL,) if method.full else dict.fromkeys(self.budgets):
                                 yield task, length, budget, method, label
 
 

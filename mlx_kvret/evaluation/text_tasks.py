@@ -11,10 +11,11 @@ from itertools import pairwise
 import numpy as np
 
 from ..demo.language import FILLER, FIRST_FILLER, WORDS, decode, filler
-from .samples import Sample
+from .samples import Question, Sample, Turn
 from .writer import Piece, Writer
 
 Rng = np.random.Generator
+PARTS = 4
 _COLOURS = [
     "amber",
     "azure",
@@ -103,6 +104,26 @@ def common_words(length: int, rng: Rng, writer: Writer) -> Sample:
     return writer.sample(marked, asked, drawn[:10], max_tokens=64)
 
 
+def multi_turn(length: int, rng: Rng, writer: Writer) -> Sample:
+    """A conversation in one bounded cache: four parts with two numbers each, questions about all of them so
+    far after each part; one of them stays in the history with its answer."""
+    names, numbers = _keys(rng, 2 * PARTS), _numbers(rng, 2 * PARTS, 7)
+    turns, told, history, start = list[Turn](), list[Question](), "", 0
+    for part in range(PARTS):
+        new = range(2 * part, 2 * part + 2)
+        needles = [Piece(_needle(names[i], numbers[i]), True) for i in new]
+        begun = writer.before if part == 0 else writer.encode(history)
+        filled = writer.fill(needles, _noise(rng), length // PARTS - len(begun), _place(rng))
+        ids, useful = writer.read(filled, start + len(begun))
+        for i, places in zip(new, useful, strict=True):
+            told.append(writer.question(_asked([names[i]]), numbers[i : i + 1], "all", 32, [places]))
+        turns.append(Turn(begun + ids, tuple(told)))
+        start += len(begun + ids)
+        again = int(rng.integers(len(told)))
+        history = f"{_asked([names[again]])} {numbers[again]}.\n"
+    return Sample(tuple(turns))
+
+
 TASKS: dict[str, Callable[[int, Rng, Writer], Sample]] = {
     f.__name__.replace("_", "-"): f
     for f in (
@@ -113,27 +134,39 @@ TASKS: dict[str, Callable[[int, Rng, Writer], Sample]] = {
         variable_tracking,
         key_value,
         common_words,
+        multi_turn,
     )
 }
 
 
 def _needles(length: int, rng: Rng, writer: Writer, keys: int, values: int, asked: int) -> Sample:
-    pairs = rng.permutation(len(_COLOURS) * len(_PLACES))[:keys]
-    names = [f"{_COLOURS[i % len(_COLOURS)]}-{_PLACES[i // len(_COLOURS)]}" for i in pairs]
-    numbers = _numbers(rng, keys * values, 7)
+    names, numbers = _keys(rng, keys), _numbers(rng, keys * values, 7)
     wanted = names[:asked]
     needles = [
-        (name, Piece(f" One of the secret numbers of {name} is {number}.", name in wanted))
+        Piece(_needle(name, number), name in wanted)
         for name, number in zip(np.repeat(names, values).tolist(), numbers, strict=True)
     ]
-    mixed = [needles[i][1] for i in rng.permutation(len(needles))]
+    mixed = [needles[i] for i in rng.permutation(len(needles))]
     pieces = writer.fill(mixed, _noise(rng), length, _place(rng))
-    question = (
-        f"\nQuestion: What are all the secret numbers of {', '.join(wanted)} in the text?\n"
-        f"Answer: The secret numbers of {', '.join(wanted)} are"
-    )
     references = numbers[: asked * values]
-    return writer.sample(pieces, question, references, max_tokens=16 * len(references) + 16)
+    return writer.sample(pieces, _asked(wanted), references, max_tokens=16 * len(references) + 16)
+
+
+def _keys(rng: Rng, count: int) -> list[str]:
+    drawn = rng.permutation(len(_COLOURS) * len(_PLACES))[:count]
+    return [f"{_COLOURS[i % len(_COLOURS)]}-{_PLACES[i // len(_COLOURS)]}" for i in drawn]
+
+
+def _needle(name: str, number: str) -> str:
+    return f" One of the secret numbers of {name} is {number}."
+
+
+def _asked(names: Sequence[str]) -> str:
+    told = ", ".join(names)
+    return (
+        f"\nQuestion: What are all the secret numbers of {told} in the text?\n"
+        f"Answer: The secret numbers of {told} are"
+    )
 
 
 def _noise(rng: Rng) -> Callable[[], str]:

@@ -57,6 +57,28 @@ class Writer:
         """Tokens of a text, without special ones."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def read(self, pieces: Sequence[Piece], start: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Tokens of the pieces, and the positions of each useful one if the first token's is ``start``."""
+        ids, useful = list[int](), list[tuple[int, ...]]()
+        for piece in pieces:
+            tokens = self.encode(piece.text)
+            if piece.useful:
+                useful.append(tuple(range(start + len(ids), start + len(ids) + len(tokens))))
+            ids += tokens
+        return tuple(ids), useful
+
+    def question(
+        self,
+        asked: str,
+        references: Sequence[str],
+        metric: Metric = "all",
+        max_tokens: int = 32,
+        useful: Sequence[tuple[int, ...]] = (),
+    ) -> Question:
+        """A question, up to where the answer begins."""
+        places = tuple(place for piece in useful for place in piece)
+        return Question(self.encode(asked + self._after), (), tuple(references), metric, max_tokens, places)
+
     def sample(
         self,
         pieces: Sequence[Piece],
@@ -66,16 +88,9 @@ class Writer:
         max_tokens: int = 32,
     ) -> Sample:
         """The pieces, then a question about them."""
-        ids, useful = list(self.before), list[int]()
-        for piece in pieces:
-            tokens = self.encode(piece.text)
-            if piece.useful:
-                useful += range(len(ids), len(ids) + len(tokens))
-            ids += tokens
-        question = Question(
-            self.encode(asked + self._after), (), tuple(references), metric, max_tokens, tuple(useful)
-        )
-        return Sample((Turn(tuple(ids), (question,)),))
+        ids, useful = self.read(pieces, len(self.before))
+        question = self.question(asked, references, metric, max_tokens, useful)
+        return Sample((Turn(self.before + ids, (question,)),))
 
     def fill(
         self, pieces: Sequence[Piece], noise: Callable[[], str], length: int, place: Callable[[int], int]

@@ -6,13 +6,14 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_kvret.cli import main
-from mlx_kvret.demo import GATES
+from mlx_kvret.demo import GATES, STORY
 
-ARGUMENTS = ["eval", "--model", "demo", "--length", "192", "--budget", "1/8", "--samples", "2", "--quiet"]
+ARGUMENTS = ["eval", "--model", "demo", "--budget", "1/8", "--samples", "2", "--quiet"]
 
 
 def call(*extra):
-    return CliRunner().invoke(main, [*ARGUMENTS, *map(str, extra)])
+    length = [] if "--length" in extra else ["--length", "192"]
+    return CliRunner().invoke(main, [*ARGUMENTS, *length, *map(str, extra)])
 
 
 def test_help_has_examples_and_every_task_and_method():
@@ -43,6 +44,30 @@ def test_everything_in_one_run(tmp_path):
     before = files["out"].read_bytes()
     again = call("--out", files["out"], "--method", "full", "--method", "h2o", "--backend", "mlx")
     assert again.exit_code == 0 and "| learned |" in again.output and files["out"].read_bytes() == before
+
+
+def test_a_text_and_a_generated_task_on_the_demo():
+    options = [
+        "--method",
+        "full",
+        "--method",
+        "recent",
+        "--task",
+        f"perplexity:{STORY}",
+        "--task",
+        "needle-single",
+    ]
+    done = call(*options, "--length", "600", "--backend", "mlx")
+    assert done.exit_code == 0, done.output
+    shown = done.output.split("## ")
+    # filler has four equally likely next words; numbers are no words of the demo
+    (text,) = [part for part in shown if part.startswith("perplexity:") and "600 tokens: perplexity" in part]
+    full = float(text.split("| full | ")[1].split(" ")[0])
+    assert 4 < full < 60
+    # nothing is claimed of learned eviction where there is none
+    assert "learned" not in done.output
+    (needle,) = [part for part in shown if part.startswith("needle-single, 600 tokens: accuracy")]
+    assert "| full | 0.000 ± 0.000 |" in needle
 
 
 @pytest.mark.parametrize(

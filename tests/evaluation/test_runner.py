@@ -73,6 +73,12 @@ def test_every_cell_is_run_once_with_its_budget_and_gates():
     )
 
 
+def test_what_is_asked_for_twice_is_run_once():
+    engine = Fake()
+    run(engine, grid=replace(GRID, tasks=("facts",) * 2, lengths=(192, 192), budgets=("7", "7")))
+    assert len(engine.asked) == 4
+
+
 def test_a_broken_run_goes_on_where_it_was_left(tmp_path):
     whole, broken = tmp_path / "whole.json", tmp_path / "deep" / "broken.json"
     run(Fake(), whole)

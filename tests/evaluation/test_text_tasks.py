@@ -21,11 +21,11 @@ def read(sample, places=None):
 @pytest.mark.parametrize("name", TASKS)
 def test_the_answer_stands_at_the_useful_positions(name, length, characters):
     for sample in make_samples(name, length, 3, 1, characters):
-        (question,) = sample.turns[0].questions
         assert sample.turns[0].ids[0] == characters.bos_token_id
-        assert length - 100 <= sample.tokens <= length
-        assert all(reference in read(sample, question.useful) for reference in question.references)
-        assert text_score(question, " and ".join(question.references)) == 1.0
+        assert length - 100 * len(sample.turns) <= sample.tokens <= length
+        for question in [question for turn in sample.turns for question in turn.questions]:
+            assert all(reference in read(sample, question.useful) for reference in question.references)
+            assert text_score(question, " and ".join(question.references)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,20 @@ def test_needles_are_as_many_as_the_task_says(name, references, told, characters
     (sample,) = make_samples(name, 2000, 1, 2, characters)
     assert len(set(sample.turns[0].questions[0].references)) == references
     assert read(sample).count("secret numbers") == told
+
+
+def test_turns_ask_for_all_numbers_so_far_and_keep_one_answer(characters):
+    (sample,) = make_samples("multi-turn", 3000, 1, 3, characters)
+    assert [len(turn.questions) for turn in sample.turns] == [2, 4, 6, 8]
+    for before, turn in pairwise(sample.turns):
+        said = "".join(map(chr, turn.ids))
+        kept = ["".join(map(chr, q.ids)) + f" {q.references[0]}.\n" for q in before.questions]
+        assert sum(said.startswith(answered) for answered in kept) == 1
+    assert all(
+        max(q.useful) < sum(len(t.ids) for t in sample.turns[: i + 1])
+        for i, turn in enumerate(sample.turns)
+        for q in turn.questions
+    )
 
 
 def test_variables_are_handed_on_in_order(characters):
