@@ -11,10 +11,10 @@ def uniform(*shape, dtype=mx.float32):
     return mx.random.uniform(-1.0, 1.0, shape).astype(dtype)
 
 
-def pool_with(lengths, key_dim, value_dim, dtype=mx.float32, seed=0):
-    """One group over all heads; head f holds ``lengths[f]`` entries in scattered slots, with free slots."""
+def pool_with(lengths, key_dim, value_dim, dtype=mx.float32, free=3, seed=0):
+    """One group over all heads; head f holds ``lengths[f]`` entries in scattered slots, others are free."""
     heads, rng = len(lengths), np.random.default_rng(seed)
-    capacity = -(-(sum(lengths) + 3) // heads)
+    capacity = -(-(sum(lengths) + free) // heads)
     pool = Pool(1, heads)
     pool.grow(capacity, mx.zeros((1, 1, 1, key_dim), dtype), mx.zeros((1, 1, 1, value_dim), dtype))
     slots = capacity * heads
@@ -31,13 +31,13 @@ def pool_with(lengths, key_dim, value_dim, dtype=mx.float32, seed=0):
     return pool
 
 
-def view_with(lengths, recent, key_dim=64, value_dim=64, dtype=mx.float32, layer=1, layers=3, strided=True):
+def view_with(lengths, recent, key_dim=64, value_dim=64, dtype=mx.float32, layer=1, layers=3, free=3):
     """The view of one layer whose heads hold ``lengths`` entries; the other layers' heads hold 2 each."""
     heads = len(lengths)
     all_lengths = [2] * heads * layers
     all_lengths[layer * heads : (layer + 1) * heads] = lengths
-    pool = pool_with(all_lengths, key_dim, value_dim, dtype)
-    room = recent + 5 if strided else recent  # as in the cache, the rectangle is a slice of something longer
+    pool = pool_with(all_lengths, key_dim, value_dim, dtype, free)
+    room = recent + 5  # as in the cache, the rectangle is a slice of something longer
     keys, values = (
         uniform(1, heads, room, key_dim, dtype=dtype),
         uniform(1, heads, room, value_dim, dtype=dtype),

@@ -69,6 +69,20 @@ def test_ragged_heads(lengths, tokens):
     compare(queries_for(view, 2, tokens), view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_a_full_pool(tokens):
+    view = view_with([9, 0, 0, 11], tokens + 20, 32, 32, layer=2, free=0)
+    assert view.pool.lookup.offsets[-1].item() == view.pool.lookup.table.size
+    compare(queries_for(view, 2, tokens), view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
+
+
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_tokens_that_cannot_be_seen_yet_do_not_count_however_large(tokens):
+    view = view_with(RAGGED, tokens, 32, 32)
+    view.keys[:, :, -1] *= 1e5
+    compare(queries_for(view, 2, tokens), view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
+
+
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_a_few_tokens_of_many_query_heads_share_one_read(tokens):
     view = view_with(RAGGED, tokens + 1, 64, 64, mx.float16)
