@@ -79,6 +79,14 @@ def test_must_stay_counts_before_any_score_and_nothing_dead_stays():
         )
 
 
+def test_zeros_of_both_signs_are_equal():
+    rng = np.random.default_rng(0)
+    _, must, position, head = candidates(1, 501, 6, seen=10_000, rng=rng)
+    score = mx.array(np.copysign(np.float32(0), rng.normal(0, 1, must.shape)).astype(np.float32))
+    rest = must, position, head, 100, 10_000, 6, -math.inf
+    check(lambda: score_select.select(score, *rest), lambda: selection.select_reference(score, *rest))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_selection_is_that_of_the_policy(count, layers, kv_heads, budget, seed):
@@ -132,10 +140,8 @@ def test_head_counts(slots):
 def test_hole_filling(groups, slots, newcomers, share):
     pool = Pool(groups, 1)
     pool.capacity = slots
-    keep, survives = (
-        mx.random.bernoulli(share, (groups, slots)),
-        mx.random.bernoulli(0.5, (groups, newcomers)),
-    )
+    keep = mx.random.bernoulli(share, (groups, slots))
+    survives = mx.random.bernoulli(0.5, (groups, newcomers))
     passes = ("run",) if slots > 2000 and share != 0.4 else ("asan", "tsan", "run")
     check(
         lambda: compaction_plan.destinations(keep, survives),
