@@ -15,6 +15,7 @@ import transformers
 from mlx_kvret.core.checkpoint import save_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.files import whole_file
+from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.errors import ConfigError
 from mlx_kvret.hub import resolve
 from mlx_kvret.training.config import TrainConfig
@@ -93,8 +94,11 @@ class Run:
     ):
         self.config, self.options, self.processes = config, options, processes
         self.records, self.main = records, processes.index == 0
+        # what a resumed run must share with the one that wrote the checkpoint
+        self.identity = config.to_dict() | {"base": fingerprint(description), "data": records.identity}
         if self.main:
             self._check_folder()
+        saved = state.load(options.folder, self.identity) if options.resume else None
         loaded, self.tokenizer = base.load(source, config.dtype, processes.device)
         self.student = Student(loaded)
         if options.recompute:
@@ -110,14 +114,11 @@ class Run:
         )
         self.step = self.tokens = 0
         self.losses: Losses | None = None
-        # what a resumed run must share with the one that wrote the checkpoint
-        self.identity = config.to_dict() | {
-            "base": self.gate_config.base_fingerprint,
-            "data": records.identity,
-        }
         parameters = sum(p.numel() for p in self.gates.parameters())
         self.memory = base.Memory.of(loaded, shape[0] * shape[1], parameters, config.width, options.recompute)
         self.memory.require(config.length * min(options.micro_batch, config.batch), processes.device)
+        if saved is not None:
+            self._restore(saved)
 
     def _check_folder(self) -> None:
         folder = self.options.folder
@@ -138,8 +139,6 @@ class Run:
     def go(self) -> None:
         """Train to the end, from the checkpoint if the run is resumed."""
         folder = self.options.folder
-        if self.options.resume:
-            self._restore(state.load(folder, self.identity))
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
             state.sweep(folder)
@@ -219,6 +218,7 @@ class Run:
         self.packer.position = Position(*saved["position"])
         self.gates.load_state_dict(saved["gates"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        state.set_random_state(saved["random"])
 
     def _finish(self) -> None:
         """Profile the gates on the first batch of the data, then write them."""

@@ -39,7 +39,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint in a folder, for a run with these settings; random states are set as they were.
+    """The checkpoint in a folder, for a run with these settings.
 
     Raises:
         ConfigError: there is none, or it is of a run with other settings.
@@ -60,7 +60,6 @@ def load(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
             f"the run in {folder} had other settings: {'; '.join(wrong)}; resume with those, or start in "
             "another folder"
         )
-    _set_random_state(state["random"])
     return state
 
 
@@ -84,7 +83,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set every generator as it was when the checkpoint was written (its ``random``)."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -204,12 +204,16 @@ class Student:
                 f"{name} has global layers of different shapes (KV heads, input width): "
                 f"{sorted(set(self._shapes.values()))}; gates need one shape, use another model"
             )
-        tolerance = 64 * torch.finfo(stock.dtype).eps * float(stock.abs().max())
-        if not (difference := float((ours - stock).abs().max())) <= tolerance:
+        rounding = max(1e-4, 12 * torch.finfo(stock.dtype).eps)
+        if not (difference := _distance(ours, stock)) <= rounding:
             raise UnsupportedModelError(
-                f"{name} gives other logits when hooked (by up to {difference:.2g}); use another model"
+                f"{name} gives other logits when hooked (by {difference:.1%}); use another model"
             )
-        self.packs = float((packed - second).abs().max()) <= tolerance
+        self.packs = _distance(packed, second) <= rounding
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).float().norm() / expected.float().norm())
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..core.config import GateConfig, Kind
+from ..core.config import ACTIVATIONS, GateConfig, Kind
 from ..core.fingerprint import fingerprint, text_config
 from ..errors import ConfigError
 
 TrainScope = Literal["global", "head"]
 Loss = Literal["all", "assistant"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+_ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,20 @@ class TrainConfig:
     def gates(
         self, layers: int, kv_heads: int, hidden_size: int, model: dict[str, Any], name: str
     ) -> GateConfig:
-        """The configuration of new gates for a base model, given its ``config.json`` and its name."""
-        activation = text_config(model).get("hidden_act") or text_config(model).get("hidden_activation")
+        """The configuration of new gates for a base model, given its ``config.json`` and its name.
+
+        They use the model's activation if it is one of ACTIVATIONS, else silu.
+        """
+        text = text_config(model)
+        activation = str(text.get("hidden_act") or text.get("hidden_activation"))
+        activation = _ALIASES.get(activation, activation)
         return GateConfig(
             kind=self.kind,
             layers=layers,
             kv_heads=kv_heads,
             hidden_size=hidden_size,
             width=self.width,
-            activation=str(activation or "silu"),
+            activation=activation if activation in ACTIVATIONS else "silu",
             bias_init=self.bias,
             shared_projection=self.shared_projection,
             training_budget=self.budget,

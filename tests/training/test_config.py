@@ -36,6 +36,14 @@ def test_refuses(setting, value, message):
     assert setting in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "base, expected",
+    [({"hidden_act": "gelu_new"}, "gelu_pytorch_tanh"), ({"hidden_act": "relu2"}, "silu"), ({}, "silu")],
+)
+def test_activation(base, expected):
+    assert TrainConfig().gates(1, 1, 8, base, "").activation == expected
+
+
 def test_epochs_or_steps():
     assert TrainConfig().epochs == 1
     assert TrainConfig(steps=5).epochs is None

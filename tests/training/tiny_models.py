@@ -1,10 +1,11 @@
-"""Tiny random models of five architectures."""
+"""Tiny random models of six architectures."""
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
     Phi3Config,
     Qwen3Config,
@@ -22,6 +23,10 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
     "llama": lambda: LlamaConfig(**SMALL),
     "phi3": lambda: Phi3Config(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    # convolutions
+    "lfm2": lambda: Lfm2Config(
+        **SMALL, layer_types=["conv", "full_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2
+    ),
     # attention sinks and experts
     "gpt_oss": lambda: GptOssConfig(
         **SMALL, head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0
@@ -40,6 +45,6 @@ def tiny_model(name, dtype=torch.float32):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]())
     for weight in model.parameters():
-        if weight.dim() == 2:
+        if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.15)
     return model.to(dtype).eval()
