@@ -93,10 +93,10 @@ class BoundedKVCache(mlx_cache._BaseCache):
             causal = isinstance(mask, str) or any(mask is made for _, made in self.shared.masks)
             if mask is None or causal:
                 return attend(queries, self.view(), scale, causal, sinks)
-        elif self.padded and isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-            bias = self.padding_bias().astype(mask.dtype)
+        elif self.padded and isinstance(mask, mx.array):
+            bias = self.padding_bias() + (mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask)
             return mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=scale, mask=mask + bias, sinks=sinks
+                queries, keys, values, scale=scale, mask=bias.astype(queries.dtype), sinks=sinks
             )
         raise UnsupportedModelError(
             "this model's attention changes its mask or the cached keys in a way that cannot follow evicted "

@@ -200,9 +200,11 @@ def _hooked(cls: type) -> type:
     @functools.wraps(stock)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        observe = getattr(given.get("cache"), "observe", None)
-        if observe is not None:
-            observe(given[names[0]])
+        cache: Any = given.get("cache")
+        # some attentions are given a CacheList and pick their entry themselves
+        for entry in getattr(cache, "caches", (cache,)):
+            if entry is not None and hasattr(entry, "observe"):
+                entry.observe(given[names[0]])
         return stock(self, *args, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "_kvret_hook": True})
