@@ -76,7 +76,7 @@ def install(model: nn.Module, gates: RetentionGates | None, owner: dict[str, str
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
     name = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
-    module = type(_language_model(model)).__module__.rpartition(".")[2]
+    module = type(language_model(model)).__module__.rpartition(".")[2]
     for refused in (name, module):
         if why := REFUSED.get(refused):
             raise UnsupportedModelError(f"{refused} models cannot be bounded: {why}; use another model")
@@ -155,7 +155,8 @@ def _stock_cache(model: nn.Module) -> list[Any]:
     return [mlx_cache.KVCache() for _ in model.layers]
 
 
-def _language_model(model: nn.Module) -> nn.Module:
+def language_model(model: nn.Module) -> nn.Module:
+    """The text model: of a vision-language model the part that makes text."""
     inner: Any = getattr(model, "language_model", model)
     return inner
 

@@ -45,15 +45,15 @@ def load(model: str | Path, gates: str | Path | None = None, **options: Any) -> 
         model, gates = demo.MODEL, demo.GATES if gates is None else gates
     folder = resolve(model)
     checkpoint = None if gates is None else read_gates(gates)
-    network, config = _load_model(folder, **options)
+    network, config = load_network(folder, **options)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
     _attach(network, checkpoint, config)
     return network, tokenizer
 
 
-def _load_model(folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's ``load_model`` with errors that say what to do."""
+def load_network(folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's ``load_model`` with errors that say what to do: a model without hooks, and its config."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         options["model_config"] = _rope(stored) | (options.get("model_config") or {})
@@ -129,7 +129,7 @@ def full_nbytes(model: nn.Module, tokens: int) -> int:
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; weights are mapped, not read."""
-    model, config = _load_model(folder, lazy=True)
+    model, config = load_network(folder, lazy=True)
     _attach(model, None, config)
     attached = hooks.attachment(model)
     assert attached is not None
