@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,20 @@ from .kernels.dispatch import fill, select
 from .pool import Pool
 from .recent import Recent
 from .selection import keydiff_score, retention_score, static_score
+
+
+@dataclass
+class Static:
+    """Where a step of fixed shapes finds its numbers on the device.
+
+    ``length`` (1,) int32 places of the rectangles in use before the step and ``after`` (1,) after it;
+    ``waiting`` (1,) int64 is where the token's gate input goes in ``inputs``, per layer (R, g, hidden).
+    """
+
+    length: torch.Tensor
+    after: torch.Tensor
+    waiting: torch.Tensor
+    inputs: list[torch.Tensor]
 
 
 class Bounded:
@@ -51,6 +66,7 @@ class Bounded:
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
         self.recents = [self._recent(layer) for layer in range(shape.layers)]
         self.seen = [0] * shape.layers
+        self.static: Static | None = None
         self._batch(1)
 
     def _recent(self, layer: int) -> Recent:

@@ -19,7 +19,7 @@ from mlx_kvret.errors import CacheError, UnsupportedFeatureError
 
 from .attention import LayerView
 from .bounded import Bounded
-from .kernels.dispatch import attend
+from .kernels.dispatch import append, attend
 
 
 class BoundedKVCache(CacheLayerMixin):
@@ -50,6 +50,10 @@ class BoundedKVCache(CacheLayerMixin):
     def observe(self, x: torch.Tensor) -> None:
         """Take in the layer's attention input (R, T, hidden)."""
         self.fetched = None
+        if (static := self.shared.static) is not None:
+            if static.inputs:
+                static.inputs[self.layer].index_copy_(1, static.waiting, x)
+            return
         self.shared.recents[self.layer].observe(x)
 
     def update(
@@ -59,10 +63,15 @@ class BoundedKVCache(CacheLayerMixin):
 
         Returns the rectangle (R, H, r, D), from which :mod:`cuda_backend.attention` goes on to the pool.
         """
-        recent = self.shared.recents[self.layer]
-        recent.append(key_states.detach(), value_states.detach())
-        self.shared.seen[self.layer] += key_states.shape[2]
-        self.fetched = recent.keys, recent.values
+        recent, static = self.shared.recents[self.layer], self.shared.static
+        if static is None:
+            recent.append(key_states.detach(), value_states.detach())
+            self.shared.seen[self.layer] += key_states.shape[2]
+            self.fetched = recent.keys, recent.values
+        else:
+            self.fetched = recent.storage()
+            for new, wide in zip((key_states, value_states), self.fetched, strict=True):
+                append(new, wide, static.length)
         self._owners[id(self.fetched[0])] = self
         return self.fetched
 
@@ -75,14 +84,16 @@ class BoundedKVCache(CacheLayerMixin):
     ) -> torch.Tensor:
         """Attention of the step's queries (R, Hq, T, D) over all this layer holds: (R, Hq, T, Dv)."""
         self.attended += queries.shape[2]
-        return attend(queries, self.view(), scale, sinks, softcap)
+        static = self.shared.static
+        return attend(queries, self.view(), scale, sinks, softcap, None if static is None else static.after)
 
     def view(self) -> LayerView:
         """What the layer attends to, after :meth:`update`."""
         assert self.fetched is not None
         shared, (keys, values) = self.shared, self.fetched
         start = shared.seen[self.layer] - keys.shape[2]
-        padded = bool((shared.schedule.padding > start).any())
+        # a step of fixed shapes comes only once the padding is over
+        padded = shared.static is None and bool((shared.schedule.padding > start).any())
         hidden = (shared.padding - start).clamp(min=0) if padded else None
         return LayerView(shared.pool, self.layer, shared.shape.layers, keys, values, hidden)
 
@@ -158,6 +169,8 @@ class BoundedCache(Cache):
 
     def begin(self, rows: int, mask: torch.Tensor | None) -> None:
         """A forward pass comes; ``mask`` as in :meth:`Bounded.begin`."""
+        if self._fixed():
+            return
         if self.shared is not None:
             self.shared.begin(rows, mask)
         if self._broken:
@@ -168,6 +181,8 @@ class BoundedCache(Cache):
 
     def end(self, broken: bool) -> None:
         """The forward pass is over; one that was broken off is undone, so that the cache is as before."""
+        if self._fixed():
+            return
         for layer in self.layers:
             if isinstance(layer, BoundedKVCache):
                 # a slice that is still referred to would keep the memory of a rectangle
@@ -190,6 +205,10 @@ class BoundedCache(Cache):
             yield
         finally:
             self._trial = False
+
+    def _fixed(self) -> bool:
+        """Whether a step of fixed shapes runs, which keeps its own accounts."""
+        return self.shared is not None and self.shared.static is not None
 
     def _stock(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, BoundedKVCache)]

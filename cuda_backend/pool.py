@@ -114,6 +114,10 @@ class Pool:
         offsets = torch.nn.functional.pad(counts[:-1].cumsum(0), (1, 0)).to(torch.int32)
         used = self.groups * self.capacity * self.size
         table = self.owner.argsort(stable=True)[:used].to(torch.int32)
+        old: Lookup | None = getattr(self, "lookup", None)
+        if old is not None and len(old.table) == used:
+            # in place, for a captured step reads them where they are
+            table, offsets = old.table.copy_(table), old.offsets.copy_(offsets)
         self.lookup = Lookup(table, offsets)
 
     def arrays(self) -> list[torch.Tensor]:

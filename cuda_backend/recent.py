@@ -38,7 +38,7 @@ class Recent:
         """Take in the attention inputs (R, T, hidden) of tokens whose keys come next."""
         if self._gate is not None:
             self._inputs.append(x)
-            if sum(x.shape[1] for x in self._inputs) >= self._defer:
+            if self.waiting >= self._defer:
                 self._run_gate()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -54,6 +54,28 @@ class Recent:
         self._values[:, :, self.length : end] = values
         self.length = end
 
+    def reserve(self, room: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Room for ``room`` tokens like ``keys`` and ``values`` (R, H, ·, D): until then nothing moves."""
+        if self._keys is None or self._values is None or self._keys.shape[2] < room:
+            wide = _widened(self._keys, self.length, keys, room)
+            self._values = _widened(self._values, self.length, values, room)
+            self._keys = wide
+
+    def storage(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with all their room, (R, H, room, D)."""
+        assert self._keys is not None and self._values is not None
+        return self._keys, self._values
+
+    def advance(self, x: torch.Tensor) -> None:
+        """One token whose keys and values (R, H, 1, D) stand in the storage already; ``x`` (R, 1, hidden)."""
+        self.observe(x)
+        self.length += 1
+
+    @property
+    def waiting(self) -> int:
+        """Tokens whose gate inputs wait."""
+        return sum(x.shape[1] for x in self._inputs)
+
     def log_beta(self) -> torch.Tensor:
         """log β (R, H, length); runs the gate over what still waits."""
         self._run_gate()
@@ -64,7 +86,7 @@ class Recent:
     def cut(self, length: int) -> None:
         """Forget all but the oldest ``length`` tokens, also gate inputs whose keys never came."""
         self.length = length
-        observed = sum(x.shape[1] for x in self._inputs) + sum(b.shape[2] for b in self._log_beta)
+        observed = self.waiting + sum(b.shape[2] for b in self._log_beta)
         self._inputs, count = _shortened(self._inputs, observed - length, dim=1)
         self._log_beta, _ = _shortened(self._log_beta, count, dim=2)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mlx_kvret import demo
@@ -15,7 +17,7 @@ from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.core.request import eviction
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import tensors_id
-from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
+from mlx_kvret.errors import CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
 from mlx_kvret.hub import resolve
 
 from . import hooks, snapshots
@@ -35,6 +37,7 @@ __all__ = [
     "stream_generate",
 ]
 
+NEEDED = {"torch": "2.6", "transformers": "5.20"}
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -44,6 +47,7 @@ def load(
     """As :func:`mlx_kvret.load`; ``options`` are those of ``AutoModelForCausalLM.from_pretrained``."""
     if str(model) == "demo":
         model, gates = demo.MODEL, demo.GATES if gates is None else gates
+    check_versions()
     folder = resolve(model)
     checkpoint = None if gates is None else read_gates(gates)
     if device == "cuda" and not torch.cuda.is_available():
@@ -53,6 +57,20 @@ def load(
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     return attach(network, checkpoint), tokenizer
+
+
+def check_versions() -> None:
+    """Refuse a torch or transformers that is too old.
+
+    Raises:
+        MissingDependencyError: names what was found and the command that mends it.
+    """
+    for name, least in NEEDED.items():
+        found = metadata.version(name)
+        if Version(found) < Version(least):
+            raise MissingDependencyError(
+                f"{name} is {found}, expected at least {least}; run `pip install -U '{name}>={least}'`"
+            )
 
 
 def _load_model(folder: Path, **options: Any) -> PreTrainedModel:

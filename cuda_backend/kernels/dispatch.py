@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from dataclasses import replace
 
 import torch
 
@@ -24,15 +25,21 @@ def attend(
     scale: float,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
+    length: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As :func:`cuda_backend.attention.naive_attend`."""
+    """As :func:`cuda_backend.attention.naive_attend`; ``length`` (1,) places of the rectangle are in use."""
     if not enabled(queries):
+        if length is not None:
+            used = slice(0, int(length))
+            view = replace(view, keys=view.keys[:, :, used], values=view.values[:, :, used])
         return attention.attend(queries, view, scale, sinks, softcap)
     from .attention import decode_attention, prefill_attention
 
     tokens, group = queries.shape[2], queries.shape[1] // view.kv_heads
     few = tokens <= FEW_TOKENS and tokens * group <= FEW_ROWS
-    return (decode_attention if few else prefill_attention)(queries, view, scale, sinks, softcap)
+    if few:
+        return decode_attention(queries, view, scale, sinks, softcap, length=length)
+    return prefill_attention(queries, view, scale, sinks, softcap)
 
 
 def select(
@@ -50,6 +57,17 @@ def select(
     from .select import select_triton
 
     return select_triton(score, position, head, seen, config, size, heads)
+
+
+def append(new: torch.Tensor, wide: torch.Tensor, length: torch.Tensor) -> None:
+    """As :func:`cuda_backend.kernels.moving.append`."""
+    if enabled(new):
+        from .moving import append as write
+
+        write(new, wide, length)
+    else:
+        start = int(length)
+        wide[:, :, start : start + new.shape[2]] = new
 
 
 def fill(

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 import mlx_kvret
-from cuda_backend import attention, wing
 from cuda_backend import cache as cache_module
+from cuda_backend import wing
+from cuda_backend.kernels import dispatch
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import save_gates
 from mlx_kvret.errors import (
     CacheError,
     CheckpointError,
     ConfigError,
+    MissingDependencyError,
     ModelMismatchError,
     UnsupportedFeatureError,
 )
@@ -115,6 +117,12 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
             wing.load("demo", device="cuda")
 
 
+def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wing.metadata, "version", lambda name: {"torch": "2.13.0+cpu"}.get(name, "5.3.1"))
+    with pytest.raises(MissingDependencyError, match=r"transformers is 5\.3\.1, expected at least 5\.20"):
+        mlx_kvret.load("demo", backend="torch")
+
+
 def test_running_out_of_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = attached("gemma3_text")
     cache = mlx_kvret.make_cache(model, 16)
@@ -123,7 +131,7 @@ def test_running_out_of_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyP
     def small(queries: torch.Tensor, *rest: Any) -> torch.Tensor:
         if queries.shape[2] > 9:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
-        return attention.attend(queries, *rest)
+        return dispatch.attend(queries, *rest)
 
     monkeypatch.setattr(cache_module, "attend", small)
     with pytest.raises(CacheError, match=r"after 20 tokens .*prefill_step_size=8 fits"):
