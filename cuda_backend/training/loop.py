@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import save_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.files import whole_file
@@ -60,7 +61,8 @@ class RunOptions:
 def train(model: str | Path, records: Records, config: TrainConfig, options: RunOptions) -> Path | None:
     """Train gates for a base model; returns the folder of the finished gate checkpoint.
 
-    Of several processes the first one writes; the others return None.
+    Of several processes the first one writes; the others return None. ``model`` is a folder, a hub id, or
+    ``"demo"`` for the model shipped with the package.
 
     The run's folder holds ``training.pt`` (the last checkpoint), ``log.csv``, ``profile.json`` and, once the
     run is over, ``gates``. A run that was killed goes on with ``resume`` from its last checkpoint, to weights
@@ -69,7 +71,7 @@ def train(model: str | Path, records: Records, config: TrainConfig, options: Run
     Raises:
         KVRetError: see :mod:`mlx_kvret.errors` and :mod:`mlx_kvret.training.errors`.
     """
-    source = resolve(model)
+    source = demo.MODEL if str(model) == "demo" else resolve(model)
     description = base.read_config(source)
     config.check_model(description)
     processes = join(options.device)

@@ -16,7 +16,7 @@ Examples:
   mlx-kvret train ./model --dataset org/long-texts --length 32768 --budget 256 --output run
   mlx-kvret train ./model --data book.txt --data more.jsonl --kind rg --scope head --output run
   mlx-kvret train ./model --data chats.jsonl --output run --resume
-  accelerate launch --num_processes 4 -m mlx_kvret.cli train ./model --data chats.jsonl --output run
+  accelerate launch --num_processes 4 "$(which mlx-kvret)" train ./model --data chats.jsonl --output run
 
 The output folder holds log.csv, plots.png, the run's last checkpoint and, at the end, the gates in its
 folder "gates", ready for `mlx-kvret generate --gates run/gates`.
@@ -100,7 +100,7 @@ def command(
     recompute: bool,
     **settings: Any,
 ) -> None:
-    """Train retention gates for MODEL, a folder or hub id of a transformers model, which stays as it is.
+    """Train retention gates for MODEL: folder or hub id of a transformers model, or 'demo'. It stays as it is.
 
     The gates learn to fade what the model will not need: the fading model must agree with the full one,
     within a budget. Defaults are the published settings.

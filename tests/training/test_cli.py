@@ -46,9 +46,10 @@ def test_trains(chats, tmp_path, kind, shared):
 
 
 def test_bfloat16(chats, tmp_path):
-    out = invoke(MODEL, "--data", chats, "--output", tmp_path / "run", "--dtype", "bfloat16", *QUICK.split())
+    out = invoke("demo", "--data", chats, "--output", tmp_path / "run", "--dtype", "bfloat16", *QUICK.split())
     assert out.exit_code == 0, out.exception
     assert {t.dtype for t in load_gates(tmp_path / "run" / "gates").tensors.values()} == {"F32"}
+    assert load_gates(tmp_path / "run" / "gates").config.base_model == "demo"
 
 
 def test_errors_are_ours(chats, tmp_path):

@@ -1,0 +1,89 @@
+"""Training on MLX against training on torch: the same model, gates and batch in both."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+from cuda_backend.gates import RetentionGates as TorchGates
+from cuda_backend.gates import to_arrays
+from cuda_backend.training import step as torch_step
+from cuda_backend.training.processes import Single
+from cuda_backend.training.student import Student as TorchStudent
+from mlx_kvret.core.config import GateConfig
+from mlx_kvret.gates import RetentionGates
+from mlx_kvret.training.config import TrainConfig
+from mlx_kvret.training.on_mlx.step import gradient
+from mlx_kvret.training.on_mlx.student import Student
+from mlx_kvret.wing import load_network
+
+from .test_step import packed
+from .tiny_models import tiny_model
+
+CONFIG = TrainConfig(budget=5, length=32, capacity_weight=0.7)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny qwen3 written by transformers."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    tiny_model("qwen3").save_pretrained(folder)
+    return folder
+
+
+def both_gates(kind="rg10", bias=2.0):
+    """The same random gates in both backends."""
+    torch.manual_seed(3)
+    config = GateConfig(kind, 2, 2, 32, width=16, bias_init=bias, shared_projection=kind == "rg10")
+    theirs, ours = TorchGates(config), RetentionGates(config)
+    ours.load_weights([(name, mx.array(x)) for name, x in to_arrays(theirs).items()])
+    return ours, theirs
+
+
+def compare(student, scope="global", kind="rg10", micro_batch=1, tolerance=1e-4):
+    config = TrainConfig(**CONFIG.to_dict() | {"scope": scope})
+    ours, theirs = both_gates(kind)
+    losses, found = gradient(student, ours, packed(), config, micro_batch)
+    expected = torch_step.gradient(
+        TorchStudent(tiny_model("qwen3")), theirs, packed(), config, Single("cpu"), micro_batch
+    )
+    assert vars(losses) == pytest.approx(vars(expected), rel=1e-4, abs=1e-7)
+    found = {name: np.array(x) for name, x in tree_flatten(found)}
+    right = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
+    assert found.keys() == right.keys()
+    for name, wanted in right.items():
+        assert np.abs(wanted).max() > 0
+        assert np.abs(found[name] - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("scope", ["global", "head"])
+@pytest.mark.parametrize("kind", ["rg", "rg10"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_gradients_equal_torch(saved, scope, kind, recompute):
+    compare(Student(load_network(saved)[0], recompute), scope, kind)
+
+
+def test_micro_batches(saved):
+    compare(Student(load_network(saved)[0]), micro_batch=2)
+
+
+def test_blocks_and_chunks(saved, monkeypatch):
+    for module, name in (("attention", "BLOCK"), ("soft_size", "BLOCK"), ("loss", "CHUNK")):
+        monkeypatch.setattr(f"mlx_kvret.training.on_mlx.{module}.{name}_ELEMENTS", 700)
+    compare(Student(load_network(saved)[0]))
+
+
+def test_gradients_flow_through_a_quantised_base(saved):
+    """Against the same weights dequantised, in float32 both."""
+    model, plain = load_network(saved)[0], load_network(saved)[0]
+    nn.quantize(model, group_size=32, bits=4)
+    for (_, quantised), (name, own) in zip(model.named_modules(), plain.named_modules(), strict=True):
+        if isinstance(quantised, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            own.weight = mx.dequantize(quantised.weight, quantised.scales, quantised.biases, 32, 4)
+    results = [gradient(Student(m), both_gates()[0], packed(), CONFIG, 2) for m in (model, plain)]
+    assert results[0][0].loss == pytest.approx(results[1][0].loss, rel=1e-4)
+    pairs = zip(*(tree_flatten(found) for _, found in results), strict=True)
+    for (name, found), (_, expected) in pairs:
+        assert mx.abs(found - expected).max() <= 1e-3 * mx.abs(expected).max(), name
