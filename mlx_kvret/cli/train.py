@@ -100,9 +100,9 @@ def command(
     recompute: bool,
     **settings: Any,
 ) -> None:
-    """Train retention gates for MODEL: folder or hub id of a transformers model, or 'demo'. It stays as it is.
+    """Train retention gates for MODEL: folder or hub id of a transformers model, or 'demo'.
 
-    The gates learn to fade what the model will not need: the fading model must agree with the full one,
+    The model stays as it is. Gates learn to fade what it will not need: it must agree with its full self
     within a budget. Defaults are the published settings.
     """
     from ..errors import MissingDependencyError
