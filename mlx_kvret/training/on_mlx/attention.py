@@ -135,7 +135,10 @@ class _Blocks:
             of_logits = weight * (direct - (given * out[:, :, :, queries]).sum(-1, keepdims=True))
             flat = _fold(of_logits)
             of_query.append(_unfold(self.scale * (flat @ key[:, :, keys]), mine))
-            parts = [self.scale * (flat.swapaxes(2, 3) @ _fold(mine)), _fold(weight).swapaxes(2, 3) @ _fold(given)]
+            parts = [
+                self.scale * (flat.swapaxes(2, 3) @ _fold(mine)),
+                _fold(weight).swapaxes(2, 3) @ _fold(given),
+            ]
             if fade:
                 parts.append((of_logits.sum(2) * ages(queries, keys)).sum(2))
             sums = [total.at[:, :, keys].add(part) for total, part in zip(sums, parts, strict=True)]

@@ -1,0 +1,94 @@
+"""What gates are trained to minimise: ``mean(KL(teacher || student), CE) + λ·capacity`` (arXiv 2605.09649).
+
+The MLX form of :mod:`cuda_backend.training.loss`. All functions return sums; the caller divides by counts
+over the whole batch, so that a batch gives the same gradient in one piece or in several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+
+from .attention import after
+
+# elements of one chunk of logits: 128 MB in float32
+CHUNK_ELEMENTS = 1 << 25
+
+Head = Callable[[mx.array], mx.array]
+
+
+def distillation(
+    head: Head,
+    student: mx.array,
+    teacher: mx.array,
+    target: mx.array,
+    vocabulary: int,
+    elements: int | None = None,
+) -> mx.array:
+    """Sums over tokens of KL(teacher || student) and of the student's next-token cross-entropy, (2,) in nats.
+
+    Logits exist for one chunk of tokens at a time, in both passes.
+
+    Args:
+        head: final hidden states (n, hidden) to logits (n, vocabulary).
+        student: (N, hidden) with a gradient; ``teacher`` (N, hidden); ``target`` (N,) next tokens.
+        vocabulary: size of the vocabulary.
+        elements: most logits in a chunk, CHUNK_ELEMENTS unless given.
+    """
+    step = max(1, (elements or CHUNK_ELEMENTS) // vocabulary)
+
+    def chunks() -> Iterator[tuple[slice, Callable[[mx.array], mx.array]]]:
+        for start in range(0, len(target), step):
+            chunk = slice(start, start + step)
+            given, wanted = teacher[chunk], target[chunk]
+            yield chunk, lambda hidden, given=given, wanted=wanted: _parts(head, hidden, given, wanted)
+
+    def forward(student: mx.array) -> mx.array:
+        sums = mx.zeros(2)
+        for chunk, parts in chunks():
+            sums = sums + parts(after(student[chunk], sums))
+        return sums
+
+    def backward(student: mx.array, gradient: mx.array, _: mx.array) -> mx.array:
+        found: list[mx.array] = []
+        for chunk, parts in chunks():
+            hidden = after(student[chunk], found[-1] if found else None)
+            found += mx.vjp(parts, [hidden], [gradient])[1]
+        return mx.concatenate(found) if found else mx.zeros_like(student)
+
+    function = mx.custom_function(forward)
+    function.vjp(backward)
+    sums: mx.array = function(student)
+    return sums
+
+
+def _parts(head: Head, student: mx.array, teacher: mx.array, target: mx.array) -> mx.array:
+    given, wanted = _log_softmax(head(student)), _log_softmax(head(teacher))
+    kl = (mx.exp(wanted) * (wanted - given)).sum()
+    return mx.stack([kl, -mx.take_along_axis(given, target[:, None], -1).sum()])
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, -1, keepdims=True)
+
+
+def capacity(size: mx.array, position: mx.array, budget: int, scope: str) -> mx.array:
+    """Sum of the hinge on the soft cache size over positions from M of a document on.
+
+    With N = L·H heads, global: ``max(0, (Σ_heads S_t - M·N) / max(t·N - M·N, 1))``. Per head: the mean over
+    heads of the same with N = 1.
+
+    Args:
+        size: S (B, N, T) from :func:`.soft_size.soft_size`.
+        position: t (B, T), 0-based within the document; negative where padded.
+        budget: M.
+        scope: ``"global"`` or ``"head"``.
+    """
+    heads = 1
+    if scope == "global":
+        size, heads = size.sum(1, keepdims=True), size.shape[1]
+    room = mx.maximum((position - budget) * heads, 1)[:, None]
+    excess = mx.maximum((size - budget * heads) / room, 0)
+    return (excess.mean(1) * (position >= budget)).sum()
