@@ -98,8 +98,13 @@ def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...])
 def show_backends() -> None:
     from ..api import backends
 
+    found = backends()
     click.echo("\nbackends")
-    _table(backends())
+    _table(found)
+    if found["mlx"] == "ok":
+        from ..kernels import status
+
+        click.echo(f"\nkernels of the MLX wing: {status()}")
 
 
 def _table(rows: dict[str, Any]) -> None:
