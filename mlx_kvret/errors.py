@@ -39,3 +39,11 @@ class KernelError(KVRetError, RuntimeError):
 
 class MissingDependencyError(KVRetError, ImportError):
     """A package that this call needs is not installed."""
+
+
+class DataError(KVRetError, ValueError):
+    """A record or a file of training data cannot be used."""
+
+
+class TrainingError(KVRetError, RuntimeError):
+    """A training run cannot go on; its last checkpoint is whole."""

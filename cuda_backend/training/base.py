@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mlx_kvret.core.checkpoint import read_json
-from mlx_kvret.errors import ConfigError, UnsupportedModelError
-from mlx_kvret.training.errors import TrainingError
+from mlx_kvret.errors import ConfigError, TrainingError, UnsupportedModelError
 
 from .attention import ROWS
 from .loss import CHUNK_ELEMENTS

@@ -17,11 +17,10 @@ from mlx_kvret.core.checkpoint import save_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.files import whole_file
 from mlx_kvret.core.fingerprint import fingerprint
-from mlx_kvret.errors import ConfigError
+from mlx_kvret.errors import ConfigError, DataError, TrainingError
 from mlx_kvret.hub import resolve
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.documents import Document, document
-from mlx_kvret.training.errors import DataError, TrainingError
 from mlx_kvret.training.packing import Batch, Packer, Position
 from mlx_kvret.training.records import Records
 from mlx_kvret.training.report import Losses, Report
@@ -69,7 +68,7 @@ def train(model: str | Path, records: Records, config: TrainConfig, options: Run
     that are bit by bit those of an uninterrupted run where the device computes reproducibly (a CPU does).
 
     Raises:
-        KVRetError: see :mod:`mlx_kvret.errors` and :mod:`mlx_kvret.training.errors`.
+        KVRetError: see :mod:`mlx_kvret.errors`.
     """
     source = demo.MODEL if str(model) == "demo" else resolve(model)
     description = base.read_config(source)

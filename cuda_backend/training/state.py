@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from mlx_kvret.core.files import whole_file
-from mlx_kvret.errors import CheckpointError, ConfigError
+from mlx_kvret.errors import CheckpointError, ConfigError, TrainingError
 from mlx_kvret.training.config import differences
-from mlx_kvret.training.errors import TrainingError
 
 NAME = "training.pt"
 VERSION = 1

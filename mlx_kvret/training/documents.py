@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..core.types import Ints, Mask
+from ..errors import DataError
 from .config import Loss
-from .errors import DataError
 from .records import Record
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.files import whole_file
-from .errors import TrainingError
+from ..errors import TrainingError
 
 COLUMNS = (
     "step", "progress", "learning_rate", "loss", "kl", "cross_entropy", "capacity", "soft_size", "soft_share",

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.types import Ints, Mask
+from ..errors import DataError
 from .documents import Document
-from .errors import DataError
 from .records import Records
 
 

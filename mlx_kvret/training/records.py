@@ -14,8 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from ..errors import ConfigError, MissingDependencyError
-from .errors import DataError
+from ..errors import ConfigError, DataError, MissingDependencyError
 
 MOST_BYTES = 32 << 20
 

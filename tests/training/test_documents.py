@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from mlx_kvret.demo import MODEL
+from mlx_kvret.errors import DataError
 from mlx_kvret.training.documents import document
-from mlx_kvret.training.errors import DataError
 from mlx_kvret.training.records import Record
 
 CHAT = [

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_kvret.errors import DataError
 from mlx_kvret.training.documents import Document
-from mlx_kvret.training.errors import DataError
 from mlx_kvret.training.packing import Packer, Position
 
 sizes = st.lists(st.integers(2, 40), min_size=1, max_size=12)

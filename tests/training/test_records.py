@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from mlx_kvret.errors import ConfigError
+from mlx_kvret.errors import ConfigError, DataError
 from mlx_kvret.training import records as module
-from mlx_kvret.training.errors import DataError
 from mlx_kvret.training.records import Records
 
 

@@ -19,9 +19,8 @@ from cuda_backend.training import loop, state
 from cuda_backend.training.loop import RunOptions, train
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.demo import MODEL
-from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
+from mlx_kvret.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
 from mlx_kvret.training.config import TrainConfig
-from mlx_kvret.training.errors import DataError, TrainingError
 from mlx_kvret.training.log import COLUMNS, read_log
 from mlx_kvret.training.plots import plot_run
 from mlx_kvret.training.records import Records
