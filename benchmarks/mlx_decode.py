@@ -122,7 +122,8 @@ def measure(size: str, length: int, options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--size", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--length", nargs="+", type=int, help="context lengths instead of each size's own")
     parser.add_argument("--budget", type=int, default=512, help="tokens per KV head (512)")
@@ -135,9 +136,9 @@ def main() -> None:
     lines = [
         "# Decoding with three caches",
         "",
-        f"`python benchmarks/mlx_decode.py --write`, {datetime.date.today()}, {device}, MLX {mx.__version__}, "
-        f"float32, M = {options.budget}, chunks of {options.chunk}, medians of {options.turns} turns of "
-        f"{options.tokens} tokens.",
+        f"`python benchmarks/mlx_decode.py --write`, {datetime.date.today()}, {device}, MLX "
+        f"{mx.__version__}, float32, M = {options.budget}, chunks of {options.chunk}, medians of "
+        f"{options.turns} turns of {options.tokens} tokens.",
         "",
         "| parameters | context | cache | first token, s | faster | decode, tokens/s | faster | KV, MB |",
         "|---|---|---|---|---|---|---|---|",
@@ -154,7 +155,8 @@ def main() -> None:
 def cpu_name() -> str:
     """The processor's name, or what Python knows of it."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1] for line in lines if "model name" in line]
     return f"{len(names)} x {names[0].strip()}" if names else platform.processor()
 
 
