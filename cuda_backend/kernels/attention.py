@@ -9,6 +9,9 @@ log-sum-exp (flash decoding). *Prefill*: one program per query head and block of
 
 from __future__ import annotations
 
+# kernels have no types that mypy knows
+# mypy: allow-untyped-defs
+
 import torch
 import triton
 import triton.language as tl

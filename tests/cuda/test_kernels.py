@@ -74,7 +74,7 @@ def test_attention_equals_its_twin(case: tuple[int, ...], special: str) -> None:
     }
     expected = naive_attend(queries, view, 0.3, **options)
     assert expected.isfinite().all()
-    for pieces in (1, 5):
+    for pieces in (1, 5) if special == "plain" else (5,):
         out = decode_attention(queries, view, 0.3, **options, pieces=pieces)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
