@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Ragged attention in Triton: kept entries through the pool's table and offsets, then the rectangle.
 
 *Decoding* (1 to 8 query tokens): the entries of a layer are split into equal pieces whatever head they belong
@@ -9,16 +10,12 @@ log-sum-exp (flash decoding). *Prefill*: one program per query head and block of
 
 from __future__ import annotations
 
-# kernels have no types that mypy knows
-# mypy: allow-untyped-defs
-
 import torch
 import triton
 import triton.language as tl
 
 from ..attention import LayerView
 
-BLOCK = 64
 # a piece's partial result must weigh little beside its entries
 PIECE_ENTRIES = 128
 
@@ -271,7 +268,7 @@ def decode_attention(
         view.hidden, length, top, total, part,
         view.layer, view.layers, view.keys.shape[2], scale, softcap or 0.0,
         *view.keys.stride()[:3], *view.values.stride()[:3],
-        **shapes, KEY=key_dim, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK=BLOCK,
+        **shapes, KEY=key_dim, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK=block_size(view),
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)), BLOCK_VALUE=wide,
         HAS_CAP=softcap is not None, HAS_HIDDEN=view.hidden is not None, HAS_LENGTH=length is not None,
     )  # fmt: skip
@@ -280,6 +277,12 @@ def decode_attention(
         **shapes, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK_VALUE=wide, HAS_SINKS=sinks is not None,
     )  # fmt: skip
     return out
+
+
+def block_size(view: LayerView) -> int:
+    """Entries read at a time: what keeps a program within the shared memory of an A100."""
+    width = max(view.keys.shape[-1], view.values.shape[-1]) * view.keys.element_size()
+    return 64 if width < 512 else 32
 
 
 def piece_count(view: LayerView) -> int:
@@ -302,12 +305,12 @@ def prefill_attention(
     rows, query_heads, tokens, key_dim = queries.shape
     heads, value_dim = view.kv_heads, view.values.shape[-1]
     queries, out = queries.contiguous(), queries.new_empty(*queries.shape[:3], value_dim)
-    pool, lookup = view.pool, view.pool.lookup
-    prefill_attention_fwd_kernel[(triton.cdiv(tokens, BLOCK), rows * query_heads)](
+    pool, lookup, block = view.pool, view.pool.lookup, block_size(view)
+    prefill_attention_fwd_kernel[(triton.cdiv(tokens, block), rows * query_heads)](
         queries, pool.keys, pool.values, lookup.table, lookup.offsets, view.keys, view.values,
         view.hidden, sinks, out, view.layer, view.layers, view.keys.shape[2], tokens, scale, softcap or 0.0,
         *view.keys.stride()[:3], *view.values.stride()[:3],
-        KV_HEADS=heads, GROUP=query_heads // heads, KEY=key_dim, VALUE=value_dim, BLOCK=BLOCK,
+        KV_HEADS=heads, GROUP=query_heads // heads, KEY=key_dim, VALUE=value_dim, BLOCK=block,
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
         HAS_CAP=softcap is not None, HAS_HIDDEN=view.hidden is not None, HAS_SINKS=sinks is not None,

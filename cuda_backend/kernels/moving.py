@@ -1,12 +1,10 @@
+# mypy: allow-untyped-defs
 """Moving entries in Triton: into the rectangle, and from there into the pool's holes.
 
 Each kernel has its twin in plain torch below it.
 """
 
 from __future__ import annotations
-
-# kernels have no types that mypy knows
-# mypy: allow-untyped-defs
 
 import torch
 import triton

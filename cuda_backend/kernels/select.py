@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Radix selection in Triton: the k best candidates of each segment by the exact tie rule, without sorting.
 
 A candidate's rank is a number of two words: ``high`` tells protected from other and the score's bits, ``low``
@@ -8,9 +9,6 @@ those that share the digits so far, then a step to the digit in which the k-th l
 """
 
 from __future__ import annotations
-
-# kernels have no types that mypy knows
-# mypy: allow-untyped-defs
 
 import math
 
