@@ -1,12 +1,12 @@
 """Training of retention gates for a frozen mlx-lm model, also a quantised one.
 
+``blocks``      work in blocks with bounded memory
 ``attention``   attention whose entries fade with age, in bounded memory
 ``soft_size``   the soft size of a cache, in memory linear in the number of tokens
 ``entries``     the prompt cache of a training pass: it hands attention calls to the fading attention
 ``student``     the hooked base model: its full-attention and its fading forward pass
 ``loss``        distillation, next-token and capacity losses
 ``step``        the gradient of a batch
-``profile``     what the trained gates retain, by layer, head and position
 ``memory``      how long a context fits, from shapes
 ``engine``      model, gates and optimizer of a run, for the loop in ``mlx_kvret.training.run``
 """

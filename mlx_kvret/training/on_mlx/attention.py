@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...core.types import Ints
+from .blocks import after, with_gradient
 
 # logits of one block: 128 MB in float32
 BLOCK_ELEMENTS = 1 << 25
@@ -57,11 +58,6 @@ def ages(queries: slice, keys: slice) -> mx.array:
     return mx.maximum(_places(queries)[:, None] - _places(keys), 0).astype(mx.float32)
 
 
-def after(array: mx.array, done: mx.array | None) -> mx.array:
-    """The array, not to be used before ``done`` is computed: blocks come one by one, in bounded memory."""
-    return array if done is None else mx.depends([array], [done])[0]
-
-
 def _places(where: slice) -> mx.array:
     return mx.arange(where.start, where.stop, dtype=mx.int32)
 
@@ -91,8 +87,7 @@ def decay_attention(
     batch, heads, tokens, width = key.shape
     groups = query.shape[1] // heads
     block = _Blocks(mask, scale, sinks, (elements or BLOCK_ELEMENTS) // (batch * heads * groups))
-    attend = mx.custom_function(block.forward)
-    attend.vjp(block.backward)
+    attend = with_gradient(block.forward, block.backward)
     inputs = [query.reshape(batch, heads, groups, tokens, width), key, value]
     if log_beta is not None:
         inputs.append(log_beta.swapaxes(1, 2))

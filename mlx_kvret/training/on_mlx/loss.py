@@ -7,10 +7,11 @@ over the whole batch, so that a batch gives the same gradient in one piece or in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import mlx.core as mx
 
-from .attention import after
+from .blocks import after, with_gradient
 
 # elements of one chunk of logits: 128 MB in float32
 CHUNK_ELEMENTS = 1 << 25
@@ -41,8 +42,7 @@ def distillation(
     def chunks() -> Iterator[tuple[slice, Callable[[mx.array], mx.array]]]:
         for start in range(0, len(target), step):
             chunk = slice(start, start + step)
-            given, wanted = teacher[chunk], target[chunk]
-            yield chunk, lambda hidden, given=given, wanted=wanted: _parts(head, hidden, given, wanted)
+            yield chunk, partial(_parts, head, teacher[chunk], target[chunk])
 
     def forward(student: mx.array) -> mx.array:
         sums = mx.zeros(2)
@@ -57,13 +57,10 @@ def distillation(
             found += mx.vjp(parts, [hidden], [gradient])[1]
         return mx.concatenate(found) if found else mx.zeros_like(student)
 
-    function = mx.custom_function(forward)
-    function.vjp(backward)
-    sums: mx.array = function(student)
-    return sums
+    return with_gradient(forward, backward)(student)
 
 
-def _parts(head: Head, student: mx.array, teacher: mx.array, target: mx.array) -> mx.array:
+def _parts(head: Head, teacher: mx.array, target: mx.array, student: mx.array) -> mx.array:
     given, wanted = _log_softmax(head(student)), _log_softmax(head(teacher))
     kl = (mx.exp(wanted) * (wanted - given)).sum()
     return mx.stack([kl, -mx.take_along_axis(given, target[:, None], -1).sum()])

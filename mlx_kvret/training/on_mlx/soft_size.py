@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .attention import PackedMask, after, ages
+from .attention import PackedMask, ages
+from .blocks import after, with_gradient
 
 # elements of one block: 32 MB in float32
 BLOCK_ELEMENTS = 1 << 23
@@ -42,10 +43,7 @@ def soft_size(log_beta: mx.array, mask: PackedMask, elements: int | None = None)
             result = result.at[..., entries].add(part)
         return result
 
-    function = mx.custom_function(forward)
-    function.vjp(backward)
-    sizes: mx.array = function(log_beta.astype(mx.float32))
-    return sizes
+    return with_gradient(forward, backward)(log_beta.astype(mx.float32))
 
 
 def _weights(log_beta: mx.array, mask: PackedMask, tokens: slice, entries: slice) -> mx.array:

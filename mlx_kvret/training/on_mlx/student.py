@@ -41,8 +41,9 @@ class Student:
     """A hooked model, whose weights may be quantised.
 
     ``layers`` counts the layers that get gates; ``kv_heads`` and ``hidden_size`` are theirs; ``vocabulary``
-    is the width of the logits. ``packs`` tells whether documents in one row are kept apart; layers with a
-    recurrent state, say, run on through them, and positions that do more than rotate go on.
+    is the width of the logits, ``dtype`` their type. ``packs`` tells whether documents in one row are kept
+    apart; layers with a recurrent state, say, run on through them, and positions that do more than rotate
+    go on.
 
     Args:
         recompute: recompute each layer in the backward pass instead of keeping its activations.
@@ -78,7 +79,7 @@ class Student:
             raise
         shape = made.layout.shape
         self.layers, self.kv_heads, self.hidden_size = shape.layers, shape.kv_heads, shape.hidden_size
-        self.vocabulary = stock.shape[-1]
+        self.vocabulary, self.dtype = stock.shape[-1], stock.dtype
 
     def detach(self) -> None:
         """Take every hook off the model again; its weights stay frozen."""
@@ -152,8 +153,8 @@ class Student:
         except (TypeError, AttributeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedModelError(
-                f"{name} uses its cache in a way that training on MLX does not follow ({reason}); use another "
-                "model"
+                f"{name} uses its cache in a way that training on MLX does not follow ({reason}); use "
+                "another model"
             ) from error
         rounding = max(1e-4, 12 * mx.finfo(stock.dtype).eps)
         if not (difference := _distance(ours, stock)) <= rounding:
@@ -172,7 +173,8 @@ class Student:
 
     def _lengths(self, ids: mx.array, starts: Ints, offset: int) -> mx.array:
         """Norms of all queries and keys of each entry, that begin at a position."""
-        cache, lengths = self._cache(starts, None, offset), []
+        cache = self._cache(starts, None, offset)
+        lengths: list[mx.array] = []
 
         def attend(entry: Entry, queries: mx.array, keys: mx.array, *rest: Any, **others: Any) -> mx.array:
             lengths.extend(mx.linalg.norm(x.astype(mx.float32).reshape(-1)) for x in (queries, keys))
@@ -189,11 +191,11 @@ def _recomputed(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = (args, kwargs)
-        entries = [entry for _, leaf in tree_flatten(given) for entry in entries_in(leaf)]
+        entries = [entry for leaf in _leaves(given) for entry in entries_in(leaf)]
         gates = [part for entry in entries for part in entry.gate_modules()]
         outer = [part.trainable_parameters() for part in gates]
         # what a checkpoint is not given as an input gets no gradient
-        arrays = [leaf for _, leaf in tree_flatten(given) if _differs(leaf)]
+        arrays = [leaf for leaf in _leaves(given) if _differs(leaf)]
 
         def inner(weights: list[Any], arrays: list[mx.array]) -> tuple[Any, list[mx.array]]:
             rest = iter(arrays)
@@ -214,6 +216,11 @@ def _recomputed(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _update(modules: list[nn.Module], weights: list[Any]) -> None:
     for module, own in zip(modules, weights, strict=True):
         module.update(own)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: Any = tree_flatten(tree)
+    return [leaf for _, leaf in found]
 
 
 def _differs(leaf: Any) -> bool:

@@ -1,0 +1,249 @@
+"""A training run on any backend: from a base model and data to a gate checkpoint.
+
+The backend brings an :class:`Engine`; the data, the schedule, checkpoints, the log and the result are here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import demo
+from ..core.checkpoint import read_json, save_gates
+from ..core.config import GateConfig
+from ..core.files import whole_file
+from ..core.fingerprint import fingerprint
+from ..core.tensors import Tensor
+from ..core.types import Floats
+from ..errors import ConfigError, DataError, TrainingError
+from ..hub import resolve
+from . import state
+from .config import TrainConfig
+from .documents import Document, document
+from .packing import Batch, Packer, Position
+from .records import Records
+from .report import Losses, Report
+from .schedule import rate
+
+GATES, LOG, PROFILE = "gates", "log.csv", "profile.json"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; nothing here changes its result beyond rounding.
+
+    ``micro_batch`` sequences go through the model at once; every ``save_every`` steps a checkpoint is
+    written; with ``recompute`` layers are recomputed in the backward pass: slower, in far less memory.
+    """
+
+    folder: Path
+    resume: bool = False
+    device: str = "auto"
+    micro_batch: int = 1
+    save_every: int = 100
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: the name to remember it by, its folder, and its ``config.json``."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def find(cls, model: str | Path) -> Base:
+        """``model`` is a folder, a hub id, or ``"demo"`` for the model shipped with the package."""
+        folder = demo.MODEL if str(model) == "demo" else resolve(model)
+        local = folder == Path(model).expanduser()
+        return cls(folder.name if local else str(model), folder, read_json(folder / "config.json"))
+
+
+class Engine(Protocol):
+    """Base model, gates and optimizer on one backend.
+
+    ``packs``: documents in one row do not see each other. ``versions`` are those of the backend's packages.
+    """
+
+    tokenizer: Any
+    gate_config: GateConfig
+    packs: bool
+    versions: dict[str, str]
+
+    def gradient(self, batch: Batch) -> Losses:
+        """Work out the gradient of a whole batch, and keep it."""
+
+    def clip(self, largest: float) -> float:
+        """Scale the gradient so that its norm is at most ``largest``; returns the norm before."""
+
+    def update(self, learning_rate: float) -> None:
+        """One step of AdamW with the gradient."""
+
+    def weights(self) -> dict[str, Floats]:
+        """The gates under their names in a gate checkpoint."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that changes in training, named as in :mod:`.state`."""
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """The state after so many steps. Moments are missing before the first."""
+
+    def profile(self, batch: Batch) -> dict[str, Any]:
+        """:func:`.profile.profile` of the first micro-batch."""
+
+
+class Run:
+    """A run in one process; of several, the ``main`` one writes.
+
+    Its folder holds the last checkpoint (:mod:`.state`), ``log.csv``, ``profile.json`` and, once the run is
+    over, ``gates``. A run that was killed goes on from its last checkpoint, to weights that are bit by bit
+    those of an uninterrupted run where the device computes reproducibly (a CPU does).
+
+    Raises:
+        ConfigError: the folder is in use, or holds no run with these settings to be resumed.
+        CheckpointError: its checkpoint is damaged.
+    """
+
+    def __init__(
+        self, base: Base, records: Records, config: TrainConfig, options: RunOptions, main: bool = True
+    ):
+        config.check_model(base.config)
+        self.config, self.options, self.records, self.main = config, options, records, main
+        # what a resumed run must share with the one that wrote the checkpoint
+        self.identity = config.to_dict() | {"base": fingerprint(base.config), "data": records.identity}
+        if main:
+            self._check_folder()
+        self._saved = state.load(options.folder, self.identity) if options.resume else None
+        self.step = self.tokens = 0
+        self.losses: Losses | None = None
+
+    def _check_folder(self) -> None:
+        folder = self.options.folder
+        if self.options.resume or not folder.exists():
+            return
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder} exists already; go on with --resume if it holds a run, or choose another folder"
+            )
+
+    def go(self, engine: Engine) -> Path | None:
+        """Train to the end; returns the folder of the finished gates, None in all but the main process.
+
+        Raises:
+            KVRetError: see :mod:`mlx_kvret.errors`.
+        """
+        config, folder = self.config, self.options.folder
+        self.engine = engine
+        self.packer = Packer(
+            self.records,
+            self._read,
+            config.length,
+            config.batch,
+            config.seed,
+            config.epochs,
+            alone=not engine.packs,
+        )
+        if self._saved:
+            self._restore(*self._saved)
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            state.sweep(folder)
+            if not self._saved:
+                self._save()
+        if not (folder / GATES).exists():
+            self._loop()
+            if self.main:
+                self._finish()
+        return folder / GATES if self.main else None
+
+    def _read(self, index: int) -> Document | None:
+        try:
+            return document(self.records.read(index), self.engine.tokenizer, self.config.loss)
+        except DataError as error:
+            self.records.complain(error)
+            return None
+
+    def _loop(self) -> None:
+        with Report(self.options.folder / LOG, self.step, self.main) as report:
+            while True:
+                before, position = self._progress(), self.packer.position
+                if before >= 1 or (batch := self.packer.batch()) is None:
+                    break
+                after = self._progress(1)
+                self._step(batch, before, after, report, position)
+                if self.main and self.step % self.options.save_every == 0:
+                    self._save()
+
+    def _progress(self, ahead: int = 0) -> float:
+        if self.config.steps:
+            return (self.step + ahead) / self.config.steps
+        return self.packer.progress()
+
+    def _step(self, batch: Batch, before: float, after: float, report: Report, position: Position) -> None:
+        config = self.config
+        losses = self.engine.gradient(batch)
+        norm = self.engine.clip(config.clip)
+        if not (losses.finite and math.isfinite(norm)):
+            self._stop(losses, norm, batch, position)
+        learning_rate = config.learning_rate * rate((before + after) / 2, config.warmup)
+        self.engine.update(learning_rate)
+        self.step, self.tokens, self.losses = self.step + 1, self.tokens + batch.tokens, losses
+        report.step(self.step, after, losses, learning_rate, norm, batch)
+
+    def _stop(self, losses: Losses, norm: float, batch: Batch, position: Position) -> None:
+        names = list(dict.fromkeys(batch.where))
+        some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise TrainingError(
+            f"step {self.step + 1} gave no finite result (KL {losses.kl}, cross-entropy "
+            f"{losses.cross_entropy}, capacity {losses.capacity}, gradient norm {norm}) on {some} (epoch "
+            f"{position.epoch}, record {position.record}); {self.options.folder / state.NAME} is from before "
+            "it; look at that data, or train with a lower --learning-rate or --dtype float32"
+        )
+
+    def _save(self) -> None:
+        values = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "losses": None if self.losses is None else vars(self.losses),
+            "position": list(self.packer.position),
+        }
+        state.save(self.options.folder, self.identity, values, self.engine.state())
+
+    def _restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.step, self.tokens = values["step"], values["tokens"]
+        self.losses = Losses(**values["losses"]) if values["losses"] else None
+        self.packer.position = Position(*values["position"])
+        self.engine.restore(tensors, self.step)
+
+    def _finish(self) -> None:
+        """Profile the gates on the first batch of the data, then write them."""
+        folder = self.options.folder
+        self._save()
+        self.packer.position = Position()
+        if batch := self.packer.batch():
+            measured = self.engine.profile(batch)
+            with whole_file(folder / PROFILE) as scratch:
+                scratch.chmod(0o644)
+                scratch.write_text(json.dumps(measured) + "\n")
+        save_gates(folder / GATES, self.engine.gate_config, self.engine.weights(), self._provenance())
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "trained_with": {"mlx-kvret": version("mlx-kvret")} | self.engine.versions,
+            "settings": self.config.to_dict(),
+            "data": self.records.identity,
+            "skipped_records": len(self.records.skipped),
+            "steps": self.step,
+            "tokens": self.tokens,
+            "last_losses": None if self.losses is None else vars(self.losses),
+        }
