@@ -5,8 +5,6 @@
 ``student``     the hooked base model: its full-attention and its fading forward pass
 ``loss``        distillation, next-token and capacity losses
 ``base``        loading the base model, and what fits in memory
-``state``       checkpoints of a run
 ``processes``   one process, or several through accelerate
-``loop``        the training loop
-``profile``     what the trained gates retain, by layer, head and position
+``engine``      model, gates and optimizer of a run, for the loop in ``mlx_kvret.training.run``
 """

@@ -108,13 +108,14 @@ def command(
     from ..errors import MissingDependencyError
     from ..training.plots import plot_run
     from ..training.records import Records
+    from ..training.run import RunOptions
 
     if settings["shared_projection"] is None:
         settings["shared_projection"] = settings["kind"] == "rg10"
     config = TrainConfig(**settings)
     records = Records(files, datasets, split, skip_bad)
     try:
-        from cuda_backend.training.loop import RunOptions, train
+        from cuda_backend.training.engine import train
     except ImportError as error:
         raise MissingDependencyError(
             f"training needs torch and transformers ({error}); run `pip install 'mlx-kvret[torch]'`"

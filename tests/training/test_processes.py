@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from cuda_backend.training.loop import RunOptions, train
+from cuda_backend.training.engine import train
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.demo import MODEL
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.log import read_log
 from mlx_kvret.training.records import Records
+from mlx_kvret.training.run import RunOptions
 
 from .chats import write_chats
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_backend.training.profile import profile
+from cuda_backend.kernels.soft_size import soft_size
 from cuda_backend.training.student import Student
 from mlx_kvret.training.packing import Batch
+from mlx_kvret.training.profile import profile
 
 from .test_student import gates_for
 from .tiny_models import tiny_model
@@ -23,7 +24,8 @@ def test_profile():
     batch.position[0, 11] = -1
 
     ids, starts = torch.from_numpy(batch.ids), torch.from_numpy(batch.starts)
-    log_beta = student.learn(ids, starts, gates).log_beta.detach().double().numpy()
+    said = student.learn(ids, starts, gates).log_beta.detach()
+    log_beta = said.double().numpy()
     sizes, retained = np.zeros(4), [[] for _ in range(12)]
     for row, documents in enumerate(lengths):
         begin = 0
@@ -33,7 +35,7 @@ def test_profile():
                 sizes += np.exp(own[:, : t + 1] * (t - np.arange(t + 1))).sum(1)
                 retained[t].append(np.exp(own[:, t] * (n - 1 - t)).mean())
             begin += n
-    found = profile(student, gates, batch, [0, 1], torch.device("cpu"))
+    found = profile(said.numpy(), soft_size(said, starts).numpy(), batch.position, student.layers)
     assert np.array(found["soft_size"]).flatten() == pytest.approx(sizes / 23, rel=1e-5)
     assert found["position"] == list(range(12))
     assert found["retained"] == pytest.approx([np.mean(values) for values in retained], rel=1e-5)

@@ -15,16 +15,19 @@ import pytest
 import torch
 
 from cuda_backend.gates import from_checkpoint
-from cuda_backend.training import loop, state
-from cuda_backend.training.loop import RunOptions, train
+from cuda_backend.training import engine
+from cuda_backend.training.engine import train
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.demo import MODEL
 from mlx_kvret.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
+from mlx_kvret.training import state
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.log import COLUMNS, read_log
+from mlx_kvret.training.memory import Memory
 from mlx_kvret.training.plots import plot_run
 from mlx_kvret.training.records import Records
 from mlx_kvret.training.report import Losses
+from mlx_kvret.training.run import RunOptions
 
 from .chats import write_chats
 
@@ -106,14 +109,14 @@ def test_epochs_end(chats, tmp_path):
 
 def before_step(monkeypatch, step, act):
     """Call ``act(gates)`` after the gradient of a step has been worked out."""
-    inner, count = loop.gradient, 0
+    inner, count = engine.gradient, 0
 
     def gradient(student, gates, *rest):
         nonlocal count
         losses, count = inner(student, gates, *rest), count + 1
         return (count == step and act(gates)) or losses
 
-    monkeypatch.setattr(loop, "gradient", gradient)
+    monkeypatch.setattr(engine, "gradient", gradient)
 
 
 def interrupt(gates):
@@ -169,7 +172,7 @@ def _lines(path):
 def test_what_a_killed_writer_left_is_removed(chats, tmp_path):
     folder = tmp_path / "run"
     run(folder, chats)
-    (folder / ".training.pt.x1.pt").write_bytes(b"half")
+    (folder / ".training.x1.safetensors").write_bytes(b"half")
     (folder / ".gates.y2").mkdir()
     run(folder, chats, resume=True)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -195,7 +198,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, chats, tmp_path, monkey
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before_step(monkeypatch, 4, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard)))
     try:
-        with pytest.raises(TrainingError, match=r"cannot write .*training.pt.*--resume"):
+        with pytest.raises(TrainingError, match=r"cannot write .*training.safetensors.*--resume"):
             run(tmp_path / "run", chats)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -217,7 +220,7 @@ def test_resume_refuses_other_settings_and_data(finished, chats, tmp_path):
 def test_refuses_folders_in_use_and_nothing_to_resume(finished, chats, tmp_path):
     with pytest.raises(ConfigError, match=r"exists already; go on with --resume"):
         run(finished, chats)
-    with pytest.raises(ConfigError, match=r"no training.pt .* leave out --resume"):
+    with pytest.raises(ConfigError, match=r"no training.safetensors .* leave out --resume"):
         run(tmp_path / "run", chats, resume=True)
     assert not (tmp_path / "run").exists()
 
@@ -236,7 +239,7 @@ def test_refuses_options(tmp_path, option):
 
 
 def test_memory_that_fits_is_what_is_advised():
-    memory = loop.base.Memory(1 << 20, 5000, 300_000)
+    memory = Memory(1 << 20, 5000, 300_000, 1 << 28)
     for free in (1 << 27, 1 << 30, 1 << 34):
         tokens = int(re.search(r"about ([\d,]+) tokens", memory.advice(free)).group(1).replace(",", ""))
         assert memory.needed(tokens) <= free < memory.needed(tokens + 2)
@@ -244,7 +247,7 @@ def test_memory_that_fits_is_what_is_advised():
 
 
 def test_no_free_memory(chats, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.base, "free_bytes", lambda _: 3 << 29)
+    monkeypatch.setattr(engine.base, "free_bytes", lambda _: 3 << 29)
     config = TrainConfig(**CONFIG.to_dict() | {"length": 8192, "batch": 64})
     with pytest.raises(TrainingError, match=r"needs about .* GB .* about [\d,]+ tokens fit"):
         run(tmp_path / "run", chats, config, micro_batch=64)
@@ -252,8 +255,8 @@ def test_no_free_memory(chats, tmp_path, monkeypatch):
     def refuse(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(loop, "gradient", refuse)
-    with pytest.raises(TrainingError, match=r"step 1 does not fit on cpu; about [\d,]+ tokens fit"):
+    monkeypatch.setattr(engine, "gradient", refuse)
+    with pytest.raises(TrainingError, match=r"a step does not fit on cpu; about [\d,]+ tokens fit"):
         run(tmp_path / "run", chats)
 
 
