@@ -46,7 +46,7 @@ STEPS = st.lists(st.one_of(st.integers(1, 24), st.just(1), WAYS), min_size=4, ma
 
 
 def read(model, cache, oracle, count, seed=0):
-    # no token twice: in the first layer its keys would have the same norm, but for rounding
+    # no token twice: in the first layer its keys would have the same norm
     tokens = np.random.default_rng(seed).permutation(model.args.vocab_size)
     model(mx.array(tokens[None, oracle.seen : oracle.seen + count]), cache=cache)
     oracle.step(count)
@@ -68,7 +68,8 @@ def snapshot(model, cache, path):
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs(), steps=STEPS, seed=st.integers(0, 9))
 def test_kept_positions_are_the_oracle_s(monkeypatch, tmp_path, config, steps, seed):
-    model = model_of("qwen3", vocab_size=512)
+    # not a model that normalises its keys: their norms would differ by rounding only
+    model = model_of("llama", vocab_size=512)
     cache, left = mlx_kvret.make_cache(model, **config.to_dict()), []
     oracle = Oracle(shape_of(model), config)
     with recording(monkeypatch) as watch:

@@ -33,6 +33,8 @@ OWN = {
     "mistral4": {
         "kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
         "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.0, "norm_topk_prob": True, "topk_group": 1, "n_group": 1,
+        "first_k_dense_replace": 1,
         "rope_parameters": {
             "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16,
             "type": "default"}},
