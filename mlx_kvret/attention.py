@@ -14,7 +14,11 @@ import numpy as np
 from . import kernels
 from .core.types import Ints
 from .kernels.attention import attend as attend_with_kernels
+from .kernels.prefill_attention import by_head
 from .pool import Pool
+
+# from so many tokens on copying keys together costs less than copying scores
+MANY = 8
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,18 @@ def attend(
     ``sinks`` (Hq,) are logits of a null entry, as in ``mx.fast.scaled_dot_product_attention``. Logits x are
     capped to softcap·tanh(x / softcap) if ``softcap`` is not 0.
     """
+    tokens = queries.shape[2]
+    if view.pool.capacity == 0 and not softcap:
+        # nothing was ever kept: the rectangle is all there is
+        mask = "causal" if causal and tokens > 1 else None
+        return mx.fast.scaled_dot_product_attention(
+            queries, view.keys, view.values, scale=scale, mask=mask, sinks=sinks
+        )
     types = {queries.dtype, view.keys.dtype, view.values.dtype}
     if kernels.enabled() and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
         return attend_with_kernels(queries, view, scale, causal, sinks, softcap)
+    if tokens > MANY and not softcap:
+        return by_head(queries, view, scale, causal, sinks)
     return attend_reference(queries, view, scale, causal, sinks, softcap)
 
 

@@ -23,12 +23,6 @@ def attend(
 ) -> mx.array:
     """As :func:`mlx_kvret.attention.attend`."""
     _, query_heads, tokens, key_dim = queries.shape
-    if view.pool.capacity == 0 and not softcap:
-        # nothing was ever kept: the rectangle is all there is, and MLX has kernels for that
-        mask = "causal" if causal and tokens > 1 else None
-        return mx.fast.scaled_dot_product_attention(
-            queries, view.keys, view.values, scale=scale, mask=mask, sinks=sinks
-        )
     rows = query_heads // view.kv_heads * tokens
     few = tokens <= MAX_TOKENS and fits(rows, key_dim, view.values.shape[3])
     chosen = decode_attention if few else prefill_attention
