@@ -81,7 +81,7 @@ def test_gradients_flow_through_a_quantised_base(saved):
     nn.quantize(
         model, 32, 4, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[1] == 32
     )
-    for (_, quantised), (name, own) in zip(model.named_modules(), plain.named_modules(), strict=True):
+    for (_, quantised), (_, own) in zip(model.named_modules(), plain.named_modules(), strict=True):
         if isinstance(quantised, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             own.weight = mx.dequantize(quantised.weight, quantised.scales, quantised.biases, 32, 4)
     results = [gradient(Student(m), both_gates()[0], packed(), CONFIG, 2) for m in (model, plain)]

@@ -109,8 +109,8 @@ class Engine:
             name, _, which = name.rpartition(".")
             if which in _MOMENTS:
                 tensors[f"{_MOMENTS[which]}.{name}"] = to_tensor(array)
-        generator: Any = mx.random.state
-        return tensors | {"random.mlx": to_tensor(generator[0])}
+        # no generator: none is used once the gates have their first weights
+        return tensors
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         def named(kind: str, suffix: str = "") -> list[tuple[str, mx.array]]:
@@ -118,13 +118,10 @@ class Engine:
             return [(f"{name}{suffix}", to_array(tensor)) for (k, _, name), tensor in found if k == kind]
 
         self.gates.load_weights(named("gates"))
-        moments = [entry for mlx, name in _MOMENTS.items() for entry in named(name, f".{mlx}")]
-        self.optimizer.state = tree_unflatten(moments) | {
-            "step": mx.array(step, mx.uint64),
-            "learning_rate": mx.array(0.0),
-        }
-        generator: Any = mx.random.state
-        generator[0] = dict(named("random")).get("mlx", generator[0])
+        if step:
+            moments = [entry for mlx, name in _MOMENTS.items() for entry in named(name, f".{mlx}")]
+            counters = {"step": mx.array(step, mx.uint64), "learning_rate": mx.array(0.0)}
+            self.optimizer.state = tree_unflatten(moments) | counters
 
     def profile(self, batch: Batch) -> dict[str, Any]:
         rows = slice(0, self.options.micro_batch)
