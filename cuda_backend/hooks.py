@@ -31,9 +31,9 @@ from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, U
 
 from .cache import BoundedCache, BoundedKVCache
 from .gates import RetentionGates
+from .modules import attention_modules
 from .probe import Layout, layout_of, probe, stock_layers
 from .snapshots import reopen
-from .training.student import attention_modules
 
 # the bounded cache of the forward pass that is under way
 _running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fitting import fit_gates
-from mlx_kvret.errors import UnsupportedModelError
+from mlx_kvret.errors import KVRetError, UnsupportedModelError
 
 from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, cache_argument
@@ -93,7 +94,9 @@ def layout_of(model: PreTrainedModel, hidden: dict[int, int]) -> tuple[Layout, t
     Raises:
         UnsupportedModelError: nothing to bound, or layers that differ.
     """
-    name, cache = model.config.model_type, DynamicCache(config=model.config)
+    name = model.config.model_type
+    with refusals(name):
+        cache = DynamicCache(config=model.config)
     places = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
     if not places:
         raise UnsupportedModelError(
@@ -107,7 +110,22 @@ def _logits(model: PreTrainedModel, cache: Any) -> torch.Tensor:
     """Logits (5, vocabulary) of a chunk and two single tokens after it."""
     ids = torch.arange(1, 6, device=model.device)[None] % model.config.get_text_config().vocab_size
     given = cache_argument(model, cache)
-    return torch.cat([model(part, **given).logits[0] for part in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:])])
+    with refusals(model.config.model_type):
+        parts = ids[:, :-2], ids[:, -2:-1], ids[:, -1:]
+        return torch.cat([model(part, **given).logits[0] for part in parts])
+
+
+@contextmanager
+def refusals(name: str) -> Iterator[None]:
+    """Transformers' own ValueError, for a config that contradicts itself say, as one that names the model."""
+    try:
+        yield
+    except KVRetError:
+        raise
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"transformers does not run this {name} model: {error}; mend its config.json or use another model"
+        ) from error
 
 
 def _layout(cache: Any, places: list[int], hidden: dict[int, int], name: str) -> Layout:

@@ -24,6 +24,7 @@ from . import hooks, snapshots
 from .cache import BoundedCache
 from .gates import from_checkpoint
 from .generation import generate, sampling, stream_generate
+from .probe import refusals
 
 __all__ = [
     "attach",
@@ -149,7 +150,7 @@ def full_nbytes(model: PreTrainedModel, tokens: int) -> int:
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; no weights are read."""
     config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
+    with refusals(config.model_type), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = hooks.shape_of(model.eval())
     return config.to_dict(), shape

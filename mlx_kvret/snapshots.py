@@ -60,8 +60,7 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     shape = made.layout.shape
     found = (*snapshot.counts.shape, snapshot.keys.shape[1], snapshot.values.shape[1])
     expected = (shape.layers, shape.kv_heads, shape.key_dim, shape.value_dim)
-    # before the first token nothing says how wide keys are
-    if found != expected and snapshot.seen:
+    if found != expected:
         raise CheckpointError(
             f"the saved cache has (layers, KV heads, key dim, value dim) {found}, the model {expected}; "
             "load the model it was saved with"
@@ -72,9 +71,10 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
         _fill(cache.shared, snapshot)
     others = [i for i, entry in enumerate(cache) if not isinstance(entry, BoundedKVCache)]
     for layer in others:
-        if layer not in snapshot.extras:
+        # an empty window has no tensors
+        if snapshot.seen and layer not in snapshot.extras:
             raise CheckpointError(f"the saved cache lacks layer {layer}, which is not bounded; save it again")
-        _restore_window(cache[layer], snapshot.extras[layer], snapshot.seen)
+        _restore_window(cache[layer], snapshot.extras.get(layer, {}), snapshot.seen)
     return cache
 
 
@@ -92,6 +92,9 @@ def _places(shared: Bounded, counts: list[int]) -> np.ndarray:
 
 
 def _in_order(shared: Bounded, name: str, places: np.ndarray) -> mx.array:
+    if not shared.seen[0]:
+        # nothing has told the arrays their width yet
+        return mx.zeros((0, shared.shape.key_dim if name == "keys" else shared.shape.value_dim))
     pool, recents = getattr(shared.pool, name), shared.recents
     parts = [pool] if shared.pool.capacity else [pool[:, :0]]
     if recents[0].length:

@@ -7,7 +7,6 @@ transformers' registry fades, and the stock head turns hidden states into logits
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mlx_kvret.errors import UnsupportedModelError
 
 from ..gates import RetentionGates
+from ..modules import attention_modules, competing_layers
 from .attention import PackedMask
 from .registry import CALL, IMPLEMENTATION, Call
 
@@ -33,28 +32,6 @@ class Trace:
 
     hidden: torch.Tensor
     log_beta: torch.Tensor | None
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention modules by layer: the innermost ones with a ``layer_idx`` whose forward takes a cache."""
-    found = {name: module for name, module in model.named_modules() if _takes_cache(module)}
-    inner = {n: m for n, m in found.items() if not any(other.startswith(f"{n}.") for other in found)}
-    return {int(module.layer_idx): module for module in inner.values()}
-
-
-def competing_layers(model: PreTrainedModel) -> list[int]:
-    """Layers that cache every token, in order; sliding windows and state spaces are left alone."""
-    layers = DynamicCache(config=model.config).layers
-    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-
-
-def _takes_cache(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "layer_idx", None), int):
-        return False
-    # the first since transformers 5.24, the others before and in some models
-    return not {"cache", "past_key_values", "layer_past"}.isdisjoint(
-        inspect.signature(module.forward).parameters
-    )
 
 
 class Student:

@@ -51,7 +51,7 @@ class ReferenceEngine:
         buffer: int | None = None,
         batch: int = 1,
     ) -> None:
-        from cuda_backend.training.student import attention_modules, competing_layers
+        from cuda_backend.modules import attention_modules, competing_layers
 
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.chunk, self.buffer, self.batch = chunk, buffer, batch

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
-from cuda_backend import hooks
+from cuda_backend import hooks, wing
 from cuda_backend.recent import Recent
 from mlx_kvret.errors import (
     ModelMismatchError,
@@ -129,6 +131,25 @@ def test_models_that_cannot_be_bounded_are_refused() -> None:
     windows = MistralConfig(**SIZES, sliding_window=16)
     with pytest.raises(UnsupportedModelError, match="nothing to bound"):
         hooks.install(AutoModelForCausalLM.from_config(windows), None, {})
+
+
+def test_models_whose_layers_share_keys_are_refused(tmp_path: Path) -> None:
+    shares = AutoConfig.for_model(
+        "gemma3n_text", **SIZES | {"num_hidden_layers": 4}, head_dim=8, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96, num_kv_shared_layers=2, laurel_rank=4, altup_num_inputs=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(shares)
+    with pytest.raises(UnsupportedModelError, match="gemma3n_text models cannot be bounded"):
+        hooks.install(model, None, {})
+    # no layer is left from which the full ones could share: transformers' own complaint
+    model.config.num_kv_shared_layers = 3
+    with pytest.raises(UnsupportedModelError, match="does not run this gemma3n_text model: The set of layer"):
+        hooks.install(model, None, {})
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="does not run this gemma3n_text model: The set of layer"):
+        wing.cache_shape(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
