@@ -67,7 +67,7 @@ def test_filling_slots_happens_in_place():
     before = address(pool.keys), address(pool.values)
     for _ in range(3):
         pool.fill(mx.array([3, 900, 1024]), mx.ones((3, 64)), mx.ones((3, 64)))
-    assert (address(pool.keys), address(pool.values)) == before
+        assert (address(pool.keys), address(pool.values)) == before
 
 
 def test_adding_a_token_happens_in_place():
@@ -78,7 +78,7 @@ def test_adding_a_token_happens_in_place():
     for _ in range(40):
         recent.append(token, token)
         mx.eval(recent.fetch())
-    assert (address(recent._keys), address(recent._values)) == before
+        assert (address(recent._keys), address(recent._values)) == before
 
 
 @pytest.mark.parametrize("policy", ["learned", "recent"])
