@@ -2,6 +2,7 @@
 
 ``shared``  one folder for every backend (safetensors + json), the form in the middle
 ``mlx``     the same for MLX alone: one float type, or 8 bits
+``torch``   the same with the layers' weights stacked, as the torch wing runs them
 ``trimkv``  gates as TRIM-KV and DBTrimKV release them (torch)
 """
 
@@ -23,7 +24,7 @@ from mlx_kvret.core.checkpoint import (
 from mlx_kvret.core.files import require_free
 from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
 
-from . import trimkv
+from . import torch_form, trimkv
 from .casting import cast
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMS", "Conversion", "convert", "detect", "load_any"]
 
-FORMS = ("shared", "mlx", "trimkv")
+FORMS = ("shared", "mlx", "torch", "trimkv")
+# those told apart by their manifest
+OURS = FORMS[:3]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Conversion:
 
 
 def detect(folder: str | os.PathLike[str]) -> str:
-    """The form of a gate folder, ``"shared"``, ``"mlx"`` or ``"trimkv"``.
+    """The form of a gate folder, one of :data:`FORMS`.
 
     Raises:
         CheckpointError: no folder, none of the forms, or two of them at once.
@@ -78,12 +81,12 @@ def detect(folder: str | os.PathLike[str]) -> str:
         return "trimkv"
     if not ours:
         raise CheckpointError(
-            f"{folder} holds no retention gates; expected {CONFIG_FILE} (shared, mlx) or "
+            f"{folder} holds no retention gates; expected {CONFIG_FILE} ({', '.join(OURS)}) or "
             f"{trimkv.WEIGHT_FILE} (trimkv)"
         )
     form = read_manifest(folder)[2]
-    if form not in ("shared", "mlx"):
-        raise CheckpointError(f"{folder} has form {form!r}; expected 'shared' or 'mlx'")
+    if form not in OURS:
+        raise CheckpointError(f"{folder} has form {form!r}; expected one of {', '.join(OURS)}")
     return form
 
 
@@ -99,6 +102,8 @@ def load_any(folder: str | os.PathLike[str]) -> GateCheckpoint:
         return trimkv.load_trimkv(folder)
     if form == "shared":
         return load_gates(folder)
+    if form == "torch":
+        return torch_form.load_torch(folder)
     from .mlx_form import load_mlx
 
     return load_mlx(folder)
@@ -155,6 +160,8 @@ def convert(
         agreement = _agreement(source, _gates(result), model, prompt) if changed else None
         if to == "trimkv":
             trimkv.save_trimkv(target, result, base)
+        elif to == "torch":
+            torch_form.save_torch(target, result)
         else:
             save_gates(target, result.config, result.tensors, result.provenance)
     return Conversion(

@@ -62,7 +62,8 @@ class Bounded:
         gate_layers: Sequence[int] | None = None,
     ) -> None:
         self.shape, self.config, self.owner, self.device = shape, config, owner, device
-        self.gates, self.gate_layers = gates, gate_layers
+        self.gates, self.gate_layers = gates, tuple(gate_layers or range(shape.layers))
+        self._defer = shape.deferred(config.budget, config.buffer)
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
         self.recents = [self._recent(layer) for layer in range(shape.layers)]
         self.seen = [0] * shape.layers
@@ -70,10 +71,8 @@ class Bounded:
         self._batch(1)
 
     def _recent(self, layer: int) -> Recent:
-        index = self.gate_layers[layer] if self.gate_layers else layer
-        gate = partial(self.gates.log_beta, index) if self.gates is not None else None
-        defer = self.shape.deferred(self.config.budget, self.config.buffer)
-        return Recent(self.config.buffer, defer, gate)
+        gate = partial(self.gates.log_beta, self.gate_layers[layer]) if self.gates is not None else None
+        return Recent(self.config.buffer, self._defer, gate)
 
     def _batch(self, rows: int) -> None:
         self.rows = rows
@@ -132,9 +131,24 @@ class Bounded:
                 f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: a forward pass was "
                 "broken off half way; make a new cache"
             )
+        if max(recent.waiting for recent in self.recents) >= self._defer:
+            self._run_gates()
         move = self.schedule.next(self.seen[0], self.recents[0].length)
         if move is not None:
             self._compact(move)
+
+    def _run_gates(self) -> None:
+        """Score all gate inputs that wait; in one go where every layer has as many of them."""
+        waiting = {recent.waiting for recent in self.recents}
+        if self.gates is not None and len(waiting) == 1 and self.gates.stacked == self.gate_layers:
+            if waiting != {0}:
+                log_beta = self.gates.log_betas(torch.stack([recent.inputs() for recent in self.recents]))
+                for recent, own in zip(self.recents, log_beta, strict=True):
+                    recent.scored(own)
+            return
+        # a pass that was broken off has scored what the first layers held
+        for recent in self.recents:
+            recent.run_gate()
 
     def _compact(self, move: Move) -> None:
         """Move the oldest tokens of the rectangle into the pool; groups that are due select first."""
@@ -192,6 +206,7 @@ class Bounded:
         """What is stored with the oldest ``tokens`` of a layer, from place ``start`` on, (R, H, tokens)."""
         recent = self.recents[layer]
         if self.config.policy == "learned":
+            self._run_gates()
             return recent.log_beta()[:, :, :tokens]
         first = layer * self.shape.kv_heads
         head = torch.arange(first, first + self.shape.kv_heads, device=self.device)

@@ -27,7 +27,10 @@ class RetentionGates(nn.Module):
     """The gates of all layers. Parameter names are those of the shared checkpoint.
 
     ``rg10``: ``log β = logsigmoid(W3·act(W2·act(W1·x + b1) + b2) + bias)``; ``rg`` lacks the middle one.
+    ``stacked`` are the layers that :meth:`log_betas` serves.
     """
+
+    stacked: tuple[int, ...] = ()
 
     def __init__(self, config: GateConfig):
         super().__init__()
@@ -48,6 +51,37 @@ class RetentionGates(nn.Module):
         for name in self._inner:
             x = self._activation(getattr(maps, name)(x))
         return F.logsigmoid(getattr(head, self._last)(x).float() + head.bias.float())
+
+    @torch.no_grad()
+    def stack(self, layers: Sequence[int]) -> None:
+        """Lay the weights of some layers side by side for :meth:`log_betas`; their own become views of them.
+
+        Weights that differ in type from layer to layer stay apart.
+        """
+        names = [name for name, _ in self.layers[layers[0]].named_parameters()]
+        owned = {name: [self.layers[i].get_parameter(name) for i in layers] for name in names}
+        self.stacked = ()
+        if any(len({weight.dtype for weight in weights}) > 1 for weights in owned.values()):
+            return
+        self._stacks = {}
+        for name, weights in owned.items():
+            self._stacks[name] = torch.stack(tuple(weights))
+            for weight, row in zip(weights, self._stacks[name], strict=True):
+                weight.data = row
+        self.stacked = tuple(layers)
+
+    def log_betas(self, x: torch.Tensor) -> torch.Tensor:
+        """As :meth:`log_beta` for all stacked layers in batched products: ``x`` (layers, ..., hidden)."""
+        stacks, shape = self._stacks, x.shape[:-1]
+        x = x.reshape(len(x), -1, x.shape[-1]).to(stacks[f"{self._inner[0]}.weight"].dtype)
+        for name in self._inner:
+            bias, weight = stacks[f"{name}.bias"], stacks[f"{name}.weight"]
+            x = self._activation(torch.baddbmm(bias[:, None], x, weight.mT))
+        if self.config.shared_projection:
+            logits, bias = getattr(self.shared, self._last)(x), self.shared.get_parameter("bias")
+        else:
+            logits, bias = x @ stacks[f"{self._last}.weight"].mT, stacks["bias"][:, None]
+        return F.logsigmoid(logits.float() + bias.float()).view(*shape, -1)
 
 
 def _maps(config: GateConfig, inner: Sequence[str], last: str | None) -> nn.Module:

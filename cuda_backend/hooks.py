@@ -72,8 +72,8 @@ def install(model: PreTrainedModel, gates: RetentionGates | None, owner: dict[st
         hooked = partial(model.set_attn_implementation, implementation(stock))
         layout = probe(model, hooked, hidden)
         if gates is not None:
-            layout.check_gates(gates)
-            gates.to(layout.device)
+            gated = layout.check_gates(gates)
+            gates.to(layout.device).stack(gated)
     except BaseException:
         _unhook(model, handles, stock)
         raise

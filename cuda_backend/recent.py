@@ -13,7 +13,8 @@ class Recent:
     """Keys and values of the last ``length`` tokens, (R, H, length, D), with what a later selection needs.
 
     Gates are deferred: their inputs wait until ``defer`` tokens have come, then one call serves them all, so
-    that a decoded token does not pay for reading the gates' weights.
+    that a decoded token does not pay for reading the gates' weights. It serves all layers too, so
+    whoever holds them makes it between passes. A longer chunk is scored at once, for its inputs are large.
     """
 
     def __init__(self, buffer: int, defer: int, gate: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
@@ -38,8 +39,8 @@ class Recent:
         """Take in the attention inputs (R, T, hidden) of tokens whose keys come next."""
         if self._gate is not None:
             self._inputs.append(x)
-            if self.waiting >= self._defer:
-                self._run_gate()
+            if x.shape[1] > self._defer:
+                self.run_gate()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in keys (R, H, T, Dk) and values (R, H, T, Dv)."""
@@ -78,7 +79,7 @@ class Recent:
 
     def log_beta(self) -> torch.Tensor:
         """log β (R, H, length); runs the gate over what still waits."""
-        self._run_gate()
+        self.run_gate()
         if len(self._log_beta) > 1:
             self._log_beta = [torch.cat(self._log_beta, 2)]
         return self._log_beta[0]
@@ -108,10 +109,18 @@ class Recent:
         self._keys, self._values, self.length = keys, values, keys.shape[2]
         self._inputs, self._log_beta = [], [] if log_beta is None else [log_beta]
 
-    def _run_gate(self) -> None:
+    def run_gate(self) -> None:
+        """Score what waits, if anything does."""
         if self._inputs and self._gate:
-            x = self._inputs[0] if len(self._inputs) == 1 else torch.cat(self._inputs, 1)
-            self._log_beta.append(self._gate(x).transpose(1, 2))
+            self.scored(self._gate(self.inputs()))
+
+    def inputs(self) -> torch.Tensor:
+        """The gate inputs that wait, (R, waiting, hidden)."""
+        return self._inputs[0] if len(self._inputs) == 1 else torch.cat(self._inputs, 1)
+
+    def scored(self, log_beta: torch.Tensor) -> None:
+        """Take in log β (R, waiting, H) of the inputs that wait."""
+        self._log_beta.append(log_beta.transpose(1, 2))
         self._inputs = []
 
     def arrays(self) -> list[torch.Tensor]:

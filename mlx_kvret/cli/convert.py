@@ -21,7 +21,12 @@ Examples:
 @click.command("convert", epilog=EPILOG)
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Choice(["shared", "mlx", "trimkv"]), help="Form to write.")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["shared", "mlx", "torch", "trimkv"]),
+    help="Form to write.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -53,6 +58,7 @@ def command(
     \b
     shared  safetensors + json, for every backend
     mlx     the same for MLX alone: in one float type, or in 8 bits
+    torch   the same with the weights of all layers stacked, as torch runs them
     trimkv  as TRIM-KV and DBTrimKV release their gates (needs torch)
 
     DST appears whole or not at all. If values change, the share of cache entries on whose eviction old and

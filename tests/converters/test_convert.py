@@ -22,7 +22,7 @@ from mlx_kvret.errors import CheckpointError, ConfigError
 def folders(tmp_path):
     """The same gates in every form."""
     write(tmp_path / "trimkv", config(), state())
-    for form in ("shared", "mlx"):
+    for form in ("shared", "mlx", "torch"):
         convert(tmp_path / "trimkv", tmp_path / form, form)
     return {form: tmp_path / form for form in FORMS}
 
@@ -62,7 +62,7 @@ def test_written_files_have_ordinary_modes(tmp_path, folders):
 @pytest.mark.parametrize(
     ("to", "options", "says"),
     [
-        ("gguf", {}, "cannot convert to 'gguf'; expected one of shared, mlx, trimkv"),
+        ("gguf", {}, "cannot convert to 'gguf'; expected one of shared, mlx, torch, trimkv"),
         ("shared", {"bits": 8}, "bits has no effect on the shared form"),
         ("trimkv", {"bits": 8}, "bits has no effect on the trimkv form"),
         ("shared", {"dtype": "float8"}, "dtype is 'float8'"),
@@ -125,6 +125,7 @@ def test_write_that_really_fails_leaves_nothing(tmp_path, folders, to):
 WRITERS = {
     "shared": "mlx_kvret.core.checkpoint.write_tensors",
     "mlx": "converters.mlx_form.write_tensors",
+    "torch": "converters.torch_form.write_tensors",
     "trimkv": "converters.trimkv.write_state",
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from released import DTYPES, config, state, write
 
-from converters import convert, load_any, mlx_form
+from converters import FORMS, convert, load_any, mlx_form
 from mlx_kvret.core.checkpoint import load_gates, save_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.tensors import Tensor, read_tensors, write_tensors
@@ -46,7 +46,7 @@ def test_shared_to_mlx_and_back_is_bit_equal(tmp_path, kind, tied, dtype):
 
 
 @pytest.mark.parametrize("dtype", CODES)
-@pytest.mark.parametrize("to", ["shared", "mlx", "trimkv"])
+@pytest.mark.parametrize("to", FORMS)
 def test_dtype_change_rounds_to_nearest(tmp_path, shared, to, dtype):
     convert(shared, tmp_path / "out", to, dtype=dtype)
     found, source = load_any(tmp_path / "out"), load_gates(shared)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from released import DTYPES, HIDDEN, LAYERS, TEXT, VISION, assert_same_bits, config, read, state, write
 
-from converters import convert, load_any, trimkv
+from converters import FORMS, convert, load_any, trimkv
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.errors import ConfigError, ModelMismatchError
 from mlx_kvret.gates import from_checkpoint
@@ -163,7 +163,7 @@ def test_gates_that_never_were_trimkv_take_the_models_config(tmp_path, kind, tie
         ({"rope_theta": 10000}, "rope_theta is 1e\\+06, expected 10000"),
     ],
 )
-@pytest.mark.parametrize("to", ["shared", "mlx", "trimkv"])
+@pytest.mark.parametrize("to", FORMS)
 def test_gates_of_another_model_are_refused(tmp_path, wrong, says, to):
     source = write(tmp_path / "released", config(), state())
     with pytest.raises(ModelMismatchError, match=says):

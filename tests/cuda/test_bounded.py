@@ -32,8 +32,13 @@ def configs() -> st.SearchStrategy[EvictionConfig]:
 class Gates:
     """Few different values, so that ties are common; a zero input never fades."""
 
+    stacked = (0, 1)
+
     def log_beta(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         return -x[..., :2].abs().round()
+
+    def log_betas(self, x: torch.Tensor) -> torch.Tensor:
+        return self.log_beta(0, x)
 
 
 def feed(cache: Bounded, tokens: int, rng: np.random.Generator) -> None:

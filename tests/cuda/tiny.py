@@ -99,6 +99,12 @@ class Remembering(RetentionGates):
         self.given.setdefault(layer, []).append(out)
         return out
 
+    def log_betas(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().log_betas(x)
+        for layer, own in zip(self.stacked, out, strict=True):
+            self.given.setdefault(layer, []).append(own)
+        return out
+
     def history(self, row: int = 0) -> np.ndarray:
         """All log β so far as (L·H, tokens)."""
         parts = [torch.cat(self.given[layer], 1)[row].T for layer in sorted(self.given)]
