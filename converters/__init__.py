@@ -2,7 +2,7 @@
 
 ``shared``  one folder for every backend (safetensors + json), the form in the middle
 ``mlx``     the same for MLX alone: one float type, or 8 bits
-``torch``   the same with the layers' weights stacked, as the torch wing runs them
+``torch``   the shared one with the layers' weights stacked, as the torch wing runs them
 ``trimkv``  gates as TRIM-KV and DBTrimKV release them (torch)
 """
 

@@ -58,7 +58,7 @@ def command(
     \b
     shared  safetensors + json, for every backend
     mlx     the same for MLX alone: in one float type, or in 8 bits
-    torch   the same with the weights of all layers stacked, as torch runs them
+    torch   as shared, with the weights of all layers stacked
     trimkv  as TRIM-KV and DBTrimKV release their gates (needs torch)
 
     DST appears whole or not at all. If values change, the share of cache entries on whose eviction old and

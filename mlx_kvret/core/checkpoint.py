@@ -109,7 +109,7 @@ def manifest(config: GateConfig, provenance: dict[str, Any], **extra: Any) -> di
 
 
 def read_manifest(folder: Path) -> tuple[GateConfig, dict[str, Any], str]:
-    """Configuration, provenance and form (``"shared"``, ``"mlx"``, ``"torch"``) from ``kvret.json``, validated."""
+    """Configuration, provenance and form (``"shared"``, ``"mlx"`` …) from ``kvret.json``, validated."""
     path = folder / CONFIG_FILE
     data = read_json(path)
     if data.get("format") != FORMAT:
