@@ -46,7 +46,6 @@ class Recent:
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Take in keys (1, H, T, Dk) and values (1, H, T, Dv)."""
-        self.release()
         end = self.length + keys.shape[2]
         if self._keys is None or self._values is None or end > self._keys.shape[2]:
             # a chunk gets what it needs; single tokens get room in steps, at most the buffer
@@ -63,7 +62,7 @@ class Recent:
         return self.fetched
 
     def release(self) -> None:
-        """Forget what was fetched: a slice still referred to turns an update in place into a copy."""
+        """Forget what was fetched, which would hold on to the memory of a whole chunk."""
         self.fetched = None
 
     def fresh(self) -> list[mx.array]:

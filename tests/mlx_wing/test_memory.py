@@ -75,14 +75,15 @@ def test_bytes_are_bounded_and_true(scope, bias, chunks, lengths):
 
 def test_peak_memory_does_not_grow_with_the_prompt():
     model, peaks = model_with(), []
-    for chunks in (10, 30):
+    for chunks in (10, 40):
         cache = mlx_kvret.make_cache(model, budget=128, buffer=16)
         held()
         mx.reset_peak_memory()
         for start in range(chunks):
             read(model, cache, prompt(128, start))
         peaks.append(mx.get_peak_memory())
-    assert peaks[1] <= 1.02 * peaks[0]
+    # activations overlap by chance; a cache of all tokens would add 7.9 MB to these 2.3
+    assert peaks[1] <= peaks[0] + 0.3e6
 
 
 def test_a_chunk_that_is_only_partly_flushed_lets_its_memory_go():
