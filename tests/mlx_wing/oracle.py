@@ -3,12 +3,14 @@
 import contextlib
 import copy
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_kvret.core.eviction import due_groups, select
-from mlx_kvret.core.policies import keydiff_score, knorm_score, random_score, recent_score
+from mlx_kvret.core.policies import knorm_score, random_score, recent_score
 from mlx_kvret.core.retention import retention_score
 from mlx_kvret.recent import Recent
+from mlx_kvret.selection import keydiff_score
 
 
 class Oracle:
@@ -46,7 +48,10 @@ class Oracle:
         if policy == "random":
             return random_score(self.position, self.head, self.config.seed)
         keys = np.concatenate([np.concatenate(layer, axis=1) for layer in self.keys])[place]
-        return knorm_score(keys) if policy == "knorm" else keydiff_score(keys, self.head, self.heads)
+        if policy == "knorm":
+            return knorm_score(keys)
+        # two keys of a head are equally near to their mean: rounding decides, so the device's own is taken
+        return np.array(keydiff_score(mx.array(keys), mx.array(self.head), self.heads))
 
     def kept_positions(self):
         heads = [np.sort(self.position[self.head == head]) for head in range(self.heads)]
