@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import nn
@@ -54,15 +54,9 @@ class RetentionGates(nn.Module):
 
     @torch.no_grad()
     def stack(self, layers: Sequence[int]) -> None:
-        """Lay the weights of some layers side by side for :meth:`log_betas`; their own become views of them.
-
-        Weights that differ in type from layer to layer stay apart.
-        """
+        """Lay the weights of layers side by side for :meth:`log_betas`; their own become views of them."""
         names = [name for name, _ in self.layers[layers[0]].named_parameters()]
         owned = {name: [self.layers[i].get_parameter(name) for i in layers] for name in names}
-        self.stacked = ()
-        if any(len({weight.dtype for weight in weights}) > 1 for weights in owned.values()):
-            return
         self._stacks = {}
         for name, weights in owned.items():
             self._stacks[name] = torch.stack(tuple(weights))
@@ -101,9 +95,14 @@ def to_tensor(stored: Tensor) -> torch.Tensor:
 
 
 def from_checkpoint(checkpoint: GateCheckpoint) -> RetentionGates:
-    """Gates with a shared checkpoint's weights, in the types they are stored in, frozen."""
+    """Gates with a shared checkpoint's weights, frozen, in the type they are stored in.
+
+    Where maps differ in type, all are raised to one that holds them exactly.
+    """
     gates = RetentionGates(checkpoint.config)
     tensors = {name: to_tensor(stored) for name, stored in checkpoint.tensors.items()}
+    common = reduce(torch.promote_types, (t.dtype for name, t in tensors.items() if "linear" in name))
+    tensors = {name: t.to(common) if "linear" in name else t for name, t in tensors.items()}
     gates.load_state_dict(tensors, assign=True)
     return gates.requires_grad_(False)
 

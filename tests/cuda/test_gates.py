@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from cuda_backend.gates import RetentionGates
+from cuda_backend.gates import RetentionGates, from_checkpoint, to_arrays
+from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.config import ACTIVATIONS, GateConfig
+from mlx_kvret.core.tensors import FLOATS, Tensor
 
 from .tiny import attached, new_cache, run
 
@@ -59,11 +61,18 @@ def test_the_weights_are_held_once() -> None:
     assert torch.equal(gates.log_betas(x)[3, 0], gates.log_betas(-x)[3, 1])
 
 
-def test_weights_of_different_types_stay_apart() -> None:
-    gates = random_gates()
-    gates.layers[1].to(torch.bfloat16)
-    gates.stack(range(5))
-    assert gates.stacked == ()
+@pytest.mark.parametrize("kind", ["rg", "rg10"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_maps_of_different_types(kind: str, shared: bool) -> None:
+    gates = random_gates(kind=kind, shared_projection=shared)
+    weights = to_arrays(gates).items()
+    stored = {name: Tensor.of(weight, FLOATS[i % 3]) for i, (name, weight) in enumerate(weights)}
+    found = from_checkpoint(GateCheckpoint(gates.config, stored))
+    gates.load_state_dict({name: torch.from_numpy(tensor.float32()) for name, tensor in stored.items()})
+    found.stack(range(5))
+    x = torch.randn(5, 4, 12)
+    expected = torch.stack([gates.log_beta(layer, own) for layer, own in enumerate(x)])
+    torch.testing.assert_close(found.log_betas(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_call_serves_all_layers_while_decoding() -> None:
