@@ -2,8 +2,8 @@
 
 ``python benchmarks/cuda_decode.py --write``. On a GPU the models are random Qwen3 of the shapes of 4B and 8B
 in bfloat16; without one the same script runs tiny on the CPU, and the table says so. The full cache runs
-torch's SDPA and, where it is installed, ``flash_attention_2``. Caches take turns and ratios are medians over
-the turns.
+torch's SDPA and, where they are installed, ``flash_attention_2`` and FlashInfer. Caches take turns and ratios
+are medians over the turns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from cuda_backend import hooks
 from cuda_backend.attention import LayerView
@@ -27,6 +30,7 @@ from cuda_backend.cache import BoundedCache
 from cuda_backend.gates import RetentionGates
 from cuda_backend.kernels.dispatch import attend
 from cuda_backend.pool import Pool
+from cuda_backend.step import Step, decoder_step
 from mlx_kvret.core.config import EvictionConfig, GateConfig
 
 RESULTS = Path(__file__).parent / "results" / "cuda_decode.md"
@@ -43,6 +47,27 @@ SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
              "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1000},
 }  # fmt: skip
+PEERS = {"flash_attention_2": "flash_attn", "FlashInfer": "flashinfer"}
+
+
+def flashinfer_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """FlashInfer's decoding, a sequence at a time; torch's SDPA for prompts."""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    from flashinfer import single_decode_with_kv_cache
+
+    scale = options.get("scaling")
+    rows = [
+        single_decode_with_kv_cache(q[:, 0], k, v, kv_layout="HND", sm_scale=scale)
+        for q, k, v in zip(query, key, value, strict=True)
+    ]
+    return torch.stack(rows)[:, None], None
+
+
+AttentionInterface.register("FlashInfer", flashinfer_attention)
+AttentionMaskInterface.register("FlashInfer", sdpa_mask)
 
 
 def seconds(work: Callable[[], Any], repeat: int = 20) -> float:
@@ -133,15 +158,22 @@ def read(model: Any, cache: Any, rows: int, tokens: int, chunk: int) -> float:
 
 
 @torch.no_grad()
-def turn(model: Any, cache: Any, rows: int, tokens: int) -> float:
+def turn(step: Step, rows: int, tokens: int) -> float:
     """Seconds per token of a turn of greedy decoding."""
     token = torch.zeros(rows, 1, dtype=torch.long, device=DEVICE)
     synchronize()
     start = time.perf_counter()
     for _ in range(tokens):
-        token = model(token, cache=cache).logits[:, -1:].argmax(-1)
+        token = step(token).argmax(-1, keepdim=True)
     synchronize()
     return (time.perf_counter() - start) / tokens
+
+
+def stepper(model: Any, cache: Any) -> Step:
+    """From tokens (R, 1) to logits (R, V): what generation runs, captured on a GPU; or a plain pass."""
+    if isinstance(cache, BoundedCache):
+        return decoder_step(model, cache)
+    return lambda tokens: model(tokens, cache=cache).logits[:, -1]
 
 
 def step_table(
@@ -150,7 +182,7 @@ def step_table(
     """Tokens per second of every sequence of a batch together, bounded and full."""
     model, made = build(size, context)
     config = EvictionConfig.create(budget)
-    stock = ["sdpa"] + (["flash_attention_2"] if GPU and importlib.util.find_spec("flash_attn") else [])
+    stock = ["sdpa", *(name for name, package in PEERS.items() if GPU and importlib.util.find_spec(package))]
     rows = [
         "| model | batch | cache | first token s | tokens/s | full = 1 | cache MB | formula MB | peak GB |"
     ]
@@ -171,10 +203,11 @@ def step_table(
                 rows.append(f"| {size} | {batch} | {name} | out of memory |" + " |" * 5)
             peak[name] = torch.cuda.max_memory_allocated() / 1e9 if GPU else 0.0
         turns: dict[str, list[float]] = {name: [] for name in caches}
+        steps = {name: stepper(model, cache) for name, cache in caches.items()}
         for number in range(options.turns + 1):
-            for name, cache in caches.items():
+            for name, step in steps.items():
                 with implementation(model, name):
-                    spent = turn(model, cache, batch, options.tokens)
+                    spent = turn(step, batch, options.tokens)
                 turns[name] += [spent] if number else []  # the first warms up
         for name, cache in caches.items():
             shape, own = made.layout.shape, turns[name]
@@ -206,7 +239,10 @@ class implementation:
 
 
 def overhead(model: Any, made: hooks.Attachment, config: EvictionConfig, context: int, options: Any) -> str:
-    """What compactions and gates take of decoding: our cache with and without, over one buffer of tokens."""
+    """What compactions and gates take of decoding: our cache with and without, over one buffer of tokens.
+
+    Without a captured step, in which the gates could not be left out.
+    """
     times = {}
     for name, buffer in (("with", config.buffer), ("without", 10**6)):
         cache = hooks.new_cache(model, made, config)
@@ -217,8 +253,9 @@ def overhead(model: Any, made: hooks.Attachment, config: EvictionConfig, context
             cache.shared.schedule.config = EvictionConfig.create(config.budget, buffer)
             for recent in cache.shared.recents:
                 recent.observe = lambda x: None
-        turn(model, cache, 1, 4)
-        times[name] = turn(model, cache, 1, config.buffer)
+        plain: Step = lambda tokens, cache=cache: model(tokens, cache=cache).logits[:, -1]  # noqa: E731
+        turn(plain, 1, 4)
+        times[name] = turn(plain, 1, config.buffer)
     share = 1 - times["without"] / times["with"]
     return f"Compactions and gates take {share:.1%} of decoding at batch 1."
 

@@ -6,15 +6,14 @@ over the whole batch, so that a batch gives the same gradient in one piece or in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from .blocks import after, with_gradient
 
-# elements of one chunk of logits: 128 MB in float32
-CHUNK_ELEMENTS = 1 << 25
+# elements of one chunk of logits: 32 MB in float32
+CHUNK_ELEMENTS = 1 << 23
 
 Head = Callable[[mx.array], mx.array]
 
@@ -38,32 +37,30 @@ def distillation(
         elements: most logits in a chunk, CHUNK_ELEMENTS unless given.
     """
     step = max(1, (elements or CHUNK_ELEMENTS) // vocabulary)
-
-    def chunks() -> Iterator[tuple[slice, Callable[[mx.array], mx.array]]]:
-        for start in range(0, len(target), step):
-            chunk = slice(start, start + step)
-            yield chunk, partial(_parts, head, teacher[chunk], target[chunk])
+    chunks = [slice(start, start + step) for start in range(0, len(target), step)]
 
     def forward(student: mx.array) -> mx.array:
         sums = mx.zeros(2)
-        for chunk, parts in chunks():
-            sums = sums + parts(after(student[chunk], sums))
+        for chunk in chunks:
+            mine, theirs = (after(x[chunk], sums) for x in (student, teacher))
+            given, wanted = _log_softmax(head(mine)), _log_softmax(head(theirs))
+            kl = (mx.exp(wanted) * (wanted - given)).sum()
+            sums = sums + mx.stack([kl, -mx.take_along_axis(given, target[chunk, None], -1).sum()])
         return sums
 
     def backward(student: mx.array, gradient: mx.array, _: mx.array) -> mx.array:
+        """With softmaxes p and q of student and teacher, logits have the gradients p - q and p - target."""
         found: list[mx.array] = []
-        for chunk, parts in chunks():
-            hidden = after(student[chunk], found[-1] if found else None)
-            found += mx.vjp(parts, [hidden], [gradient])[1]
+        for chunk in chunks:
+            mine, theirs = (after(x[chunk], found[-1] if found else None) for x in (student, teacher))
+            logits = head(mine)
+            p, q = (mx.softmax(x.astype(mx.float32), -1) for x in (logits, head(theirs)))
+            right = mx.arange(vocabulary) == target[chunk, None]
+            of_logits = gradient[0] * (p - q) + gradient[1] * (p - right)
+            found += mx.vjp(head, [mine], [of_logits.astype(logits.dtype)])[1]
         return mx.concatenate(found) if found else mx.zeros_like(student)
 
     return with_gradient(forward, backward)(student)
-
-
-def _parts(head: Head, teacher: mx.array, target: mx.array, student: mx.array) -> mx.array:
-    given, wanted = _log_softmax(head(student)), _log_softmax(head(teacher))
-    kl = (mx.exp(wanted) * (wanted - given)).sum()
-    return mx.stack([kl, -mx.take_along_axis(given, target[:, None], -1).sum()])
 
 
 def _log_softmax(logits: mx.array) -> mx.array:

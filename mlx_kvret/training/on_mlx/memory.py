@@ -13,8 +13,9 @@ from ..memory import Memory, free_host_bytes
 from .attention import BLOCK_ELEMENTS
 from .loss import CHUNK_ELEMENTS
 
-# arrays in float32, of the size of a block of attention or a chunk of logits, that are there at once
-_BLOCK_COPIES = 6
+# arrays in float32, of the size of a block of attention or a chunk of logits, that are there at once: MLX
+# reserves memory for what it will compute while it still computes what comes before
+_BLOCK_COPIES, _LOGIT_COPIES = 6, 18
 
 
 def memory_of(config: dict[str, Any], gates: GateConfig, size: int, recompute: bool) -> Memory:
@@ -42,8 +43,8 @@ def memory_of(config: dict[str, Any], gates: GateConfig, size: int, recompute: b
         # weights, gradients and two moments, and all of them anew while AdamW steps
         fixed=4 * 6 * parameters,
         per_token=layers * kept + layer + small + 4 * hidden * size,
-        logits_per_token=_BLOCK_COPIES * 4 * text["vocab_size"],
-        chunk=_BLOCK_COPIES * 4 * max(BLOCK_ELEMENTS, CHUNK_ELEMENTS),
+        logits_per_token=_LOGIT_COPIES * 4 * text["vocab_size"],
+        chunk=4 * max(_BLOCK_COPIES * BLOCK_ELEMENTS, _LOGIT_COPIES * CHUNK_ELEMENTS),
     )
 
 

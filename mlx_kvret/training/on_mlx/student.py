@@ -23,6 +23,7 @@ from ...core.types import Ints
 from ...errors import UnsupportedModelError
 from ...gates import RetentionGates
 from .attention import PackedMask
+from .blocks import recomputed
 from .entries import Entry, entries_for, entries_in
 
 # far enough for a scale that grows with the position to show
@@ -72,7 +73,7 @@ class Student:
             self._hook(_decoder(model), self._around_decoder)
             if recompute:
                 for layer in model.layers:
-                    self._hook(layer, _recomputed)
+                    self._hook(layer, _recomputed_layer)
             self._probe(ids, stock, second)
         except BaseException:
             self.detach()
@@ -186,7 +187,7 @@ class Student:
         return mx.stack(lengths)
 
 
-def _recomputed(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed_layer(stock: Callable[..., Any]) -> Callable[..., Any]:
     """A layer's call that keeps only its inputs for the backward pass. What the gate says comes out too."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -197,14 +198,14 @@ def _recomputed(stock: Callable[..., Any]) -> Callable[..., Any]:
         # what a checkpoint is not given as an input gets no gradient
         arrays = [leaf for leaf in _leaves(given) if _differs(leaf)]
 
-        def inner(weights: list[Any], arrays: list[mx.array]) -> tuple[Any, list[mx.array]]:
+        def inner(weights: list[Any], arrays: list[mx.array]) -> list[Any]:
             rest = iter(arrays)
             args, kwargs = tree_map(lambda leaf: next(rest) if _differs(leaf) else leaf, given)
             _update(gates, weights)
             out = stock(module, *args, **kwargs)
-            return out, [entry.log_beta for entry in entries if entry.log_beta is not None]
+            return [out, *(entry.log_beta for entry in entries if entry.log_beta is not None)]
 
-        out, said = mx.checkpoint(inner)(outer, arrays)
+        out, *said = recomputed(inner)(outer, arrays)
         _update(gates, outer)
         for entry, log_beta in zip((e for e in entries if e.log_beta is not None), said, strict=True):
             entry.log_beta = log_beta
