@@ -1,0 +1,150 @@
+"""Standard tasks by EleutherAI's lm-evaluation-harness (extra ``harness``) with a bounded cache.
+
+``lm_eval.simple_evaluate(BoundedLM("org/model", gates="org/gates", budget=1024), tasks=["gsm8k"])``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from tqdm import tqdm
+
+from ..core.types import Floats
+from ..errors import ConfigError
+from .engine import CHUNK, PublicEngine, end_tokens, log_likelihoods
+from .methods import Method, parse_method
+
+_MAX_TOKENS = 256
+
+
+class BoundedLM(TemplateLM):  # type: ignore[misc]
+    """A model that reads every request into a cache of its own, evicting after each chunk.
+
+    Prompts are never cut off on the left: that they may be long is what the cache is for.
+
+    Args:
+        model: folder, hub id or ``"demo"``.
+        gates: a gate folder or hub id.
+        budget: M, tokens per KV head.
+        method: as of ``mlx-kvret eval``: ``learned``, ``learned:threshold=1e-6``, ``recent``, ``full``, …
+        backend, chunk, buffer: as of ``mlx-kvret eval``.
+
+    Raises:
+        ConfigError: a method that looks at attention or answers.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        gates: str | None = None,
+        budget: int = 1024,
+        method: str = "learned",
+        backend: str = "auto",
+        chunk: int = CHUNK,
+        buffer: int | None = None,
+    ) -> None:
+        super().__init__()
+        from ..api import load
+
+        network, tokenizer = load(model, gates, backend=backend)  # type: ignore[arg-type]
+        if tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer; standard tasks are texts, copy its files too")
+        self.engine = PublicEngine(network, tokenizer, int(chunk), buffer)
+        self.method: Method = parse_method(method)
+        self.budget, self.tokenizer = int(budget), tokenizer
+        self.engine.new_cache(self.method, self.budget)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else int(start)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        start = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (start and string.startswith(start))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        found = []
+        for _, context, continuation in tqdm(requests, disable=disable_tqdm, unit="text"):
+            cache = self._read(context[:-1])
+            logits = self.engine.forward([*context[-1:], *continuation], cache)
+            likelihood = log_likelihoods(logits[:1], logits[1:], continuation)
+            greedy = logits[:-1].argmax(-1).tolist() == list(continuation)
+            found.append((float(likelihood.sum()), greedy))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each read from its beginning in one bounded cache."""
+        return [
+            float(sum(part.sum() for part in self._scored(self.tok_encode(text, add_special_tokens=False))))
+            for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm, unit="text")
+        ]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers up to a stop text, an end token or ``max_gen_toks`` (256 unless given)."""
+        return [
+            self._generate(context, options)
+            for context, options in tqdm([r.args for r in requests], disable=disable_tqdm, unit="text")
+        ]
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
+        if options.get("do_sample") or options.get("temperature"):
+            raise ConfigError("this task wants sampling; standard tasks are answered greedily here")
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        ids, said, text = self.tok_encode(context) or [self.prefix_token_id], list[int](), ""
+        cache, ends = self._read(ids[:-1]), end_tokens(self.tokenizer)
+        new = ids[-1:]
+        for _ in range(int(options.get("max_gen_toks", _MAX_TOKENS))):
+            token = int(self.engine.forward(new, cache, 1)[-1].argmax())
+            if token in ends:
+                break
+            said.append(token)
+            text, new = self.tokenizer.decode(said), [token]
+            if any(stop in text for stop in stops):
+                break
+        for stop in filter(None, stops):
+            text = text.partition(stop)[0]
+        return text
+
+    def _read(self, ids: Sequence[int]) -> Any:
+        """A cache that has read these tokens."""
+        cache = self.engine.new_cache(self.method, self.budget)
+        for start in range(0, len(ids), self.engine.chunk):
+            self.engine.forward(ids[start : start + self.engine.chunk], cache, 0)
+        return cache
+
+    def _scored(self, ids: Sequence[int]) -> Iterator[Floats]:
+        """Log-likelihoods of a text's tokens, chunk by chunk."""
+        cache = self.engine.new_cache(self.method, self.budget)
+        last = self.engine.forward([self.prefix_token_id], cache)
+        for start in range(0, len(ids), self.engine.chunk):
+            part = ids[start : start + self.engine.chunk]
+            logits = self.engine.forward(part, cache)
+            yield log_likelihoods(last, logits, part)
+            last = logits[-1:]

@@ -1,0 +1,95 @@
+"""Standard tasks: the harness's three kinds of requests on either wing, and a whole task from local files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_kvret.demo.language import story
+from mlx_kvret.errors import ConfigError
+
+torch = pytest.importorskip("torch")
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+
+from mlx_kvret.evaluation.harness import BoundedLM  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=["mlx", "torch"])
+def backend(request):
+    return request.param
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+def stock_likelihoods(stock, ids):
+    with torch.no_grad():
+        said = stock(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [float(said[i, token]) for i, token in enumerate(ids[1:])]
+
+
+TEXT = story(192, 12, seed=np.random.default_rng(4)).text
+
+
+def test_full_cache_says_what_the_stock_model_says(backend, stock):
+    lm = BoundedLM("demo", method="full", backend=backend, chunk=37)
+    words = TEXT.split()
+    pairs = [(" ".join(words[:150]), " " + " ".join(words[150:160])), (" ".join(words[:3]), " silver")]
+    found = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
+        ids = lm.tok_encode(context + continuation)
+        count = len(continuation.split())
+        assert value == pytest.approx(sum(stock_likelihoods(stock, ids)[-count:]), abs=1e-3)
+        assert greedy is False
+    ((whole,),) = [lm.loglikelihood_rolling(requests("loglikelihood_rolling", (TEXT,)), disable_tqdm=True)]
+    assert whole == pytest.approx(sum(stock_likelihoods(stock, lm.tok_encode(TEXT))), abs=1e-2)
+
+
+def test_answers_within_a_budget(backend):
+    told = story(512, 12, seed=np.random.default_rng(5))
+    asked = requests(
+        "generate_until",
+        *((f"{told.text} recall {name}", {"until": ["\n"], "max_gen_toks": 3}) for name in told.facts),
+    )
+    answers = BoundedLM("demo", budget=32, backend=backend, chunk=32).generate_until(asked, True)
+    right = sum(answer.strip() == value for answer, value in zip(answers, told.facts.values(), strict=True))
+    blind = BoundedLM("demo", budget=32, method="recent", backend=backend, chunk=32)
+    wrong = blind.generate_until(asked, disable_tqdm=True)
+    assert right >= 11
+    assert sum(a.strip() == v for a, v in zip(wrong, told.facts.values(), strict=True)) <= 6
+
+
+def test_a_task_from_local_files(tmp_path, backend):
+    told = [story(256, 8, seed=np.random.default_rng(seed)) for seed in range(3)]
+    rows = [
+        {"text": s.text, "name": name, "value": value}
+        for s in told
+        for name, value in list(s.facts.items())[:2]
+    ]
+    data = tmp_path / "facts.json"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "facts",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}} recall {{name}}",
+        "doc_to_target": "{{value}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    lm = BoundedLM("demo", budget="32", backend=backend, chunk="32")
+    found = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=0, bootstrap_iters=0)
+    assert found["results"]["facts"]["exact_match,none"] >= 5 / 6
+
+
+def test_refused(backend):
+    with pytest.raises(ConfigError, match="attention or answers"):
+        BoundedLM("demo", method="snapkv", backend=backend)
+    lm = BoundedLM("demo", backend=backend)
+    with pytest.raises(ConfigError, match="sampling"):
+        lm.generate_until(requests("generate_until", ("recall Ada", {"do_sample": True})), disable_tqdm=True)
