@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -25,7 +23,6 @@ CONFIG = Qwen3Config(
     eos_token_id=END,
     dtype="float32",
 )
-LogBeta = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def new_model() -> Qwen3ForCausalLM:
@@ -64,26 +61,15 @@ def _look_back(model: Qwen3ForCausalLM) -> None:
             attention.q_proj.weight[row + size // 2, 0] = strength * torch.sin(turn)
 
 
-def logits(
-    model: Qwen3ForCausalLM, ids: torch.Tensor, position: torch.Tensor, log_beta: LogBeta | None = None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits (B, T, words), with full attention or with attention that fades as the gates say.
+def logits(model: Qwen3ForCausalLM, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, words) of ``ids`` (B, T) at positions (B, T) that may skip ahead.
 
-    ``ids`` (B, T), ``position`` (B, T) or (1, T). ``log_beta(layer, x)`` maps the attention block's input
-    (B, T, hidden) to (B, T, H); then (t - i)·log β_i is added to the attention logits. Also returns, for
-    each layer, the soft cache size after every token: Σ_{i <= t} β_i^(t - i), (B, H, T).
+    The stock model takes a skip for the beginning of another document.
     """
-    hidden, sizes = model.model.embed_tokens(ids), []
+    hidden = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(hidden, position)
-    place = torch.arange(ids.shape[1])
-    age = (place[:, None] - place[None, :]).float()
-    for index, layer in enumerate(model.model.layers):
-        x, fade = layer.input_layernorm(hidden), None
-        if log_beta is not None:
-            scores = age.clamp(min=0) * log_beta(index, x).transpose(1, 2)[:, :, None, :]
-            scores = scores.masked_fill(age < 0, float("-inf"))
-            sizes.append(scores.exp().sum(-1))
-            fade = scores.repeat_interleave(layer.self_attn.num_key_value_groups, 1)
-        hidden = hidden + layer.self_attn(x, position_embeddings=rotary, attention_mask=fade)[0]
+    for layer in model.model.layers:
+        x = layer.input_layernorm(hidden)
+        hidden = hidden + layer.self_attn(x, position_embeddings=rotary, attention_mask=None)[0]
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(model.model.norm(hidden)), sizes
+    return model.lm_head(model.model.norm(hidden))

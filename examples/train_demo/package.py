@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from train_gates import GATES, Gates
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from mlx_kvret.core.checkpoint import save_gates
+from mlx_kvret.core.checkpoint import load_gates, save_gates
 from mlx_kvret.core.files import whole_file, whole_folder
-from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.demo.language import BOS, END, ID, MARKS, Story
 
 # no word tells who speaks, since the model knows none; an answer ends with the end token, as in training
@@ -59,12 +56,11 @@ def write_model(folder: Path, model: Qwen3ForCausalLM) -> None:
             file.chmod(0o644)
 
 
-def write_gates(folder: Path, gates: Gates, provenance: dict[str, Any]) -> None:
-    """The shared gate checkpoint, bound to the demo model by its fingerprint."""
-    config = replace(GATES, base_model="mlx-kvret demo", base_fingerprint=fingerprint(CONFIG.to_dict()))
-    tensors = {name: weight.numpy() for name, weight in gates.named_tensors().items()}
+def write_gates(folder: Path, chosen: Path, told: dict[str, Any]) -> None:
+    """A copy of the chosen checkpoint, with more about where it comes from."""
+    gates = load_gates(chosen)
     with _replaced(folder) as fresh:
-        save_gates(fresh, config, tensors, provenance)
+        save_gates(fresh, gates.config, gates.tensors, gates.provenance | told)
 
 
 def write_story(path: Path, story: Story) -> None:

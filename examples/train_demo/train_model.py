@@ -46,7 +46,7 @@ def train_model(seed: int) -> Qwen3ForCausalLM:
             positions(rng, s.starts, tokens, longest) if phase == 2 else np.arange(tokens) for s in streams
         ]
         ids, target, weight = batch(streams)
-        out, _ = logits(model, ids, torch.from_numpy(np.stack(place)))
+        out = logits(model, ids, torch.from_numpy(np.stack(place)))
         loss = (cross_entropy(out.transpose(1, 2), target, reduction="none") * weight).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -19,7 +19,7 @@ from .methods import Method, parse_method
 _MAX_TOKENS = 256
 
 
-class BoundedLM(TemplateLM):  # type: ignore[misc]
+class BoundedLM(TemplateLM):
     """A model that reads every request into a cache of its own, evicting after each chunk.
 
     Prompts are never cut off on the left: that they may be long is what the cache is for.
