@@ -36,6 +36,13 @@ def test_learned_gates_answer(model):
     assert cache.seen == 4096 and cache.entries <= 72 * cache.shared.shape.heads
 
 
+def test_a_floor_lets_go_of_what_a_large_budget_would_keep(model):
+    told = story(4096, seed=5)
+    right, _ = right_answers(model, told, budget=256, threshold=1e-6)
+    assert right >= 15
+    assert right >= right_answers(model, told, budget=256)[0]
+
+
 @pytest.mark.parametrize(
     "options", [{"budget": 64, "policy": "recent"}, {"policy": "full"}], ids=["recent", "full"]
 )

@@ -29,7 +29,8 @@ def eviction_options(function: F) -> F:
     """``--budget`` and what else decides what is kept; collected by :func:`eviction`."""
     for option in (
         click.option("--seed", type=int, help="Of the random policy."),
-        click.option("--threshold", type=float, help="Drop entries whose predicted use is below this."),
+        click.option("--threshold", type=float,
+                     help="Drop entries of less predicted use than this even within the budget; try 1e-6."),
         click.option("--lookahead", type=int, help="Steps over which future use is summed.  [default: 1]"),
         click.option("--window", type=int, help="Most recent positions, never evicted."),
         click.option("--sinks", type=int, help="First positions, never evicted."),
