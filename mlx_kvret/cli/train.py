@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ Examples:
   mlx-kvret train Qwen/Qwen3-4B --data chats.jsonl --loss assistant --output qwen3-4b-gates
   mlx-kvret train ./model --dataset org/long-texts --length 32768 --budget 256 --output run
   mlx-kvret train ./model --data book.txt --data more.jsonl --kind rg --scope head --output run
+  mlx-kvret train ./qwen3-4b-4bit --data chats.jsonl --length 8192 --output run  # on a Mac
   mlx-kvret train ./model --data chats.jsonl --output run --resume
   accelerate launch --num_processes 4 "$(which mlx-kvret)" train ./model --data chats.jsonl --output run
 
@@ -78,7 +82,14 @@ def _setting(name: str, text: str, metavar: str | None = None) -> Any:
 @_setting("weight_decay", "Of AdamW.")
 @_setting("dtype", "Of the base model; gates are float32.", "[auto|float32|bfloat16|float16]")
 @_setting("seed", "Of first weights and data order.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "mlx", "cuda", "torch"]),
+    default="auto",
+    show_default=True,
+    help="auto: MLX on Apple Silicon and for models quantised for it, else torch where it is installed.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, gpu (MLX), cuda or cuda:N.")
 @click.option("--save-every", default=100, show_default=True, help="Steps between checkpoints.")
 @click.option(
     "--recompute/--no-recompute",
@@ -94,13 +105,14 @@ def command(
     folder: Path,
     resume: bool,
     skip_bad: bool,
+    backend: str,
     device: str,
     micro_batch: int,
     save_every: int,
     recompute: bool,
     **settings: Any,
 ) -> None:
-    """Train retention gates for MODEL: folder or hub id of a transformers model, or 'demo'.
+    """Train retention gates for MODEL: folder or hub id of a transformers or mlx-lm model, or 'demo'.
 
     The model stays as it is. Gates learn to fade what it will not need: it must agree with its full self
     within a budget. Defaults are the published settings.
@@ -114,14 +126,14 @@ def command(
         settings["shared_projection"] = settings["kind"] == "rg10"
     config = TrainConfig(**settings)
     records = Records(files, datasets, split, skip_bad)
-    try:
-        from cuda_backend.training.engine import train
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"training needs torch and transformers ({error}); run `pip install 'mlx-kvret[torch]'`"
-        ) from error
-    options = RunOptions(folder, resume, device, micro_batch, save_every, recompute)
-    gates = train(model, records, config, options)
+    chosen = _choose_backend(backend, model)
+    if backend == "torch" and device == "auto":
+        device = "cpu"
+    engine = "mlx_kvret.training.on_mlx.engine" if chosen == "mlx" else "cuda_backend.training.engine"
+    train = importlib.import_module(engine).train
+    gates = train(
+        model, records, config, RunOptions(folder, resume, device, micro_batch, save_every, recompute)
+    )
     if gates is None:
         return
     if records.skipped:
@@ -131,3 +143,24 @@ def command(
     except MissingDependencyError as error:
         click.echo(f"no plots: {error}", err=True)
     click.echo(f"gates: {gates}")
+
+
+def _choose_backend(backend: str, model: str) -> str:
+    """As :func:`mlx_kvret.api.choose_backend`, but on a CPU torch goes first: it trains much faster there."""
+    from ..api import backends, choose_backend
+    from ..errors import ConfigError
+    from ..training.run import Base
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and backend == "mlx":
+        raise ConfigError(
+            "MLX trains in one process; start mlx-kvret without accelerate, or use --backend torch"
+        )
+    if backend != "auto":
+        return choose_backend(backend)
+    torch_there = backends()["torch"] == "ok"
+    if "quantization" in Base.find(model).config:
+        return choose_backend("mlx")
+    if torch_there and (several or sys.platform != "darwin"):
+        return "torch"
+    return choose_backend("auto")

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 
+import mlx_lm
 import pytest
 from click.testing import CliRunner
 
 from mlx_kvret.cli.train import command
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.demo import MODEL
-from mlx_kvret.errors import ConfigError
+from mlx_kvret.errors import ConfigError, UnsupportedModelError
 
 QUICK = "--width 8 --budget 4 --length 64 --batch 1 --steps 1 --device cpu"
 
@@ -50,6 +51,32 @@ def test_bfloat16(chats, tmp_path):
     assert out.exit_code == 0, out.exception
     assert {t.dtype for t in load_gates(tmp_path / "run" / "gates").tensors.values()} == {"F32"}
     assert load_gates(tmp_path / "run" / "gates").config.base_model == "demo"
+
+
+def test_mlx(chats, tmp_path):
+    for backend in ("mlx", "torch"):
+        out = invoke(
+            *("demo", "--data", chats, "--output", tmp_path / backend, "--backend", backend, *QUICK.split())
+        )
+        assert out.exit_code == 0, out.exception
+        versions = load_gates(tmp_path / backend / "gates").provenance["trained_with"]
+        assert backend in versions
+
+
+def test_a_model_quantised_for_mlx_is_trained_there(chats, tmp_path):
+    mlx_lm.convert(str(MODEL), str(tmp_path / "base"), quantize=True, q_group_size=32, q_bits=4)
+    out = invoke(tmp_path / "base", "--data", chats, "--output", tmp_path / "run", *QUICK.split())
+    assert out.exit_code == 0, out.exception
+    out = invoke(tmp_path / "base", "--data", chats, "--output", tmp_path / "2", "--backend", "torch")
+    assert isinstance(out.exception, UnsupportedModelError)
+    assert "--backend mlx" in str(out.exception)
+
+
+def test_mlx_is_one_process(chats, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = invoke("demo", "--data", chats, "--output", tmp_path / "run", "--backend", "mlx", *QUICK.split())
+    assert isinstance(out.exception, ConfigError)
+    assert "one process" in str(out.exception)
 
 
 def test_errors_are_ours(chats, tmp_path):
