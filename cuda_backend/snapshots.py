@@ -95,25 +95,14 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
         CheckpointError: its shape is not the model's.
     """
     snapshot.check(made.owner["model"], made.owner.get("gates", ""), snapshot.eviction)
-    shape = made.layout.shape
-    found = (*snapshot.counts.shape, snapshot.keys.shape[1], snapshot.values.shape[1])
-    expected = (shape.layers, shape.kv_heads, shape.key_dim, shape.value_dim)
-    if found != expected:
-        raise CheckpointError(
-            f"the saved cache has (layers, KV heads, key dim, value dim) {found}, the model {expected}; "
-            "load the model it was saved with"
-        )
     cache = made.layout.bounded_cache(stock, snapshot.eviction, made.gates, made.owner)
+    others = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, BoundedKVCache)]
+    snapshot.check_shape(made.layout.shape, others)
     assert cache.shared is not None
     if snapshot.seen:
         _fill(cache.shared, snapshot)
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, BoundedKVCache):
-            continue
-        # an empty window has no tensors
-        if snapshot.seen and i not in snapshot.extras:
-            raise CheckpointError(f"the saved cache lacks layer {i}, which is not bounded; save it again")
-        _restore_window(layer, snapshot.extras.get(i, {}), snapshot.seen, made.layout.device)
+    for i in others:
+        _restore_window(cache.layers[i], snapshot.extras.get(i, {}), snapshot.seen, made.layout.device)
     return cache
 
 

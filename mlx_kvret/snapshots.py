@@ -57,23 +57,13 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
         CheckpointError: its shape is not the model's.
     """
     snapshot.check(made.owner["model"], made.owner.get("gates", ""), snapshot.eviction)
-    shape = made.layout.shape
-    found = (*snapshot.counts.shape, snapshot.keys.shape[1], snapshot.values.shape[1])
-    expected = (shape.layers, shape.kv_heads, shape.key_dim, shape.value_dim)
-    if found != expected:
-        raise CheckpointError(
-            f"the saved cache has (layers, KV heads, key dim, value dim) {found}, the model {expected}; "
-            "load the model it was saved with"
-        )
     cache = made.layout.bounded_cache(stock, snapshot.eviction, made.gates, made.owner)
+    others = [i for i, entry in enumerate(cache) if not isinstance(entry, BoundedKVCache)]
+    snapshot.check_shape(made.layout.shape, others)
     assert cache.shared is not None
     if snapshot.seen:
         _fill(cache.shared, snapshot)
-    others = [i for i, entry in enumerate(cache) if not isinstance(entry, BoundedKVCache)]
     for layer in others:
-        # an empty window has no tensors
-        if snapshot.seen and layer not in snapshot.extras:
-            raise CheckpointError(f"the saved cache lacks layer {layer}, which is not bounded; save it again")
         _restore_window(cache[layer], snapshot.extras.get(layer, {}), snapshot.seen)
     return cache
 

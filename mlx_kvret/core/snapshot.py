@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError, ModelMismatchError
+from .budget import CacheShape
 from .config import EvictionConfig
 from .eviction import heads_per_group
 from .files import whole_file
@@ -127,6 +129,25 @@ class Snapshot:
             raise ModelMismatchError(
                 f"the saved cache cannot go on here: {'; '.join(wrong)}; give the model, gates and options "
                 "it was saved with, or read the prompt again"
+            )
+
+    def check_shape(self, shape: CacheShape, others: Iterable[int]) -> None:
+        """Refuse a model with other bounded layers, or with ``others`` that were not saved.
+
+        Raises:
+            CheckpointError: says which.
+        """
+        found = (*self.counts.shape, self.keys.shape[1], self.values.shape[1])
+        expected = (shape.layers, shape.kv_heads, shape.key_dim, shape.value_dim)
+        if found != expected:
+            raise CheckpointError(
+                f"the saved cache has (layers, KV heads, key dim, value dim) {found}, the model {expected}; "
+                "load the model it was saved with"
+            )
+        # an empty window has no tensors
+        if self.seen and (missing := sorted(set(others) - set(self.extras))):
+            raise CheckpointError(
+                f"the saved cache lacks layer {missing[0]}, which is not bounded; save it again"
             )
 
 
