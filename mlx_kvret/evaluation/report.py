@@ -93,10 +93,10 @@ def _family(gates: str) -> str:
 
 
 def losses(found: Sequence[Entry], deviations: float = 2.0) -> list[str]:
-    """Where a learned method is worse than the full cache or than another policy by more than this many
-    standard errors: one sentence per place, the largest difference first. The oracle, which knows the
-    answers, is left out."""
-    told: list[tuple[float, str]] = []
+    """Where learned methods are worse than the full cache or than another policy by more than this many
+    standard errors: one sentence per place, the largest difference first, each method against whatever beats
+    it by most. The oracle, which knows the answers, is left out."""
+    told: dict[str, list[tuple[float, str]]] = {}
     for ours in found:
         worse = []
         for theirs in found if ours.method.startswith("learned") else ():
@@ -110,11 +110,11 @@ def losses(found: Sequence[Entry], deviations: float = 2.0) -> list[str]:
             if gain < -deviations * (0.0 if math.isnan(error) else error):
                 worse.append((gain, f"{theirs.method} {theirs.text} ({gain:+.3f} ± {error:.3f})"))
         if worse:
-            worse.sort()
+            gain, most = min(worse)
             place = f"{ours.task}, {ours.length} tokens, budget {ours.budget}"
-            names = "; ".join(sentence for _, sentence in worse)
-            told.append((worse[0][0], f"{place}: {ours.method} {ours.text} is below {names}"))
-    return [sentence for _, sentence in sorted(told)]
+            told.setdefault(place, []).append((gain, f"{ours.method} {ours.text} is below {most}"))
+    places = sorted(told.items(), key=lambda item: min(item[1]))
+    return [f"{place}: {'; '.join(text for _, text in sorted(own))}" for place, own in places]
 
 
 def table(found: Sequence[Entry], task: str, length: int) -> str:
