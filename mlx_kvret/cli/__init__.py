@@ -58,7 +58,7 @@ def main() -> None:
 
     \b
     Try it without a download:
-      mlx-kvret generate --model demo --file demo --prompt "recall Ada" --budget 64
+      mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64
       mlx-kvret chat --model demo --budget 64
     """
 

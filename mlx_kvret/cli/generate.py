@@ -28,8 +28,8 @@ def command(**options: Any) -> None:
 
     \b
     Examples:
-      mlx-kvret generate --model demo --file demo --prompt "recall Ada" --budget 64 --stats
-      mlx-kvret generate --model demo --file demo --prompt "recall Ada" --budget 64 --policy recent
+      mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64 --stats
+      mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64 --policy recent
       mlx-kvret generate --model mlx-community/Qwen3-4B-4bit --gates ./gates --file book.txt \\
           --prompt "Who is the murderer?" --budget 256MB
       cat notes.txt | mlx-kvret generate --model ./model --gates ./gates --file -

@@ -65,12 +65,13 @@ def test_the_demo_goes_on_in_the_other_wing(tmp_path: Path) -> None:
     for source, target in (("torch", "mlx"), ("mlx", "torch")):
         model, tokenizer = models[source]
         cache = mlx_kvret.make_cache(model, 64)
-        mlx_kvret.generate(model, tokenizer, text, cache=cache, max_tokens=1)
+        asked = text + " recall Stella"
+        assert mlx_kvret.generate(model, tokenizer, asked, cache=cache, max_tokens=4) == "salmon"
         mlx_kvret.save_cache(model, cache, tmp_path / f"{source}.safetensors", {"read": "story"})
         model, tokenizer = models[target]
         cache, notes = mlx_kvret.load_cache(model, tmp_path / f"{source}.safetensors")
         assert notes == {"read": "story"}
-        assert mlx_kvret.generate(model, tokenizer, " recall Ada", cache=cache, max_tokens=4) == "cerise"
+        assert mlx_kvret.generate(model, tokenizer, " recall Ivan", cache=cache, max_tokens=4) == "copper"
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
