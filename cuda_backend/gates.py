@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import nn
@@ -95,14 +95,9 @@ def to_tensor(stored: Tensor) -> torch.Tensor:
 
 
 def from_checkpoint(checkpoint: GateCheckpoint) -> RetentionGates:
-    """Gates with a shared checkpoint's weights, frozen, in the type they are stored in.
-
-    Where maps differ in type, all are raised to one that holds them exactly.
-    """
+    """Gates with a shared checkpoint's weights, frozen, in the type of :meth:`GateCheckpoint.uniform`."""
     gates = RetentionGates(checkpoint.config)
-    tensors = {name: to_tensor(stored) for name, stored in checkpoint.tensors.items()}
-    common = reduce(torch.promote_types, (t.dtype for name, t in tensors.items() if "linear" in name))
-    tensors = {name: t.to(common) if "linear" in name else t for name, t in tensors.items()}
+    tensors = {name: to_tensor(stored) for name, stored in checkpoint.uniform().items()}
     gates.load_state_dict(tensors, assign=True)
     return gates.requires_grad_(False)
 

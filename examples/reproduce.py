@@ -55,7 +55,9 @@ BASELINES = ("full", "recent", "random", "knorm", "keydiff", "snapkv", "h2o", "o
 FLOOR = "threshold=1e-6"
 GLOBAL, HEAD = ("learned-global", f"learned-global:{FLOOR}"), ("learned-head", f"learned-head:{FLOOR}")
 UNSEEN = ("hostile", "early", "many", "crowded", "bare", "turns", "copy")
+# for two seeds of gates, and without any for the same two
 OPTIONS = (
+    "learned",
     "learned:lookahead=8",
     "learned:lookahead=64",
     "learned:min_per_head=2",

@@ -76,8 +76,8 @@ def to_tensor(array: mx.array) -> Tensor:
 
 
 def from_checkpoint(checkpoint: GateCheckpoint) -> RetentionGates:
-    """Gates with a shared checkpoint's weights, in the types they are stored in."""
+    """Gates with a shared checkpoint's weights, in the type of :meth:`GateCheckpoint.uniform`."""
     gates = RetentionGates(checkpoint.config)
-    gates.load_weights([(name, to_array(tensor)) for name, tensor in checkpoint.tensors.items()])
+    gates.load_weights([(name, to_array(tensor)) for name, tensor in checkpoint.uniform().items()])
     gates.freeze()
     return gates

@@ -34,10 +34,14 @@ def test_reproduce(tmp_path):
     assert page.with_suffix(".png").stat().st_size > 10_000
     for label in ("shared/1", "separate/0", "per-head/1", "no-KL/0"):
         load_gates(work / "gates" / label).check_model(json.loads((MODEL / "config.json").read_text()))
-    # nothing is made again
+    # nothing is made again: files of gates and cells' seconds stay
+    made = {path: path.stat().st_mtime_ns for path in (work / "gates").rglob("*")}
+    cells = (work / "main.json").read_text()
     again = run(*command)
     assert again.returncode == 0, again.stderr
     assert page.read_text(encoding="utf-8") == text
+    assert {path: path.stat().st_mtime_ns for path in (work / "gates").rglob("*")} == made
+    assert (work / "main.json").read_text() == cells
 
 
 def test_gates_of_another_model_are_not_shipped(tmp_path):

@@ -49,7 +49,7 @@ def train(model_folder: str | Path, name: str, seed: int, folder: str | Path, st
     """Train one set of gates and write its checkpoint; the same arguments give the same gates.
 
     Minimises mean(KL to the full-attention model, cross-entropy) + capacity loss. Four texts in five are
-    stories with questions, shorter than those the demo is used on. About 90 seconds on one thread.
+    stories with questions, shorter than those the demo is used on. Two minutes on one idle thread.
     """
     torch.set_num_threads(1)
     variant, device = VARIANTS[name], "cuda" if torch.cuda.is_available() else "cpu"

@@ -146,7 +146,7 @@ def command(
 
 
 def _choose_backend(backend: str, model: str) -> str:
-    """As :func:`mlx_kvret.api.choose_backend`, but on a CPU torch goes first: it trains much faster there."""
+    """As :func:`mlx_kvret.api.choose_backend`, but a CPU goes to torch first, which has processes."""
     from ..api import backends, choose_backend
     from ..errors import ConfigError
     from ..training.run import Base

@@ -47,6 +47,13 @@ class GateCheckpoint:
                 weights[rest] = self.tensors[name].float32()
         return weights
 
+    def uniform(self) -> dict[str, Tensor]:
+        """The tensors as stored; where maps differ in type, all maps in float32, which holds each exactly."""
+        maps = [name for name in self.tensors if "linear" in name]
+        if len({self.tensors[name].dtype for name in maps}) == 1:
+            return self.tensors
+        return self.tensors | {name: self.tensors[name].cast("F32") for name in maps}
+
     def check_model(self, model_config: dict[str, Any], what: str = "the model") -> None:
         """As :func:`check_base`."""
         check_base(self.config, model_config, what)

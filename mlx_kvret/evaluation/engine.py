@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,32 +79,53 @@ class PublicEngine:
 
     def _run_one(self, sample: Sample, method: Method, budget: int) -> Outcome:
         cache = self.new_cache(method, budget)
-        scores, likelihoods, last = [], [], None
+        scores, likelihoods, last = [], list[Floats](), None
         for turn in sample.turns:
-            for start in range(0, len(turn.ids), self.chunk):
-                ids = turn.ids[start : start + self.chunk]
-                logits = self.forward(ids, cache, None if turn.scored else 0)
-                if turn.scored:
-                    likelihoods.append(log_likelihoods(last, logits, ids))
-                    last = logits[-1:]
+            if turn.scored:
+                found, last = self.score(turn.ids, cache, last)
+                likelihoods += found
+            else:
+                self.read(turn.ids, cache)
             scores += [self._ask(question, cache) for question in turn.questions]
         heads = sum(len(layer) for layer in cache.kept_positions())
         return Outcome(sample_score(scores, likelihoods), cache.entries / heads)
+
+    def read(self, ids: Sequence[int], cache: Any) -> None:
+        """Take in a text, chunk by chunk."""
+        for start in range(0, len(ids), self.chunk):
+            self.forward(ids[start : start + self.chunk], cache, 0)
+
+    def score(
+        self, ids: Sequence[int], cache: Any, last: Floats | None = None
+    ) -> tuple[list[Floats], Floats | None]:
+        """Take in a text; :func:`log_likelihoods` of each chunk, and the last logits."""
+        found = []
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            logits = self.forward(part, cache)
+            found.append(log_likelihoods(last, logits, part))
+            last = logits[-1:]
+        return found, last
+
+    def answer(
+        self, ids: Sequence[int], cache: Any, most: int, stops: Callable[[str], bool] | None = None
+    ) -> str:
+        """Text of up to ``most`` greedy tokens after ``ids``, until an end token or as ``stops`` says."""
+        said, text, ends = list[int](), "", end_tokens(self.tokenizer)
+        while len(said) < most and not (stops and stops(text)):
+            token = int(self.forward(ids, cache, 1)[-1].argmax())
+            if token in ends:
+                break
+            said.append(token)
+            text, ids = self.tokenizer.decode(said), (token,)
+        return text
 
     def _ask(self, question: Question, cache: Any) -> float:
         fork = copy.deepcopy(cache)
         if question.metric == "exact":
             said = self.forward(question.ids + question.answer[:-1], fork).argmax(-1)
             return float(said[len(question.ids) - 1 :].tolist() == list(question.answer))
-        ids, said = question.ids, list[int]()
-        ends = end_tokens(self.tokenizer)
-        while len(said) < question.max_tokens:
-            token = int(self.forward(ids, fork, 1)[-1].argmax())
-            if token in ends:
-                break
-            said.append(token)
-            ids = (token,)
-        return text_score(question, self.tokenizer.decode(said))
+        return text_score(question, self.answer(question.ids, fork, question.max_tokens))
 
     def forward(self, ids: Sequence[int], cache: Any, wanted: int | None = None) -> Floats:
         """One forward pass into the cache; the last ``wanted`` logits (tokens, words), float32, all for None.

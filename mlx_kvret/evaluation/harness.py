@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
-from ..core.types import Floats
 from ..errors import ConfigError
-from .engine import CHUNK, PublicEngine, end_tokens, log_likelihoods
+from .engine import CHUNK, PublicEngine, log_likelihoods
 from .methods import Method, parse_method
 
 _MAX_TOKENS = 256
@@ -51,10 +49,11 @@ class BoundedLM(TemplateLM):
         network, tokenizer = load(model, gates, backend=backend)  # type: ignore[arg-type]
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer; standard tasks are texts, copy its files too")
-        self.engine = PublicEngine(network, tokenizer, int(chunk), buffer)
+        self.engine = PublicEngine(network, tokenizer, chunk, buffer)
         self.method: Method = parse_method(method)
-        self.budget, self.tokenizer = int(budget), tokenizer
-        self.engine.new_cache(self.method, self.budget)
+        self.budget, self.tokenizer = budget, tokenizer
+        # what cannot work is told now
+        self._new_cache()
 
     @property
     def eot_token_id(self) -> int:
@@ -91,7 +90,8 @@ class BoundedLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         found = []
         for _, context, continuation in tqdm(requests, disable=disable_tqdm, unit="text"):
-            cache = self._read(context[:-1])
+            cache = self._new_cache()
+            self.engine.read(context[:-1], cache)
             logits = self.engine.forward([*context[-1:], *continuation], cache)
             likelihood = log_likelihoods(logits[:1], logits[1:], continuation)
             greedy = logits[:-1].argmax(-1).tolist() == list(continuation)
@@ -100,10 +100,12 @@ class BoundedLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each read from its beginning in one bounded cache."""
-        return [
-            float(sum(part.sum() for part in self._scored(self.tok_encode(text, add_special_tokens=False))))
-            for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm, unit="text")
-        ]
+        found = []
+        for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm, unit="text"):
+            ids = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
+            parts, _ = self.engine.score(ids, self._new_cache())
+            found.append(float(sum(part.sum() for part in parts)))
+        return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers up to a stop text, an end token or ``max_gen_toks`` (256 unless given)."""
@@ -116,35 +118,14 @@ class BoundedLM(TemplateLM):
         if options.get("do_sample") or options.get("temperature"):
             raise ConfigError("this task wants sampling; standard tasks are answered greedily here")
         until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        ids, said, text = self.tok_encode(context) or [self.prefix_token_id], list[int](), ""
-        cache, ends = self._read(ids[:-1]), end_tokens(self.tokenizer)
-        new = ids[-1:]
-        for _ in range(int(options.get("max_gen_toks", _MAX_TOKENS))):
-            token = int(self.engine.forward(new, cache, 1)[-1].argmax())
-            if token in ends:
-                break
-            said.append(token)
-            text, new = self.tokenizer.decode(said), [token]
-            if any(stop in text for stop in stops):
-                break
-        for stop in filter(None, stops):
+        stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        ids, cache = self.tok_encode(context) or [self.prefix_token_id], self._new_cache()
+        self.engine.read(ids[:-1], cache)
+        most = int(options.get("max_gen_toks", _MAX_TOKENS))
+        text = self.engine.answer(ids[-1:], cache, most, lambda said: any(stop in said for stop in stops))
+        for stop in stops:
             text = text.partition(stop)[0]
         return text
 
-    def _read(self, ids: Sequence[int]) -> Any:
-        """A cache that has read these tokens."""
-        cache = self.engine.new_cache(self.method, self.budget)
-        for start in range(0, len(ids), self.engine.chunk):
-            self.engine.forward(ids[start : start + self.engine.chunk], cache, 0)
-        return cache
-
-    def _scored(self, ids: Sequence[int]) -> Iterator[Floats]:
-        """Log-likelihoods of a text's tokens, chunk by chunk."""
-        cache = self.engine.new_cache(self.method, self.budget)
-        last = self.engine.forward([self.prefix_token_id], cache)
-        for start in range(0, len(ids), self.engine.chunk):
-            part = ids[start : start + self.engine.chunk]
-            logits = self.engine.forward(part, cache)
-            yield log_likelihoods(last, logits, part)
-            last = logits[-1:]
+    def _new_cache(self) -> Any:
+        return self.engine.new_cache(self.method, self.budget)

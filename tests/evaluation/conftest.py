@@ -9,7 +9,7 @@ from mlx_kvret.core.checkpoint import load_gates
 @pytest.fixture(scope="session")
 def stock():
     """The demo model as transformers loads it, with its own attention."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="an extra; CI installs it")
     return transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL, attn_implementation="eager").eval()
 
 
@@ -21,7 +21,7 @@ def gates():
 @pytest.fixture(scope="session")
 def reference(gates):
     """A reference engine with an odd chunk and buffer, three texts at a time."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="an extra; CI installs it")
     from mlx_kvret.evaluation.reference import ReferenceEngine
 
     model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL)
@@ -34,7 +34,7 @@ def reference(gates):
 @pytest.fixture(scope="session")
 def characters():
     """A tokenizer with one token per character and a begin token."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="an extra; CI installs it")
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {"<s>": 0, "<unk>": 1} | {chr(i): i for i in range(32, 127)} | {"\n": 10}

@@ -23,7 +23,7 @@ def test_help_has_examples_and_every_task_and_method():
 
 
 def test_everything_in_one_run(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="an extra; CI installs it")
     names = {"out": "r.json", "report": "r.md", "json": "s.json", "plot": "p.svg", "diagnose": "d.json"}
     files = {name: tmp_path / file for name, file in names.items()}
     options = [part for name, path in files.items() for part in (f"--{name}", path)]

@@ -48,6 +48,7 @@ def test_families_differ_as_they_say():
         return told(ids, REMEMBER), told(ids, RUMOUR)
 
     assert len(at("bare")[1]) == 0
+    # two thirds of the text, rounded to whole sentences of three words
     assert 3 * sum(map(len, at("crowded"))) == pytest.approx(1024 * 2 / 3, abs=9)
     assert len(at("many")[0]) == 48
     facts, decoys = at("hostile")

@@ -10,7 +10,7 @@ from mlx_kvret.evaluation.engine import PublicEngine
 from mlx_kvret.evaluation.methods import parse_method
 from mlx_kvret.evaluation.tasks import make_samples
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="an extra; CI installs it")
 
 
 def test_mass_with_the_full_cache_is_the_stock_models_attention(reference, stock):

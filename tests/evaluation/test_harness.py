@@ -82,9 +82,12 @@ def test_a_task_from_local_files(tmp_path, backend):
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    lm = BoundedLM("demo", budget="32", backend=backend, chunk="32")
-    found = lm_eval.simple_evaluate(lm, tasks=[task], num_fewshot=0, bootstrap_iters=0)
-    assert found["results"]["facts"]["exact_match,none"] >= 5 / 6
+    lm = BoundedLM("demo", budget=32, backend=backend, chunk=32)
+    for chat in (False, True):
+        found = lm_eval.simple_evaluate(
+            lm, tasks=[task], num_fewshot=0, bootstrap_iters=0, apply_chat_template=chat
+        )
+        assert found["results"]["facts"]["exact_match,none"] >= 5 / 6
 
 
 def test_refused(backend):
