@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,12 @@ def stepper(model: Any, cache: Any) -> Step:
     """From tokens (R, 1) to logits (R, V): what generation runs, captured on a GPU; or a plain pass."""
     if isinstance(cache, BoundedCache):
         return decoder_step(model, cache)
-    return lambda tokens: model(tokens, cache=cache).logits[:, -1]
+    return partial(plain_step, model, cache)
+
+
+def plain_step(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(tokens, cache=cache).logits[:, -1]
+    return logits
 
 
 def step_table(
@@ -239,25 +245,28 @@ class implementation:
 
 
 def overhead(model: Any, made: hooks.Attachment, config: EvictionConfig, context: int, options: Any) -> str:
-    """What compactions and gates take of decoding: our cache with and without, over one buffer of tokens.
+    """What compactions and gates take of decoding: with and without, in turns of one buffer of tokens.
 
     Without a captured step, in which the gates could not be left out.
     """
-    times = {}
-    for name, buffer in (("with", config.buffer), ("without", 10**6)):
+    steps: dict[str, Step] = {}
+    for name in ("with", "without"):
         cache = hooks.new_cache(model, made, config)
         read(model, cache, 1, context, options.chunk)
         assert cache.shared is not None
-        cache.entries  # noqa: B018 - settles what the prompt left
+        cache.shared.settle()
         if name == "without":
-            cache.shared.schedule.config = EvictionConfig.create(config.budget, buffer)
+            cache.shared.schedule.config = EvictionConfig.create(config.budget, 10**6)
             for recent in cache.shared.recents:
                 recent.observe = lambda x: None
-        plain: Step = lambda tokens, cache=cache: model(tokens, cache=cache).logits[:, -1]  # noqa: E731
-        turn(plain, 1, 4)
-        times[name] = turn(plain, 1, config.buffer)
-    share = 1 - times["without"] / times["with"]
-    return f"Compactions and gates take {share:.1%} of decoding at batch 1."
+        steps[name] = partial(plain_step, model, cache)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(options.turns + 1):
+        for name, step in steps.items():
+            spent = turn(step, 1, config.buffer)
+            times[name] += [spent] if number else []
+    shares = [1 - less / more for more, less in zip(times["with"], times["without"], strict=True)]
+    return f"Compactions and gates take {statistics.median(shares):.1%} of decoding at batch 1."
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ def start(command, *arguments, **environment):
         stderr=pipe,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        # a shell's background jobs ignore it, and hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

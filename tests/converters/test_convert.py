@@ -168,7 +168,13 @@ convert(sys.argv[1], sys.argv[2], "shared")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_killed_conversion_leaves_no_destination(tmp_path, folders, sent):
     command = [sys.executable, "-c", KILLED, str(folders["mlx"]), str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # a shell's background jobs ignore it, and hand that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout.readline() == b"writing\n"
         process.send_signal(sent)
         process.wait(30)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import select
 from mlx_kvret.core.snapshot import Snapshot, read_snapshot, write_snapshot
@@ -262,3 +263,14 @@ def test_failed_writing_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No space left on device"):
         write_snapshot(path, snapshot(seen=6))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_layers_that_are_not_the_model_s_are_refused():
+    shape = CacheShape(layers=2, kv_heads=2, key_dim=6, value_dim=4, hidden_size=64, itemsize=2)
+    snapshot().check_shape(shape, [3])
+    with pytest.raises(CheckpointError, match=r"\(2, 2, 6, 4\), the model \(3, 2, 6, 4\)"):
+        snapshot().check_shape(dataclasses.replace(shape, layers=3), [3])
+    with pytest.raises(CheckpointError, match="lacks layer 1, which is not bounded"):
+        snapshot().check_shape(shape, [1, 3])
+    # an empty cache has nothing to save of them
+    snapshot([(), (), (), ()], seen=0, extras={}, notes={}).check_shape(shape, [1])
