@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from mlx_kvret.core.budget import CacheShape
-from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.core.config import EvictionConfig, GateConfig
 from mlx_kvret.core.request import NO_GATES
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
@@ -48,6 +48,10 @@ class Attachment:
     owner: dict[str, str]
     implementation: str
     handles: list[Any] = field(default_factory=list)
+
+    @property
+    def gate_config(self) -> GateConfig | None:
+        return None if self.gates is None else self.gates.config
 
 
 def attachment(model: nn.Module) -> Attachment | None:

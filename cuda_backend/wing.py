@@ -124,7 +124,8 @@ def make_cache(
     """As :func:`mlx_kvret.make_cache`."""
     attached = hooks.attachment(model) or hooks.attachment(attach(model))
     assert attached is not None
-    return hooks.new_cache(model, attached, eviction(attached.layout.shape, budget, buffer, **options))
+    config = eviction(attached.layout.shape, budget, buffer, gates=attached.gate_config, **options)
+    return hooks.new_cache(model, attached, config)
 
 
 def save_cache(

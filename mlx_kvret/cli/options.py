@@ -26,16 +26,23 @@ def model_options(function: F) -> F:
 
 
 def eviction_options(function: F) -> F:
-    """``--budget`` and what else decides what is kept; collected by :func:`eviction`."""
+    """``--budget`` and what else decides what is kept; collected by :func:`eviction`.
+
+    Gates may carry defaults of their own for what is not given.
+    """
     for option in (
         click.option("--seed", type=int, help="Of the random policy."),
         click.option("--threshold", type=float,
-                     help="Drop entries of less predicted use than this even within the budget; try 1e-6."),
+                     help="Drop entries of less predicted use than this even within the budget; try 1e-6. "
+                     "0: none, whatever the gates' own default is."),
         click.option("--lookahead", type=int, help="Steps over which future use is summed.  [default: 1]"),
-        click.option("--window", type=int, help="Most recent positions, never evicted."),
-        click.option("--sinks", type=int, help="First positions, never evicted."),
-        click.option("--min-per-head", type=int, help="Entries that every head keeps first."),
-        click.option("--scope", type=click.Choice(get_args(Scope)), help="Who competes.  [default: global]"),
+        click.option("--window", type=int,
+                     help="Most recent positions, never evicted.  [default: the gates' own]"),
+        click.option("--sinks", type=int, help="First positions, never evicted.  [default: the gates' own]"),
+        click.option("--min-per-head", type=int,
+                     help="Entries that every head keeps first.  [default: the gates' own]"),
+        click.option("--scope", type=click.Choice(get_args(Scope)),
+                     help="Who competes.  [default: the gates' own, else global]"),
         click.option("--policy", type=click.Choice(get_args(Policy)), default="learned", show_default=True,
                      help="What decides who stays."),
         click.option("--buffer", type=int, help="Tokens per head over the budget before a compaction."
@@ -48,9 +55,10 @@ def eviction_options(function: F) -> F:
 
 
 def eviction(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the eviction options that were given out of a command's keywords."""
+    """Take the eviction options that were given out of a command's keywords; a threshold of 0 is none."""
     found = {name: options.pop(name) for name in EVICTION}
-    return {name: value for name, value in found.items() if value is not None}
+    given = {name: value for name, value in found.items() if value is not None}
+    return given | ({"threshold": None} if given.get("threshold") == 0 else {})
 
 
 def sampling_options(function: F) -> F:

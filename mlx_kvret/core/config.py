@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
+from .options import number, of_type, whole
 
 Kind = Literal["rg", "rg10"]
 Scope = Literal["global", "layer", "head"]
@@ -15,6 +15,10 @@ Policy = Literal["learned", "recent", "random", "knorm", "keydiff", "full"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DEFAULT_BUDGET = 1024
+# positions are 32-bit numbers, and the random policy mixes that many bits
+MOST_TOKENS, MOST_POLICY_SEED = 2**31 - 1, 2**32 - 1
+# beyond any model: what a damaged file says must not decide how long a loop or how large an array gets
+_MOST_GATES = {"layers": 4096, "kv_heads": 2**16, "hidden_size": 2**20, "width": 2**20}
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -22,18 +26,50 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
-def _of_type(name: str, value: object, kind: type, what: str) -> None:
-    if not isinstance(value, kind):
-        raise ConfigError(f"{name} is {value!r}; expected {what}")
+def _check_threshold(name: str, value: object) -> None:
+    number(name, value, "α with 0 < α <= 1", 0, 1)
+    if not value:
+        raise ConfigError(f"{name} is 0; expected α with 0 < α <= 1, or none")
 
 
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+@dataclass(frozen=True)
+class EvictionDefaults:
+    """How a set of gates wants to be used: the eviction options it was validated with.
 
+    They hold wherever the user says nothing, with the policy that uses the gates. None is no wish.
+    ``smallest_budget`` (tokens per KV head) is the lowest at which the gates were found sound; the other
+    fields are those of :class:`EvictionConfig`.
+    """
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    sinks: int | None = None
+    window: int | None = None
+    threshold: float | None = None
+    scope: Scope | None = None
+    min_per_head: int | None = None
+    smallest_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sinks", "window", "min_per_head"):
+            if getattr(self, name) is not None:
+                whole(f"the gates' {name}", getattr(self, name), 0, MOST_TOKENS)
+        if self.smallest_budget is not None:
+            whole("the gates' smallest_budget", self.smallest_budget, 1, MOST_TOKENS)
+        if self.scope is not None:
+            _choice("the gates' scope", self.scope, get_args(Scope))
+        if self.threshold is not None:
+            _check_threshold("the gates' threshold", self.threshold)
+
+    def options(self) -> dict[str, Any]:
+        """The eviction options that are wished for."""
+        return {name: value for name, value in self.to_dict().items() if name != "smallest_budget"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EvictionDefaults:
+        return _from_dict(cls, data, "gates' eviction defaults")
 
 
 @dataclass(frozen=True)
@@ -45,6 +81,7 @@ class GateConfig:
     used by every layer, which makes scores of different layers comparable.
     ``training_budget`` is M (tokens per KV head) of the capacity loss the gates were trained with.
     ``base_fingerprint`` is :func:`mlx_kvret.core.fingerprint.fingerprint` of the base model's config.
+    ``eviction`` holds the eviction options the gates were validated with, if they say any.
     """
 
     kind: Kind
@@ -58,19 +95,20 @@ class GateConfig:
     training_budget: int | None = None
     base_model: str = ""
     base_fingerprint: str = ""
+    eviction: EvictionDefaults | None = None
 
     def __post_init__(self) -> None:
         _choice("gate kind", self.kind, get_args(Kind))
         _choice("gate activation", self.activation, ACTIVATIONS)
-        for name in ("layers", "kv_heads", "hidden_size", "width"):
-            _at_least(f"gate {name}", getattr(self, name), 1)
+        for name, most in _MOST_GATES.items():
+            whole(f"gate {name}", getattr(self, name), 1, most)
         if self.training_budget is not None:
-            _at_least("training_budget", self.training_budget, 1)
-        _of_type("shared_projection", self.shared_projection, bool, "true or false")
+            whole("training_budget", self.training_budget, 1, MOST_TOKENS)
+        of_type("shared_projection", self.shared_projection, bool, "true or false")
         for name in ("base_model", "base_fingerprint"):
-            _of_type(name, getattr(self, name), str, "a text")
-        if not _is_number(self.bias_init) or not abs(self.bias_init) <= sys.float_info.max:
-            raise ConfigError(f"bias_init is {self.bias_init!r}; expected a finite number")
+            of_type(name, getattr(self, name), str, "a text")
+        number("bias_init", self.bias_init, "a finite number")
+        of_type("gate eviction", self.eviction, (EvictionDefaults, type(None)), "EvictionDefaults or None")
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -96,10 +134,14 @@ class GateConfig:
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        del data["eviction"]  # releases before this field read gates that say nothing
+        return data if self.eviction is None else data | {"eviction": self.eviction.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> GateConfig:
+        if isinstance(data, dict) and data.get("eviction") is not None:
+            data = data | {"eviction": EvictionDefaults.from_dict(data["eviction"])}
         return _from_dict(cls, data, "gate configuration")
 
 
@@ -117,7 +159,7 @@ class EvictionConfig:
         window: the most recent positions, never evicted.
         lookahead: K, steps over which the future utility is summed.
         threshold: α; entries with a score below log α are dropped at a compaction even within the budget.
-        seed: of the ``random`` policy, which looks at its low 32 bits.
+        policy_seed: of the ``random`` policy, 32 bits.
     """
 
     budget: int = DEFAULT_BUDGET
@@ -129,13 +171,14 @@ class EvictionConfig:
     window: int = 0
     lookahead: int = 1
     threshold: float | None = None
-    seed: int = 0
+    policy_seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("budget", self.budget, 1)
-        for name in ("buffer", "min_per_head", "sinks", "window", "seed"):
-            _at_least(name, getattr(self, name), 0)
-        _at_least("lookahead", self.lookahead, 1)
+        whole("budget", self.budget, 1, MOST_TOKENS)
+        for name in ("buffer", "min_per_head", "sinks", "window"):
+            whole(name, getattr(self, name), 0, MOST_TOKENS)
+        whole("lookahead", self.lookahead, 1, MOST_TOKENS)
+        whole("policy_seed", self.policy_seed, 0, MOST_POLICY_SEED)
         _choice("scope", self.scope, get_args(Scope))
         _choice("policy", self.policy, get_args(Policy))
         if self.sinks + self.window > self.budget:
@@ -151,8 +194,10 @@ class EvictionConfig:
             raise ConfigError(
                 f"lookahead and threshold act on learned scores, the policy is {self.policy!r}; drop them"
             )
-        if self.threshold is not None and not (_is_number(self.threshold) and 0 < self.threshold <= 1):
-            raise ConfigError(f"threshold is {self.threshold!r}; expected α with 0 < α <= 1")
+        if self.policy_seed and self.policy != "random":
+            raise ConfigError(_needless_seed(self.policy_seed, self.policy))
+        if self.threshold is not None:
+            _check_threshold("threshold", self.threshold)
 
     @classmethod
     def create(
@@ -163,6 +208,7 @@ class EvictionConfig:
         policy: Policy = "learned",
         sinks: int | None = None,
         window: int | None = None,
+        policy_seed: int | None = None,
         **options: Any,
     ) -> EvictionConfig:
         """Fill in what the policy usually wants: B = M/8; a baseline protects 4 sinks and a recent window.
@@ -171,7 +217,9 @@ class EvictionConfig:
         are comparable within a head only, so their scope is ``"head"`` unless given.
         """
         _choice("policy", policy, get_args(Policy))
-        _at_least("budget", budget, 1)
+        whole("budget", budget, 1, MOST_TOKENS)
+        if policy_seed is not None and policy != "random":
+            raise ConfigError(_needless_seed(policy_seed, policy))
         heuristic = policy not in ("learned", "full")
         if sinks is None:
             sinks = min(4, budget // 4) if heuristic else 0
@@ -181,14 +229,29 @@ class EvictionConfig:
             scope = "head" if heuristic else "global"
         if buffer is None:
             buffer = max(1, budget // 8)
-        return cls(budget, buffer, scope, policy, sinks=sinks, window=window, **options)
+        seed = 0 if policy_seed is None else policy_seed
+        return cls(budget, buffer, scope, policy, sinks=sinks, window=window, policy_seed=seed, **options)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EvictionConfig:
-        return _from_dict(cls, data, "eviction configuration")
+        return _from_dict(cls, _renamed(data), "eviction configuration")
+
+
+def _needless_seed(seed: object, policy: object) -> str:
+    return f"policy_seed is {seed!r}, the policy is {policy!r} and draws nothing; drop it"
+
+
+def _renamed(data: dict[str, Any]) -> dict[str, Any]:
+    """``seed`` of earlier files, of which the random policy took 32 bits and the others none."""
+    if not isinstance(data, dict) or "seed" not in data or "policy_seed" in data:
+        return data
+    rest = {name: value for name, value in data.items() if name != "seed"}
+    whole("seed", data["seed"], 0)
+    used = data.get("policy", EvictionConfig.policy) == "random"
+    return rest | {"policy_seed": data["seed"] & MOST_POLICY_SEED if used else 0}
 
 
 def _from_dict(cls: Any, data: dict[str, Any], what: str) -> Any:

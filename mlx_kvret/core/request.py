@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConfigError
+from .advice import advised
 from .budget import CacheShape, parse_budget, tokens_within
-from .config import DEFAULT_BUDGET, EvictionConfig
+from .config import DEFAULT_BUDGET, EvictionConfig, GateConfig
+from .options import MAX_SEED, all_callable, check_known, number, short, whole
 
 EVICTION = tuple(field.name for field in dataclasses.fields(EvictionConfig))
 NO_GATES = (
@@ -29,52 +32,111 @@ class Finished(Protocol):
     cache_nbytes: int
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Args:
+        temp: temperature; 0 takes the likeliest token.
+        top_p: draw from the likeliest tokens that have this much probability together; 1 is all.
+        seed: makes the draws repeatable.
+    """
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        number("temp", self.temp, "0 (greedy) or a number from 1e-30 to 1e30", 0, 1e30)
+        if 0 < self.temp < 1e-30:
+            raise ConfigError(f"temp is {self.temp}; expected 0 (greedy) or a number from 1e-30 to 1e30")
+        # float32 sums of probabilities tell no smaller share from nothing
+        number("top_p", self.top_p, "a number from 0.001 to 1 (all tokens)", 1e-3, 1)
+        if self.seed is not None:
+            whole("seed", self.seed, 0, MAX_SEED)
+        if self.temp == 0 and (self.seed is not None or self.top_p != 1):
+            name = "top_p" if self.seed is None else "seed"
+            raise ConfigError(
+                f"{name} has no effect with a temp of 0, which always takes the likeliest token; "
+                f"drop it, or give a temp such as 0.7 (the random policy's own seed is policy_seed)"
+            )
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything but the default was asked for."""
+        return self != Sampling()
+
+
 def eviction(
-    shape: CacheShape, budget: int | str | None = None, buffer: int | None = None, **options: Any
+    shape: CacheShape,
+    budget: int | str | None = None,
+    buffer: int | None = None,
+    *,
+    gates: GateConfig | None = None,
+    **options: Any,
 ) -> EvictionConfig:
-    """The eviction configuration that a user's options mean for a cache of this shape."""
+    """The eviction configuration that a user's options mean for a cache of this shape.
+
+    The defaults of the ``gates`` in use (:func:`.advice.advised`) hold where nothing was said.
+    """
+    check_known(options, EVICTION, "a cache")
     tokens, size = parse_budget(DEFAULT_BUDGET if budget is None else budget)
     if tokens is None:
         assert size is not None
+        if buffer is not None:
+            whole("buffer", buffer, 0)
         tokens = tokens_within(size, shape, buffer)
-    return EvictionConfig.create(tokens, buffer, **options)
+    return EvictionConfig.create(tokens, buffer, **advised(options, gates, tokens))
 
 
-def split_eviction(options: dict[str, Any], has_cache: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Eviction options and all others.
+def check_eviction(options: Mapping[str, Any]) -> None:
+    """Refuse eviction options that cannot work, as far as that can be told without a model."""
+    check_known(options, EVICTION, "a cache")
+    rest = {name: value for name, value in options.items() if name != "budget"}
+    tokens, _ = parse_budget(DEFAULT_BUDGET if options.get("budget") is None else options["budget"])
+    if tokens is not None:
+        EvictionConfig.create(tokens, **rest)
+
+
+def split_eviction(
+    options: dict[str, Any],
+    has_cache: bool,
+    known: Collection[str] = (),
+    elsewhere: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Eviction options and all others, which must be ``known``; ``elsewhere`` says why some do nothing here.
 
     Raises:
-        ConfigError: eviction options for a cache that has been made.
+        ConfigError: an unknown option, or eviction options for a cache that has been made.
     """
+    check_known(options, (*EVICTION, *known), "generate", elsewhere)
     evict = {name: value for name, value in options.items() if name in EVICTION}
     if evict and has_cache:
         raise ConfigError(f"{', '.join(evict)} were decided when the cache was made; drop them or drop cache")
     return evict, {name: value for name, value in options.items() if name not in evict}
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[int], first: bool) -> list[int]:
-    """Token ids of a prompt; a begin token is added to text only at the very start of a cache.
-
-    Raises:
-        ConfigError: an empty prompt, or text without a tokenizer.
-    """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ConfigError(
-                "the model has no tokenizer, so the prompt must be a list of token ids, not text"
-            )
-        bos = tokenizer.bos_token
-        special = first and (bos is None or not prompt.startswith(bos))
-        prompt = tokenizer.encode(prompt, add_special_tokens=special)
-    if len(prompt) == 0:
-        raise ConfigError("the prompt is empty; give at least one token")
-    return [int(token) for token in prompt]
-
-
 def check_max_tokens(max_tokens: int) -> None:
     """Refuse what is no number of tokens; -1 means no limit."""
-    if max_tokens == 0 or max_tokens < -1:
-        raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1, or -1 for no limit")
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens == 0 or max_tokens < -1:
+        raise ConfigError(
+            f"max_tokens is {short(max_tokens)}; expected a whole number of at least 1, or -1 for no limit"
+        )
+
+
+def check_generation(options: Mapping[str, Any], sampling: Sampling) -> None:
+    """Refuse values of a generation's other options that cannot work on any backend."""
+    if "prefill_step_size" in options:
+        whole("prefill_step_size", options["prefill_step_size"], 1)
+    if "num_draft_tokens" in options:
+        whole("num_draft_tokens", options["num_draft_tokens"], 1)
+    for name in ("sampler", "prompt_progress_callback"):
+        value = options.get(name)
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} is {short(value)}; expected a function")
+    all_callable("logits_processors", options.get("logits_processors"))
+    if options.get("sampler") is not None and sampling.asked:
+        raise ConfigError("sampler decides alone how tokens are drawn; drop temp, top_p and seed, or drop it")
 
 
 def figures(last: Finished) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.config import EvictionConfig
+from ..core.advice import advised
+from ..core.config import EvictionConfig, GateConfig
 from ..errors import ConfigError
 
 # they look at attention or at the task's answers, which no cache can
@@ -49,14 +50,15 @@ class Method:
     def full(self) -> bool:
         return self.policy == "full"
 
-    def eviction(self, budget: int, buffer: int) -> EvictionConfig:
+    def eviction(self, budget: int, buffer: int, gates: GateConfig | None = None) -> EvictionConfig:
         """The plan by which entries go; for a reference policy all of it but the score.
 
         H2O keeps its heaviest M/2 and newest M/2 (arXiv 2306.14048); SnapKV keeps its observation window of
         32 tokens (arXiv 2404.14469); the oracle keeps where the answers
         stand, then the newest: it knows them, but not what else the model needs, so it is no upper bound.
+        The learned policy has the defaults of the ``gates`` in use where the method says nothing.
         """
-        options = dict(self.options)
+        options = advised(dict(self.options), gates, budget) if self.learned else dict(self.options)
         if self.policy == "h2o":
             options = {"sinks": 0, "window": budget // 2} | options
         elif self.policy == "snapkv":
@@ -80,6 +82,9 @@ def parse_method(text: str) -> Method:
     options = dict(options)
     for pair in filter(None, tail.split(",")):
         name, _, value = pair.partition("=")
+        if name == "threshold" and value in ("0", "none"):
+            options[name] = None  # whatever the gates' own
+            continue
         if name not in _TYPES:
             raise ConfigError(f"method {text!r}: no option {name!r}; expected one of {', '.join(_TYPES)}")
         try:

@@ -92,7 +92,9 @@ class ReferenceEngine:
         if method.learned and self.gates is None:
             raise ConfigError(f"method {method.name} needs gates; give some, or drop it")
         buffer = max(1, budget // 8) if self.buffer is None else self.buffer
-        return Reading(self, samples, method, None if method.full else method.eviction(budget, buffer))
+        # gates of an experiment may be any module with log_beta
+        config = None if method.full else method.eviction(budget, buffer, getattr(self.gates, "config", None))
+        return Reading(self, samples, method, config)
 
     def _observe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         assert self.reading is not None
