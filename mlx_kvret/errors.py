@@ -4,9 +4,17 @@ Each message says what was found, what was expected and how to mend it. The comm
 one line and exits with status 1; in Python all of them are caught by ``except KVRetError``.
 """
 
+from .core.plain import plain
+
 
 class KVRetError(Exception):
-    """Base class of all errors raised on purpose by mlx-kvret."""
+    """Base class of all errors raised on purpose by mlx-kvret.
+
+    Messages quote files and templates, so as text they are free of control characters.
+    """
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class ConfigError(KVRetError, ValueError):

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import CheckpointError, ConfigError, ModelMismatchError
 from .config import GateConfig
 from .files import whole_folder
 from .fingerprint import differences, fingerprint
+from .reading import exactly, read_json_value
 from .tensors import FLOATS, Tensor, read_tensors, write_tensors
 from .types import Array
 
@@ -121,7 +120,7 @@ def read_manifest(folder: Path) -> tuple[GateConfig, dict[str, Any], str]:
     data = read_json(path)
     if data.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {data.get('format')!r}; expected {FORMAT!r}")
-    if data.get("version") != VERSION:
+    if not exactly(data.get("version"), VERSION):
         raise CheckpointError(
             f"{path} has version {data.get('version')!r}; this release reads version {VERSION}; "
             "convert the gates again or update mlx-kvret"
@@ -133,19 +132,20 @@ def read_manifest(folder: Path) -> tuple[GateConfig, dict[str, Any], str]:
     provenance = data.get("provenance", {})
     if not isinstance(provenance, dict):
         raise CheckpointError(f"{path}: provenance is {provenance!r}; expected an object")
-    return config, provenance, data.get("form", "shared")
+    form = data.get("form", "shared")
+    if not isinstance(form, str):
+        raise CheckpointError(f"{path}: form is {form!r}; expected a text")
+    return config, provenance, form
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError if missing or broken."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs this file") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy or convert it again") from error
+    """A JSON object from a checkpoint or a model's folder.
+
+    Raises:
+        CheckpointError: missing, broken, or no object.
+    """
+    # a model's config may hold infinity, and so the provenance of gates that carry it
+    data = read_json_value(path, infinity=True)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}; expected an object")
     return data
@@ -177,7 +177,7 @@ def check_tensors(
             raise CheckpointError(f"gate tensor {name} has shape {tensor.shape}; expected {shape}")
         if tensor.dtype not in types:
             raise CheckpointError(f"gate tensor {name} has type {tensor.dtype}; expected {', '.join(types)}")
-        if tensor.dtype in FLOATS and not np.isfinite(tensor.float32()).all():
+        if not tensor.finite:
             raise CheckpointError(
                 f"gate tensor {name} holds NaN or infinity; the file is damaged or its training run failed"
             )

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +36,22 @@ from .config import EvictionConfig
 from .eviction import heads_per_group
 from .files import whole_file
 from .fingerprint import differences
+from .reading import parse_json
 from .tensors import FLOATS, Tensor, read_file, write_tensors
 from .types import Floats, Ints
 
 FORMAT, VERSION = "kvret-snapshot", "1"
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 _ARRAYS = {"counts", "position", "retention", "keys", "values"}
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """What a model caches of one token in a layer with a sliding window."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +96,16 @@ class Snapshot:
             shape = getattr(self, name).shape
             fits = len(shape) == dimensions and shape[0] == entries
             _require(fits, f"{name} has shape {shape}, the counts add up to {entries}")
-        for name in ("keys", "values"):
-            found = getattr(self, name).dtype
-            _require(found in FLOATS, f"{name} is {found}, expected one of {', '.join(FLOATS)}")
+        extras = {
+            f"{name} of layer {layer}": tensor
+            for layer, state in self.extras.items()
+            for name, tensor in state.items()
+        }
+        for name, tensor in {"keys": self.keys, "values": self.values}.items():
+            _require(tensor.dtype in FLOATS, f"{name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+        for name, tensor in {"keys": self.keys, "values": self.values, **extras}.items():
+            _require(tensor.finite, f"{name} holds NaN or infinity")
+        _require(np.isfinite(self.retention).all(), "retention holds NaN or infinity")
 
     def _check_entries(self) -> None:
         _require(0 <= self.seen < 2**31, f"seen is {self.seen}, expected 0 to 2^31 - 1 tokens")
@@ -109,6 +128,8 @@ class Snapshot:
 
     def recent(self, limit: int) -> int:
         """How many of the newest tokens every head holds, up to ``limit``: they fill a rectangle."""
+        # no head holds more than it has entries, however large a buffer the file tells of
+        limit = min(limit, int(self.counts.min()))
         age = self.seen - 1 - self.position
         held = np.bincount(age[age < limit], minlength=limit + 1) == self.counts.size
         return int(held.argmin())
@@ -144,11 +165,48 @@ class Snapshot:
                 f"the saved cache has (layers, KV heads, key dim, value dim) {found}, the model {expected}; "
                 "load the model it was saved with"
             )
+        others = set(others)
         # an empty window has no tensors
-        if self.seen and (missing := sorted(set(others) - set(self.extras))):
+        if self.seen and (missing := sorted(others - set(self.extras))):
             raise CheckpointError(
                 f"the saved cache lacks layer {missing[0]}, which is not bounded; save it again"
             )
+        if unknown := sorted(set(self.extras) - others):
+            raise CheckpointError(
+                f"the saved cache holds a state for layer {unknown[0]}, which has none of its own in the "
+                "model; load the model it was saved with"
+            )
+
+    def window(self, layer: int, size: int, shape: WindowShape) -> dict[str, Tensor]:
+        """Keys (H, n, Dk) and values (H, n, Dv) of a layer with a sliding window, oldest first, or nothing.
+
+        Args:
+            size: tokens in the window; all of it that was seen must be there.
+            shape: KV heads and widths in the model.
+
+        Raises:
+            CheckpointError: says what is wrong with the layer.
+        """
+        state, where = self.extras.get(layer, {}), f"the saved cache cannot go on: layer {layer}"
+        if not self.seen:
+            _require(not state, f"{where} has a state, but no token was seen; save it again")
+            return {}
+        _require(
+            state.keys() == {"keys", "values"},
+            f"{where} holds {', '.join(sorted(state)) or 'nothing'}, expected the keys and values of a "
+            "sliding window; save it again",
+        )
+        tokens = state["keys"].shape[1] if len(state["keys"].shape) == 3 else 0
+        least = min(self.seen, size)
+        for name, width in (("keys", shape.key_dim), ("values", shape.value_dim)):
+            found, dtype = state[name].shape, state[name].dtype
+            _require(
+                found == (shape.kv_heads, tokens, width) and least <= tokens <= self.seen,
+                f"{where} has {name} of shape {found}, expected ({shape.kv_heads}, {least} to {self.seen}, "
+                f"{width}); load the model it was saved with",
+            )
+            _require(dtype in FLOATS, f"{where} has {name} of type {dtype}, expected {', '.join(FLOATS)}")
+        return state
 
 
 def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
@@ -175,7 +233,8 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
         "eviction": json.dumps(snapshot.eviction.to_dict()),
         "notes": json.dumps(snapshot.notes),
     }
-    with whole_file(path) as scratch:
+    # a cache holds what people said
+    with whole_file(path, private=True) as scratch:
         write_tensors(scratch, tensors, metadata)
 
 
@@ -200,7 +259,7 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
         return _assemble(tensors, metadata)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}; copy it or save it again") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy it or save it again") from error
 
 
@@ -208,13 +267,16 @@ def _assemble(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Snapshot:
     extras: dict[int, dict[str, Tensor]] = {}
     for name in tensors.keys() - _ARRAYS:
         kind, layer, own_name = (*name.split(".", 2), "", "")[:3]
-        _require(kind == "extra" and layer.isdecimal() and own_name, f"there is an unknown tensor {name}")
+        known = kind == "extra" and _NUMBER.fullmatch(layer) and own_name
+        _require(known, f"there is an unknown tensor {name}")
         extras.setdefault(int(layer), {})[own_name] = tensors[name]
+    seen = metadata["seen"]
+    _require(_NUMBER.fullmatch(seen), f"seen is {seen!r}, expected a number of tokens")
     return Snapshot(
         model=metadata["model"],
         gates=metadata["gates"],
         eviction=EvictionConfig.from_dict(_object(metadata["eviction"])),
-        seen=int(metadata["seen"]),
+        seen=int(seen),
         counts=tensors["counts"].bits,
         position=tensors["position"].bits,
         retention=tensors["retention"].bits,
@@ -226,8 +288,8 @@ def _assemble(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Snapshot:
 
 
 def _object(text: str) -> dict[str, Any]:
-    data = json.loads(text)
-    _require(isinstance(data, dict), f"its header holds {text}, expected a JSON object")
+    data = parse_json(text)
+    _require(isinstance(data, dict), f"its header holds {text:.80}, expected a JSON object")
     return data
 
 

@@ -1,6 +1,8 @@
-"""safetensors with bfloat16 and without a tensor library.
+"""safetensors with bfloat16, a checksum, and without a tensor library.
 
 numpy has no bfloat16, so a tensor is kept as its bits and widened to float32 on demand (which is exact).
+What is written carries the checksum of all its tensors and texts in ``__metadata__``; files without one, by
+other programs or earlier releases, are read as well.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,17 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from ..errors import CheckpointError
+from .reading import parse_json, read_bytes
 from .types import Array, Floats
 
+CHECKSUM = "checksum"
 _STORAGE: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
     "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "U8": np.dtype("u1"),
 }  # fmt: skip
 FLOATS = ("F32", "BF16", "F16")
+# the bits of the exponent, all of them set in NaN and infinity only
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,15 @@ class Tensor:
             return (self.bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return self.bits.astype(np.float32)
 
+    @property
+    def finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        mask = _EXPONENT.get(self.dtype)
+        if mask is None:
+            return True
+        raw = np.ascontiguousarray(self.bits).view(f"<u{self.bits.itemsize}")
+        return not bool(((raw & raw.dtype.type(mask)) == mask).any())
+
     @classmethod
     def of(cls, values: Array, dtype: str = "F32") -> Tensor:
         """Round float values to ``dtype`` (nearest, ties to even)."""
@@ -59,13 +75,40 @@ class Tensor:
         return self if dtype == self.dtype else Tensor.of(self.float32(), dtype)
 
 
-def tensors_id(tensors: dict[str, Tensor]) -> str:
+def tensors_id(tensors: Mapping[str, Tensor]) -> str:
     """A short name for the exact content of named tensors: 12 hexadecimal digits of a SHA-256."""
+    return _digest(tensors)[:12]
+
+
+def checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over names, types, shapes and values, and over a header's texts, as ``"sha256:…"``."""
+    return f"sha256:{_digest(tensors, texts or {})}"
+
+
+def verify(
+    path: str | os.PathLike[str], stored: object, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> None:
+    """Compare with the checksum that was ``stored`` in a file.
+
+    Raises:
+        CheckpointError: the content is not what was written.
+    """
+    if stored != (found := checksum(tensors, texts)):
+        raise CheckpointError(
+            f"{path} is damaged or was changed: its content has the checksum {found[:19]}…, it was written with "
+            f"{str(stored)[:19]}…; copy it again, or make it again"
+        )
+
+
+def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape};".encode())
-        digest.update(np.ascontiguousarray(tensors[name].bits).tobytes())
-    return digest.hexdigest()[:12]
+        # as it lies in memory: a copy of a large cache would double it
+        digest.update(np.ascontiguousarray(tensors[name].bits).reshape(-1).view(np.uint8).data)
+    if texts:
+        digest.update(json.dumps(texts, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -74,16 +117,13 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As :func:`read_tensors`, with the texts of the header's ``__metadata__``."""
+    """As :func:`read_tensors`, with the texts of the header's ``__metadata__`` but for the checksum."""
     path = Path(path)
+    content = read_bytes(path)
     try:
-        content = path.read_bytes()
         stored = deserialize(content)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; check the path, or copy the files again") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except SafetensorError as error:
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); copy or make it again"
         ) from error
@@ -93,19 +133,31 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
             raise CheckpointError(
                 f"tensor {name} in {path} has type {entry['dtype']}; expected one of {', '.join(_STORAGE)}"
             )
-        bits = np.frombuffer(entry["data"], _STORAGE[entry["dtype"]]).reshape(entry["shape"])
+        try:
+            bits = np.frombuffer(entry["data"], _STORAGE[entry["dtype"]]).reshape(entry["shape"])
+        except (ValueError, OverflowError) as error:
+            # no data, of a shape that no array can have
+            raise CheckpointError(
+                f"tensor {name} in {path} has shape {entry['shape']}, which cannot be ({error})"
+            ) from error
         tensors[name] = Tensor(entry["dtype"], bits)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
+    texts: dict[str, str] = header.get("__metadata__") or {}
+    if CHECKSUM in texts:
+        verify(path, texts.pop(CHECKSUM), tensors, texts)
+    return tensors, texts
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file: 8 bytes of header length, the header as JSON, then the raw data."""
+    """Write a safetensors file: 8 bytes of header length, the header as JSON, then the raw data.
+
+    ``metadata`` are texts for the header; the checksum is put beside them.
+    """
     # wide types first, so that each tensor begins at a multiple of its item size: readers map them in place
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].bits.itemsize))
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    texts = metadata or {}
+    header: dict[str, Any] = {"__metadata__": texts | {CHECKSUM: checksum(tensors, texts)}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.bits.nbytes
@@ -117,4 +169,4 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.bits).tobytes())
+            file.write(np.ascontiguousarray(tensor.bits).reshape(-1).view(np.uint8).data)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import select
-from mlx_kvret.core.snapshot import Snapshot, read_snapshot, write_snapshot
+from mlx_kvret.core.snapshot import Snapshot, WindowShape, read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import FLOATS, Tensor, read_file, write_tensors
 from mlx_kvret.errors import CheckpointError, ConfigError, ModelMismatchError
 
@@ -72,7 +72,7 @@ def test_round_trip(tmp_path, dtype):
         snapshot([(), ()], kv_heads=1, seen=0, extras={}, notes={}),
         snapshot([(0,)], kv_heads=1, seen=1),
         snapshot([range(50)] * 2, seen=50, eviction=EvictionConfig(1, 0, policy="full"), gates=""),
-        snapshot(retention=np.float32([0, -np.inf, np.nan, -1, -2, -3, -4])),
+        snapshot(retention=np.float32([0, -3e38, -1e-45, -1, -2, -3, -4])),
     ],
     ids=["empty", "one token", "full", "extreme log β"],
 )
@@ -172,6 +172,15 @@ def ints(*values):
         ({"retention": np.zeros(6, np.float32)}, "retention has shape"),
         ({"retention": np.zeros(7)}, "retention is float64"),
         ({"retention": np.full(7, 0.1, np.float32)}, "log β is above 0"),
+        ({"retention": np.full(7, np.nan, np.float32)}, "retention holds NaN or infinity"),
+        ({"retention": np.full(7, -np.inf, np.float32)}, "retention holds NaN or infinity"),
+        *(
+            ({name: Tensor.of(np.full((7, width), bad), dtype)}, f"{name} holds NaN or infinity")
+            for name, width in (("keys", 6), ("values", 4))
+            for dtype in FLOATS
+            for bad in (np.nan, np.inf, -np.inf)
+        ),
+        ({"extras": {3: {"keys": Tensor.of(np.full((2, 2, 3), np.nan))}}}, "keys of layer 3 holds NaN"),
         ({"keys": Tensor.of(np.zeros((6, 6)))}, "keys has shape .6, 6., the counts add up to 7"),
         ({"keys": Tensor.of(np.zeros(7))}, "keys has shape .7,."),
         ({"values": Tensor.of(np.zeros((7, 4)), "I32")}, "values is I32, expected one of F32, BF16, F16"),
@@ -214,6 +223,14 @@ def rewrite(path, metadata=None, **tensors):
         ({"notes": '"hello"'}, {}, "its header holds .hello., expected a JSON object"),
         ({"seen": "many"}, {}, "is damaged: .*'many'"),
         ({"seen": "9" * 5000}, {}, "is damaged"),
+        *(({"seen": text}, {}, "is damaged: seen is") for text in (" 5", "05", "+5", "1_0", "٥", "5.0", "")),
+        ({"eviction": '{"budget": true}'}, {}, "is damaged: budget is True"),
+        ({"eviction": '{"buffer": 1e10}'}, {}, "is damaged: buffer is 1"),
+        ({"eviction": '{"buffer": 10000000000}'}, {}, "is damaged: buffer is 1"),
+        ({"eviction": '{"budget": 4, "buffer": 2, "threshold": NaN}'}, {}, "is damaged: NaN is no number"),
+        ({"eviction": '{"budget": 4, "budget": 5}'}, {}, "stands more than once"),
+        ({"eviction": '{"budget": ' + "9" * 400 + "}"}, {}, "is damaged: the number 9"),
+        ({"notes": '{"said": "\\ud800"}'}, {}, "half a character"),
         ({"seen": "3"}, {}, "is damaged: there are positions outside of the 3 tokens"),
         ({}, {"counts": None}, "lacks 'counts'"),
         ({}, {"values": None}, "lacks 'values'"),
@@ -222,6 +239,8 @@ def rewrite(path, metadata=None, **tensors):
         ({}, {"queries": Tensor.of([1.0])}, "there is an unknown tensor queries"),
         ({}, {"extra.one.keys": Tensor.of([1.0])}, "there is an unknown tensor extra.one.keys"),
         ({}, {"extra.1": Tensor.of([1.0])}, "there is an unknown tensor extra.1"),
+        ({}, {"extra.01.keys": Tensor.of([1.0])}, "there is an unknown tensor extra.01"),
+        ({}, {"extra.²": Tensor.of([1.0])}, "there is an unknown tensor extra"),
     ],
 )
 def test_damaged_files(tmp_path, metadata, tensors, expected):
@@ -240,6 +259,40 @@ def test_every_truncation_is_noticed(tmp_path):
         (tmp_path / "part").write_bytes(content[:size])
         with pytest.raises(CheckpointError, match="part"):
             read_snapshot(tmp_path / "part")
+
+
+def test_every_changed_byte_is_noticed(tmp_path):
+    """By the checksum, over tensors and texts, where nothing else does; the header's padding says nothing."""
+    write_snapshot(tmp_path / "whole", snapshot())
+    content = (tmp_path / "whole").read_bytes()
+    text = content[: 8 + int.from_bytes(content[:8], "little")].rstrip()
+    for place in [*range(8, len(text)), *range(len(text) + 8, len(content))]:
+        changed = bytearray(content)
+        changed[place] ^= 0x01
+        (tmp_path / "changed").write_bytes(changed)
+        try:
+            same(read_snapshot(tmp_path / "changed"), snapshot())
+        except CheckpointError:
+            continue
+        # the name of the checksum itself: a file without one is another program's
+        assert b'"checksum"' not in changed
+
+
+def test_a_huge_buffer_costs_nothing():
+    saved = snapshot([(0, 1, 2), (1, 2)], kv_heads=1, seen=3, eviction=EvictionConfig(4, 2**31 - 1))
+    assert saved.recent(2**31 - 1) == 2
+
+
+def test_a_saved_cache_is_its_owner_s_alone(tmp_path):
+    (tmp_path / "there").touch()
+    (tmp_path / "there").chmod(0o640)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "target")
+    (tmp_path / "far").mkdir()
+    for name in ("new", "there", "link"):
+        write_snapshot(tmp_path / name, snapshot())
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("new", "there", "far/target")}
+    assert modes == {"new": 0o600, "there": 0o640, "far/target": 0o600}
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_files_that_are_none(tmp_path):
@@ -272,5 +325,38 @@ def test_layers_that_are_not_the_model_s_are_refused():
         snapshot().check_shape(dataclasses.replace(shape, layers=3), [3])
     with pytest.raises(CheckpointError, match="lacks layer 1, which is not bounded"):
         snapshot().check_shape(shape, [1, 3])
+    with pytest.raises(CheckpointError, match="holds a state for layer 3, which has none"):
+        snapshot().check_shape(shape, [])
     # an empty cache has nothing to save of them
     snapshot([(), (), (), ()], seen=0, extras={}, notes={}).check_shape(shape, [1])
+
+
+def window(shape=(2, 5, 3), values=(2, 5, 3), dtype="F32", **more):
+    parts = {"keys": Tensor.of(np.zeros(shape), dtype), "values": Tensor.of(np.zeros(values), dtype), **more}
+    return {3: {name: tensor for name, tensor in parts.items() if tensor is not None}}
+
+
+@pytest.mark.parametrize(
+    ("extras", "size", "expected"),
+    [
+        (window(), 4, None),
+        (window((2, 4, 3), (2, 4, 3)), 4, None),
+        (window((2, 3, 3), (2, 3, 3)), 4, r"keys of shape \(2, 3, 3\), expected \(2, 4 to 5, 3\)"),
+        (window((2, 6, 3), (2, 6, 3)), 9, "keys of shape"),
+        (window((2, 4, 3)), 4, "values of shape"),
+        (window((1, 5, 3)), 4, "keys of shape"),
+        (window(values=(2, 5, 4)), 4, "values of shape"),
+        (window((2, 5, 3, 1)), 4, "keys of shape"),
+        (window(dtype="I32"), 4, "keys of type I32"),
+        (window(values=(2, 5, 3), more=Tensor.of(np.zeros(1))), 4, "holds keys, more, values"),
+        (window(keys=None), 4, "holds values"),
+        ({}, 4, "holds nothing"),
+    ],
+)
+def test_windows_are_those_of_the_model(extras, size, expected):
+    saved, shape = snapshot(extras=extras), WindowShape(2, 3, 3)
+    if expected is None:
+        assert saved.window(3, size, shape) is extras[3]
+    else:
+        with pytest.raises(CheckpointError, match=expected):
+            saved.window(3, size, shape)

@@ -88,7 +88,9 @@ def test_data_is_aligned(tmp_path):
     content = (tmp_path / "a").read_bytes()
     size = int.from_bytes(content[:8], "little")
     assert size % 8 == 0
-    for name, entry in json.loads(content[8 : 8 + size]).items():
+    header = json.loads(content[8 : 8 + size])
+    assert header.pop("__metadata__").keys() == {"checksum"}
+    for name, entry in header.items():
         assert entry["data_offsets"][0] % tensors()[name].bits.itemsize == 0
 
 
