@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,22 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TextStreamer,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, TextStreamer
 
-from mlx_kvret.core.request import check_max_tokens, figures, prompt_ids, split_eviction
-from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
+from mlx_kvret.core.prompts import prompt_ids
+from mlx_kvret.core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
+from mlx_kvret.errors import UnsupportedFeatureError
 
 from .cache import BoundedCache, cache_argument
 from .memory import explained
+from .sampling import Sampler, sampler_of
 from .step import decoder_step
 
-Sampler = Callable[[torch.Tensor], torch.Tensor]
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -59,16 +55,26 @@ class TokenIds:
         return "".join(f"{int(i)} " for i in ids)
 
 
+_MLX_ONLY = dict.fromkeys(
+    ("num_draft_tokens", "input_embeddings", "kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size",
+     "prompt_cache"),
+    "it is of mlx-lm",
+)  # fmt: skip
+
+
 def stream_generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompt: str | Sequence[int],
+    prompt: Any,
     *,
     max_tokens: int = 256,
     cache: BoundedCache | None = None,
     draft_model: Any = None,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
     sampler: Sampler | None = None,
-    logits_processors: Sequence[Processor] = (),
+    logits_processors: Sequence[Processor] | None = None,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -76,34 +82,39 @@ def stream_generate(
     """As :func:`mlx_kvret.stream_generate`.
 
     Args:
-        sampler: log probabilities (1, V) to a token (1,); greedy unless given.
+        sampler: log probabilities (1, V) to a token (1,), instead of ``temp`` and the like.
         logits_processors: each takes token ids (1, n) and logits (1, V) and returns logits, as those of
             transformers do.
         prefill_step_size: tokens of the prompt read in one forward pass.
         prompt_progress_callback: called with tokens read and tokens in all.
 
     Raises:
-        ConfigError: an empty prompt, text without a tokenizer, or options that contradict each other.
+        ConfigError: a prompt or an option that cannot work, or options that contradict each other.
         CacheError: out of memory; the cache is as it was before the pass.
     """
-    evict, rest = split_eviction(options, cache is not None)
-    if rest:
-        raise ConfigError(f"unknown options {', '.join(rest)}; see mlx_kvret.stream_generate on torch")
+    evict, _ = split_eviction(options, cache is not None, _OPTIONS, _MLX_ONLY)
     if draft_model is not None:
         raise UnsupportedFeatureError(
             "draft_model does not work here; call model.generate(ids, cache=cache, assistant_model=...)"
         )
+    asked = Sampling(temp, top_p, seed)
     check_max_tokens(max_tokens)
-    if prefill_step_size < 1:
-        raise ConfigError(f"prefill_step_size is {prefill_step_size}; expected at least 1")
-    ids = torch.tensor([prompt_ids(tokenizer, prompt, cache is None)], device=model.device)
+    given = {
+        "sampler": sampler,
+        "logits_processors": logits_processors,
+        "prefill_step_size": prefill_step_size,
+        "prompt_progress_callback": prompt_progress_callback,
+    }
+    check_generation(given, asked)
+    listed = prompt_ids(tokenizer, prompt, cache is None, vocabulary(model))
+    ids = torch.tensor([listed], device=model.device)
     if cache is None:
         from .wing import make_cache
 
         cache = make_cache(model, **evict)
     reader: Any = TokenIds() if tokenizer is None else tokenizer
     stops, text = stop_tokens(model, reader), _Text(reader)
-    choose = _Choice(sampler, logits_processors, ids)
+    choose = _Choice(sampler or sampler_of(asked), logits_processors or (), ids)
 
     with torch.no_grad(), explained(model, cache, ids, prefill_step_size):
         start = time.perf_counter()
@@ -137,10 +148,13 @@ def stream_generate(
             token, logprobs = following
 
 
+_OPTIONS = tuple(inspect.signature(stream_generate).parameters)[3:-1]
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompt: str | Sequence[int],
+    prompt: Any,
     *,
     verbose: bool = False,
     **options: Any,
@@ -156,25 +170,10 @@ def generate(
     return text
 
 
-def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
-    """Options of :func:`stream_generate` that draw tokens with a temperature; 0 is greedy."""
-    if temp < 0 or not 0 < top_p <= 1:
-        raise ConfigError(f"temp is {temp}, top_p {top_p}; expected temp >= 0 and 0 < top_p <= 1")
-    if seed is not None:
-        torch.manual_seed(seed)
-    if temp == 0:
-        return {}
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temp))])
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-
-    # neither warper looks at the tokens before
-    nothing: Any = torch.zeros(1, 0, dtype=torch.long)
-
-    def draw(logprobs: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(warpers(nothing, logprobs).softmax(-1), 1)[:, 0]
-
-    return {"sampler": draw}
+def vocabulary(model: PreTrainedModel) -> int | None:
+    """How many token ids a model has vectors for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:

@@ -41,7 +41,7 @@ def static_score(
     if config.policy == "recent":
         return position[:, None].float().expand(shape)
     if config.policy == "random":
-        return random_score(position[:, None], head[:, None], config.seed)
+        return random_score(position[:, None], head[:, None], config.policy_seed)
     return torch.zeros(shape, device=keys.device)
 
 

@@ -14,7 +14,7 @@ from mlx_kvret import demo
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint, check_base
 from mlx_kvret.core.fingerprint import fingerprint
-from mlx_kvret.core.request import eviction
+from mlx_kvret.core.request import Sampling, eviction
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import tensors_id
 from mlx_kvret.errors import CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
@@ -23,8 +23,9 @@ from mlx_kvret.hub import resolve
 from . import hooks, snapshots
 from .cache import BoundedCache
 from .gates import from_checkpoint
-from .generation import generate, sampling, stream_generate
+from .generation import generate, stream_generate
 from .probe import refusals
+from .sampling import sampler_of
 
 __all__ = [
     "attach",
@@ -33,7 +34,6 @@ __all__ = [
     "load",
     "load_cache",
     "make_cache",
-    "sampling",
     "save_cache",
     "stream_generate",
 ]
@@ -146,6 +146,12 @@ def full_nbytes(model: PreTrainedModel, tokens: int) -> int:
     attached = hooks.attachment(model)
     assert attached is not None
     return attached.layout.shape.full_nbytes(tokens)
+
+
+def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    """Options of :func:`stream_generate` that draw tokens with a temperature; 0 is greedy."""
+    draw = sampler_of(Sampling(temp, top_p, seed))
+    return {} if draw is None else {"sampler": draw}
 
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:

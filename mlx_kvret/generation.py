@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,15 +11,22 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import GenerationResponse, generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import hooks
 from .cache import BoundedCache
-from .core.request import check_max_tokens, figures, prompt_ids, split_eviction
+from .core.prompts import check_ids, prompt_ids
+from .core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
 from .errors import ConfigError, UnsupportedFeatureError
+from .sampling import sampler_of
 
 CACHE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
+# what mlx-lm calls the table that turns token ids into vectors
+EMBEDDINGS = {
+    "embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embedding", "token_embeddings",
+    "embed_in", "embed",
+}  # fmt: skip
 
 
 @dataclass
@@ -56,36 +64,44 @@ class TokenIds:
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | list[int] | mx.array,
+    prompt: Any,
     *,
     max_tokens: int = 256,
     cache: BoundedCache | list[Any] | None = None,
     draft_model: nn.Module | None = None,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
     **options: Any,
 ) -> Iterator[Response]:
     """As :func:`mlx_kvret.stream_generate`; other ``options`` go to ``mlx_lm.stream_generate``.
 
     Raises:
-        ConfigError: an empty prompt, text without a tokenizer, or options that contradict each other.
+        ConfigError: a prompt or an option that cannot work, or options that contradict each other.
         ModelMismatchError: ``cache`` is another model's.
         UnsupportedFeatureError: an option of mlx-lm's caches, which would have no effect.
     """
-    eviction, options = split_eviction(options, cache is not None)
-    if useless := [name for name in CACHE_OPTIONS if options.get(name) is not None]:
+    if useless := [name for name in CACHE_OPTIONS if options.pop(name, None) is not None]:
         raise UnsupportedFeatureError(
             f"{', '.join(useless)} has no effect on a bounded cache; drop it and set budget, or pass cache"
         )
+    known, elsewhere = _loop_options(draft_model is not None)
+    eviction, options = split_eviction(options, cache is not None, known, elsewhere)
+    asked = Sampling(temp, top_p, seed)
+    check_generation(options, asked)
     check_max_tokens(max_tokens)
-    given: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
     if cache is None:
         from .wing import make_cache
 
         cache = make_cache(model, **eviction)
     else:
         cache = hooks.checked_cache(model, cache)
-    ids = prompt_ids(tokenizer, given, cache.seen == 0)
+    ids = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
+    if asked.temp:
+        options["sampler"] = sampler_of(asked)
     held: list[Any] = cache
     if draft_model is not None:
+        check_ids(ids, vocabulary(draft_model), "the draft model")
         held = [*cache, *make_prompt_cache(draft_model)]
     reader: Any = TokenIds() if tokenizer is None else tokenizer
     stream: Any = mlx_lm.stream_generate(
@@ -108,9 +124,28 @@ def stream_generate(
         )
 
 
-def generate(
-    model: nn.Module, tokenizer: Any, prompt: str | list[int], *, verbose: bool = False, **options: Any
-) -> str:
+def _loop_options(draft: bool) -> tuple[set[str], dict[str, str]]:
+    """Options of mlx-lm's loop with or without a draft model, and why those of the other do nothing."""
+    loops = generate_step, speculative_generate_step
+    taken, other = (set(inspect.signature(loop).parameters) for loop in (loops[draft], loops[not draft]))
+    ours = {"max_tokens", "cache", "draft_model", "temp", "top_p", "seed"}
+    known = (taken - {"model", "prompt", "stream", *CACHE_OPTIONS}) | ours
+    why = "mlx-lm drops it where there is a draft model" if draft else "it needs a draft_model"
+    return known, dict.fromkeys(other - known - {"model", "prompt", "stream"}, why)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many token ids a model has vectors for: MLX reads outside of the table without an error."""
+    tables = [
+        (path.count("."), module.weight.shape[0])
+        for path, module in hooks.language_model(model).named_modules()
+        if path.rpartition(".")[2] in EMBEDDINGS and getattr(module.get("weight"), "ndim", 0) == 2
+    ]
+    # the outermost: layers may have tables of their own
+    return min(tables)[1] if tables else getattr(getattr(model, "args", None), "vocab_size", None)
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: Any, *, verbose: bool = False, **options: Any) -> str:
     """As :func:`mlx_kvret.generate`."""
     text, last = "", None
     for last in stream_generate(model, tokenizer, prompt, **options):

@@ -50,7 +50,7 @@ def static_score(config: EvictionConfig, keys: mx.array, head: int, position: np
         return mx.broadcast_to(mx.array(position.astype(np.float32)), shape)
     if config.policy == "random":
         heads = head + np.arange(shape[0])
-        return mx.array(random_score(position[None, :], heads[:, None], config.seed))
+        return mx.array(random_score(position[None, :], heads[:, None], config.policy_seed))
     return mx.zeros(shape)
 
 

@@ -6,24 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model, load_tokenizer
 
-from . import demo, hooks, snapshots
+from . import demo, hooks, rope, snapshots
 from .cache import BoundedCache
 from .core.budget import CacheShape
 from .core.checkpoint import GateCheckpoint, check_base
 from .core.fingerprint import fingerprint
-from .core.request import eviction
+from .core.request import Sampling, eviction
 from .core.snapshot import read_snapshot, write_snapshot
 from .core.tensors import tensors_id
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .gates import RetentionGates, from_checkpoint, to_tensor
 from .generation import generate, stream_generate
 from .hub import resolve
+from .sampling import sampler_of
 
 __all__ = [
     "attach",
@@ -39,25 +38,31 @@ __all__ = [
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
-def load(model: str | Path, gates: str | Path | None = None, **options: Any) -> tuple[nn.Module, Any]:
+def load(
+    model: str | Path, gates: str | Path | None = None, *, rope_length: int | None = None, **options: Any
+) -> tuple[nn.Module, Any]:
     """As :func:`mlx_kvret.load`; ``options`` are those of ``mlx_lm.utils.load_model``."""
     if str(model) == "demo":
         model, gates = demo.MODEL, demo.GATES if gates is None else gates
     folder = resolve(model)
     checkpoint = None if gates is None else read_gates(gates)
-    network, config = load_network(folder, **options)
+    network, config = load_network(folder, rope_length, **options)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
     _attach(network, checkpoint, config)
     return network, tokenizer
 
 
-def load_network(folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's ``load_model`` with errors that say what to do: a model without hooks, and its config."""
+def load_network(
+    folder: Path, rope_length: int | None = None, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's ``load_model`` with errors that say what to do: a model without hooks, and its config.
+
+    Its positions are what the config says, see :mod:`mlx_kvret.rope`; ``rope_length`` as there.
+    """
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        options["model_config"] = _rope(stored) | (options.get("model_config") or {})
-        network, config = load_model(folder, **options)
+        network, config = rope.loaded(load_model, folder, stored, rope_length, **options)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds no model: {error}; expected config.json and safetensors"
@@ -67,20 +72,6 @@ def load_network(folder: Path, **options: Any) -> tuple[nn.Module, dict[str, Any
     except (ValueError, TypeError) as error:
         raise UnsupportedModelError(f"mlx-lm cannot load {folder}: {error}") from error
     return network, config
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings under the names mlx-lm reads, for models saved by transformers 5.
-
-    That nests them in ``rope_parameters``, which several of mlx-lm 0.32's model files do not look at: they
-    would go on with their own default base.
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    plain = rope.get("rope_type", "default") == "default"
-    found = {"rope_theta": rope["rope_theta"]} | ({} if plain else {"rope_scaling": rope})
-    return {name: value for name, value in found.items() if config.get(name) is None}
 
 
 def read_gates(gates: str | Path | GateCheckpoint) -> GateCheckpoint | RetentionGates:
@@ -97,11 +88,13 @@ def read_gates(gates: str | Path | GateCheckpoint) -> GateCheckpoint | Retention
     return load_mlx_gates(folder)
 
 
-def attach(model: nn.Module, gates: str | Path | GateCheckpoint | None = None) -> nn.Module:
+def attach(model: nn.Module, gates: str | Path | GateCheckpoint | None = None, **options: Any) -> nn.Module:
     """As :func:`mlx_kvret.attach`."""
+    check_eviction(options)
     args = getattr(model, "args", None)
     config = {name: value for name, value in vars(args).items() if value is not None} if args else {}
-    return _attach(model, None if gates is None else read_gates(gates), config)
+    rope.check(model)
+    return _attach(model, None if gates is None else read_gates(gates), config, options)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -116,6 +109,8 @@ def make_cache(
     """As :func:`mlx_kvret.make_cache`."""
     attached = hooks.attachment(model) or hooks.attachment(attach(model))
     assert attached is not None
+    if budget is None and buffer is None and not options:
+        return hooks.new_cache(model, attached, attached.eviction)
     config = eviction(attached.layout.shape, budget, buffer, gates=attached.gate_config, **options)
     return hooks.new_cache(model, attached, config)
 
@@ -138,11 +133,8 @@ def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
 
 def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
     """Options of :func:`stream_generate` that draw tokens with a temperature; 0 is greedy."""
-    if temp < 0 or not 0 < top_p <= 1:
-        raise ConfigError(f"temp is {temp}, top_p {top_p}; expected temp >= 0 and 0 < top_p <= 1")
-    if seed is not None:
-        mx.random.seed(seed)
-    return {"sampler": make_sampler(temp, top_p)}
+    draw = sampler_of(Sampling(temp, top_p, seed))
+    return {} if draw is None else {"sampler": draw}
 
 
 def save_cache(
@@ -159,17 +151,22 @@ def load_cache(model: nn.Module, path: str | Path) -> tuple[BoundedCache, dict[s
 
 
 def _attach(
-    model: nn.Module, gates: GateCheckpoint | RetentionGates | None, config: dict[str, Any]
+    model: nn.Module,
+    gates: GateCheckpoint | RetentionGates | None,
+    config: dict[str, Any],
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    owner = {"model": fingerprint(config)}
+    owner = {"model": fingerprint(config) + rope.mark(model)}
     if gates is not None:
         check_base(gates.config, config)
         gates = from_checkpoint(gates) if isinstance(gates, GateCheckpoint) else gates
         weights: Any = tree_flatten(gates.parameters())
         owner["gates"] = tensors_id({name: to_tensor(array) for name, array in weights})
-    before = hooks.attachment(model)
-    if before is not None and gates is not None:
-        before.layout.check_gates(gates)  # a refusal leaves the model as it was
+    if (before := hooks.attachment(model)) is not None:
+        # a refusal leaves the model as it was
+        if gates is not None:
+            before.layout.check_gates(gates)
+        own_eviction(before.layout.shape, None if gates is None else gates.config, options or {})
     hooks.remove(model)
-    hooks.install(model, gates, owner)
+    hooks.install(model, gates, owner, options)
     return model

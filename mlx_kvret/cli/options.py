@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from ..core.config import Policy, Scope
-from ..core.request import EVICTION
+from ..core.request import EVICTION, check_eviction
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,7 +31,7 @@ def eviction_options(function: F) -> F:
     Gates may carry defaults of their own for what is not given.
     """
     for option in (
-        click.option("--seed", type=int, help="Of the random policy."),
+        click.option("--policy-seed", type=int, help="Of the random policy."),
         click.option("--threshold", type=float,
                      help="Drop entries of less predicted use than this even within the budget; try 1e-6. "
                      "0: none, whatever the gates' own default is."),
@@ -55,16 +55,22 @@ def eviction_options(function: F) -> F:
 
 
 def eviction(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the eviction options that were given out of a command's keywords; a threshold of 0 is none."""
+    """Take the eviction options that were given out of a command's keywords; a threshold of 0 is none.
+
+    Raises:
+        ConfigError: options that cannot work, told before a model is loaded.
+    """
     found = {name: options.pop(name) for name in EVICTION}
     given = {name: value for name, value in found.items() if value is not None}
-    return given | ({"threshold": None} if given.get("threshold") == 0 else {})
+    given |= {"threshold": None} if given.get("threshold") == 0 else {}
+    check_eviction(given)
+    return given
 
 
 def sampling_options(function: F) -> F:
     """``--max-tokens`` and how the next token is drawn."""
     for option in (
-        click.option("--sampling-seed", type=int, help="Make sampling repeatable."),
+        click.option("--seed", type=int, help="Make sampling repeatable."),
         click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling."),
         click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy."),
         click.option("--max-tokens", type=int, default=256, show_default=True, help="Most new tokens."),

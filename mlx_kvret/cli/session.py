@@ -21,11 +21,11 @@ def load(options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Generation options of the model's wing from ``temp``, ``top_p`` and ``sampling_seed``, taken out."""
+    """Generation options of the model's wing from ``temp``, ``top_p`` and ``seed``, taken out."""
     from ..api import wing_of
 
     found: dict[str, Any] = wing_of(model).sampling(
-        options.pop("temp"), options.pop("top_p"), options.pop("sampling_seed")
+        options.pop("temp"), options.pop("top_p"), options.pop("seed")
     )
     return found
 

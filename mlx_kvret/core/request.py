@@ -15,8 +15,8 @@ from .options import MAX_SEED, all_callable, check_known, number, short, whole
 
 EVICTION = tuple(field.name for field in dataclasses.fields(EvictionConfig))
 NO_GATES = (
-    "this model has no retention gates; load it with gates, or choose a policy that needs none "
-    "(recent, knorm, keydiff, random, full)"
+    "this model has no retention gates; load it with gates, or choose a policy that needs none (recent, "
+    "knorm, keydiff, random, full), for the model's own caches too: attach(model, policy='recent')"
 )
 
 
@@ -87,6 +87,18 @@ def eviction(
             whole("buffer", buffer, 0)
         tokens = tokens_within(size, shape, buffer)
     return EvictionConfig.create(tokens, buffer, **advised(options, gates, tokens))
+
+
+def own_eviction(shape: CacheShape, gates: GateConfig | None, options: dict[str, Any]) -> EvictionConfig:
+    """What an attached model's own caches are made with, by the options it was attached with.
+
+    Raises:
+        ConfigError: options that cannot work, also for want of gates.
+    """
+    config = eviction(shape, gates=gates, **options)
+    if options and config.policy == "learned" and gates is None:
+        raise ConfigError(NO_GATES)
+    return config
 
 
 def check_eviction(options: Mapping[str, Any]) -> None:

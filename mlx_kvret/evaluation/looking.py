@@ -54,6 +54,31 @@ class Entries:
         )
 
 
+def is_due(layers: list[Entries], config: EvictionConfig) -> bool:
+    """Whether any group of any text has reached (M + B) entries per head."""
+    held = torch.stack([entries.valid.sum(2) for entries in layers], 1)
+    size = _heads_per_group(layers, config)
+    groups = held.flatten(1).unflatten(1, (-1, size)).sum(2)
+    return bool((groups >= (config.budget + config.buffer) * size).any())
+
+
+def observed(queries: torch.Tensor, entries: Entries, seen: int, scale: float) -> torch.Tensor:
+    """What a text's last queries (B, Hq, w, D) pay to each entry held now, summed, (B, H, C)."""
+    texts, heads, count = entries.valid.shape
+    own = torch.arange(seen - queries.shape[2], seen, device=queries.device)
+    hidden = ~entries.valid[:, :, None] | (entries.position[:, :, None] > own[:, None])
+    logits = queries.float().reshape(texts, heads, -1, queries.shape[3]) @ entries.keys.float().mT * scale
+    logits = logits.view(texts, heads, -1, len(own), count)
+    # a query that sees nothing any more pays nothing
+    logits = logits.masked_fill(hidden[:, :, None], torch.finfo(torch.float32).min)
+    return logits.softmax(-1).masked_fill(hidden[:, :, None], 0.0).sum((2, 3))
+
+
+def _heads_per_group(layers: list[Entries], config: EvictionConfig) -> int:
+    heads = layers[0].valid.shape[1]
+    return {"global": len(layers) * heads, "layer": heads, "head": 1}[config.scope]
+
+
 def evict(
     layers: list[Entries], method: Method, config: EvictionConfig, seen: int, useful: torch.Tensor
 ) -> list[Entries]:
@@ -64,8 +89,7 @@ def evict(
         seen: tokens seen so far.
         useful: (B, T) marks positions that hold an answer; only the oracle looks.
     """
-    heads = layers[0].keys.shape[1]
-    size = {"global": len(layers) * heads, "layer": heads, "head": 1}[config.scope]
+    heads, size = layers[0].valid.shape[1], _heads_per_group(layers, config)
     parts = [
         _candidates(entries, layer, method, config, seen, useful) for layer, entries in enumerate(layers)
     ]
@@ -160,7 +184,7 @@ def score(
         mean = F.normalize((unit * entries.valid[..., None]).sum(2, keepdim=True), dim=-1, eps=1e-12)
         return -(unit * mean).sum(-1)
     if method.policy == "random":
-        return _random(position, head, config.seed)
+        return _random(position, head, config.policy_seed)
     if method.policy == "h2o":
         return entries.attention
     if method.policy == "snapkv":

@@ -64,7 +64,7 @@ class Oracle:
             return retention_score(own, self.position, self.seen, config.lookahead)
         return {
             "recent": lambda: policies.recent_score(self.position),
-            "random": lambda: policies.random_score(self.position, self.head, config.seed),
+            "random": lambda: policies.random_score(self.position, self.head, config.policy_seed),
             "knorm": lambda: policies.knorm_score(keys),
             "keydiff": lambda: policies.keydiff_score(keys, self.head, L * H),
         }[config.policy]()

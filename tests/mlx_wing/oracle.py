@@ -46,7 +46,7 @@ class Oracle:
         if policy == "recent":
             return recent_score(self.position)
         if policy == "random":
-            return random_score(self.position, self.head, self.config.seed)
+            return random_score(self.position, self.head, self.config.policy_seed)
         keys = np.concatenate([np.concatenate(layer, axis=1) for layer in self.keys])[place]
         if policy == "knorm":
             return knorm_score(keys)
