@@ -18,7 +18,7 @@ from .core.fingerprint import fingerprint
 from .core.request import Sampling, eviction
 from .core.snapshot import read_snapshot, write_snapshot
 from .core.tensors import tensors_id
-from .errors import CheckpointError, ConfigError, UnsupportedModelError
+from .errors import CheckpointError, ConfigError, KVRetError, UnsupportedModelError
 from .gates import RetentionGates, from_checkpoint, to_tensor
 from .generation import generate, stream_generate
 from .hub import resolve
@@ -63,6 +63,8 @@ def load_network(
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         network, config = rope.loaded(load_model, folder, stored, rope_length, **options)
+    except KVRetError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds no model: {error}; expected config.json and safetensors"
