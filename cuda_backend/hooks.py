@@ -25,12 +25,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig, GateConfig
+from mlx_kvret.core.machine import check_fits
 from mlx_kvret.core.request import NO_GATES
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
 from .cache import BoundedCache, BoundedKVCache
 from .gates import RetentionGates
+from .memory import free_bytes
 from .modules import attention_modules
 from .probe import Layout, layout_of, probe, stock_layers
 from .snapshots import reopen
@@ -98,10 +100,11 @@ def new_cache(model: PreTrainedModel, made: Attachment, config: EvictionConfig) 
     """An empty cache for an attached model.
 
     Raises:
-        ConfigError: the policy needs gates and there are none.
+        ConfigError: the policy needs gates and there are none, or the budget is beyond the machine.
     """
     if config.policy == "learned" and made.gates is None:
         raise ConfigError(NO_GATES)
+    check_fits(made.layout.shape, config, free_bytes(made.layout.device))
     return made.layout.bounded_cache(stock_layers(model), config, made.gates, made.owner)
 
 

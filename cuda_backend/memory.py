@@ -9,9 +9,15 @@ import torch
 from transformers import PreTrainedModel
 
 from mlx_kvret.core.budget import tokens_within
+from mlx_kvret.core.machine import free_host_bytes
 from mlx_kvret.errors import CacheError, ConfigError
 
 from .cache import BoundedCache, cache_argument
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None where it cannot be told."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()
 
 
 @contextmanager

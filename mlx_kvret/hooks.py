@@ -10,18 +10,20 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.models.cache as mlx_cache
 
+from . import hosts
 from .cache import BoundedCache, BoundedKVCache
-from .core.config import EvictionConfig
-from .core.request import NO_GATES
+from .core.config import EvictionConfig, GateConfig
+from .core.machine import check_fits
+from .core.request import NO_GATES, own_eviction
 from .core.snapshot import Snapshot
+from .dispatch import Namespace, User, give_back, take_over
 from .errors import (
     ConfigError,
     ModelMismatchError,
@@ -29,6 +31,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .gates import RetentionGates
+from .memory import free_bytes
 from .probe import Layout, probe
 from .snapshots import reopen
 
@@ -44,8 +47,11 @@ REFUSED = {
 }
 
 
-class Modules(list[str]):
-    """Names of the modules whose attention function is dispatched on behalf of one model."""
+class Namespaces(User):
+    """Where the functions of one model's attentions find mlx-lm's attention function: their globals."""
+
+    def __init__(self, attentions: list[Namespace]) -> None:
+        self.attentions = attentions
 
 
 @dataclass
@@ -55,12 +61,16 @@ class Attachment:
     layout: Layout
     gates: RetentionGates | None
     owner: dict[str, str]
-    modules: Modules
-    eviction: EvictionConfig = field(default_factory=EvictionConfig.create)
+    namespaces: Namespaces
+    eviction: EvictionConfig
+
+    @property
+    def gate_config(self) -> GateConfig | None:
+        return None if self.gates is None else self.gates.config
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """Of a copied model: hooks of its own, the same gates, which never change."""
-        return replace(self, modules=Modules(self.modules))
+        return replace(self, namespaces=Namespaces(self.namespaces.attentions))
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -69,10 +79,16 @@ def attachment(model: nn.Module) -> Attachment | None:
     return found
 
 
-def install(model: nn.Module, gates: RetentionGates | None, owner: dict[str, str]) -> Attachment:
-    """Hook a model that is not hooked yet.
+def install(
+    model: nn.Module,
+    gates: RetentionGates | None,
+    owner: dict[str, str],
+    options: dict[str, Any] | None = None,
+) -> Attachment:
+    """Hook a model that is not hooked yet; ``options`` are those of the caches it makes itself.
 
     Raises:
+        ConfigError: ``options`` cannot work.
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
     name = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
@@ -85,16 +101,17 @@ def install(model: nn.Module, gates: RetentionGates | None, owner: dict[str, str
         raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
     for attention in attentions:
         _check(attention, name)
-    modules = _swap_attention(attentions)
+    namespaces = _swap_attention(attentions)
     try:
         latent = any(hasattr(attention, "kv_lora_rank") for attention in attentions)
         layout = probe(model, _stock_cache(model), name, latent)
         if gates is not None:
             layout.check_gates(gates)
+        own = own_eviction(layout.shape, None if gates is None else gates.config, options or {})
     except BaseException:
-        _restore_attention(attentions, modules)
+        _restore_attention(attentions, namespaces)
         raise
-    made = Attachment(layout, gates, owner, modules)
+    made = Attachment(layout, gates, owner, namespaces, own)
     _swap_model(model, made)
     return made
 
@@ -104,7 +121,7 @@ def remove(model: nn.Module) -> None:
     made = attachment(model)
     if made is None:
         return
-    _restore_attention(list(attention_modules(model)), made.modules)
+    _restore_attention(list(attention_modules(model)), made.namespaces)
     model.__class__ = type(model).__mro__[1]
     del model.__dict__["_kvret"]
 
@@ -113,10 +130,11 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
     """An empty cache for an attached model.
 
     Raises:
-        ConfigError: the policy needs gates and there are none.
+        ConfigError: the policy needs gates and there are none, or the budget is beyond the machine.
     """
     if config.policy == "learned" and made.gates is None:
         raise ConfigError(NO_GATES)
+    check_fits(made.layout.shape, config, free_bytes())
     return made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
 
 
@@ -181,7 +199,7 @@ def _stock_class(module: nn.Module) -> type:
 
 def _check(attention: nn.Module, name: str) -> None:
     call = inspect.unwrap(type(attention).__call__)
-    if ATTENTION not in call.__code__.co_names:
+    if ATTENTION not in call.__code__.co_names or ATTENTION not in call.__globals__:
         raise UnsupportedModelError(
             f"{name} models cannot be bounded: {type(attention).__name__} does not call mlx-lm's "
             f"{ATTENTION}; use another model"
@@ -211,38 +229,33 @@ def _hooked(cls: type) -> type:
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "_kvret_hook": True})
 
 
-def _swap_attention(attentions: list[nn.Module]) -> Modules:
-    modules = Modules(sorted({inspect.unwrap(type(a).__call__).__module__ for a in attentions}))
-    _dispatch(modules)
+def _swap_attention(attentions: list[nn.Module]) -> Namespaces:
+    found = [inspect.unwrap(type(attention).__call__).__globals__ for attention in attentions]
+    namespaces = Namespaces(list({id(namespace): namespace for namespace in found}.values()))
+    _dispatch(namespaces)
     for attention in attentions:
         attention.__class__ = _hooked(type(attention))
-    return modules
+    return namespaces
 
 
-def _restore_attention(attentions: list[nn.Module], modules: Modules) -> None:
+def _restore_attention(attentions: list[nn.Module], namespaces: Namespaces) -> None:
     for attention in attentions:
         attention.__class__ = _stock_class(attention)
-    for module in map(sys.modules.__getitem__, modules):
-        dispatcher = getattr(module, ATTENTION)
-        users = getattr(dispatcher, "_kvret_users", {})
-        users.pop(id(modules), None)
-        if hasattr(dispatcher, "_kvret_stock") and not users:
-            setattr(module, ATTENTION, dispatcher._kvret_stock)
+    for namespace in namespaces.attentions:
+        give_back(namespace, ATTENTION, namespaces)
+    hosts.release(namespaces)
 
 
-def _dispatch(modules: Modules) -> None:
-    """Have the attention functions of these modules dispatched for as long as ``modules`` lives."""
-    for module in map(sys.modules.__getitem__, modules):
-        if not hasattr(getattr(module, ATTENTION), "_kvret_users"):
-            _install_dispatcher(module)
-        getattr(module, ATTENTION)._kvret_users[id(modules)] = modules
+def _dispatch(namespaces: Namespaces) -> None:
+    """Have mlx-lm's functions treat bounded caches as they need it for as long as ``namespaces`` lives."""
+    for namespace in namespaces.attentions:
+        take_over(namespace, ATTENTION, _attention, namespaces)
+    hosts.prepare(namespaces)
 
 
-def _install_dispatcher(module: Any) -> None:
-    """Let a model module's attention function hand bounded caches their calls; inert for all others."""
-    stock = getattr(module, ATTENTION)
+def _attention(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Hand bounded caches the calls of a model file's attention function; inert for all others."""
 
-    @functools.wraps(stock)
     def attention(queries: Any, keys: Any, values: Any, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
         owner = (
             cache if hasattr(cache, "attend") else BoundedKVCache.owner_of(keys) if cache is None else None
@@ -251,8 +264,7 @@ def _install_dispatcher(module: Any) -> None:
             return stock(queries, keys, values, cache, *args, **kwargs)
         return owner.attend(queries, keys, values, *args, **kwargs)
 
-    vars(attention).update(_kvret_stock=stock, _kvret_users=weakref.WeakValueDictionary())
-    setattr(module, ATTENTION, attention)
+    return attention
 
 
 # ---------------------------------------------------------------- the model
@@ -277,7 +289,7 @@ def _swap_model(model: nn.Module, made: Attachment) -> None:
         cache = kwargs.get("cache", args[0] if args else None)
         if isinstance(cache, list):
             mine: Attachment = self.__dict__["_kvret"]
-            _dispatch(mine.modules)
+            _dispatch(mine.namespaces)
             mine.layout.join(cache, mine.gates, mine.owner)
         return cls.__call__(self, inputs, *args, **kwargs)
 

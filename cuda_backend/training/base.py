@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mlx_kvret.errors import ConfigError, TrainingError, UnsupportedModelError
-from mlx_kvret.training.memory import Memory, free_host_bytes
+from mlx_kvret.training.memory import Memory
 from mlx_kvret.training.run import Base
 
 from .attention import ROWS
@@ -89,11 +89,6 @@ def memory_of(
         logits_per_token=_LOGIT_COPIES * config.vocab_size,
         chunk=_LOGIT_COPIES * CHUNK_ELEMENTS,
     )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where it cannot be told."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()
 
 
 def _first_line(error: Exception) -> str:

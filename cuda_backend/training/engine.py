@@ -21,6 +21,7 @@ from mlx_kvret.training.run import Base, Run, RunOptions
 
 from ..gates import RetentionGates, to_arrays
 from ..kernels.soft_size import soft_size
+from ..memory import free_bytes
 from . import base
 from .processes import Processes, join
 from .step import gradient
@@ -69,18 +70,17 @@ class Engine:
         parameters = sum(p.numel() for p in self.gates.parameters())
         self.memory = base.memory_of(loaded, shape[0] * shape[1], parameters, config.width, options.recompute)
         rows = min(options.micro_batch, config.batch)
-        self.memory.require(config.length * rows, base.free_bytes(processes.device), str(processes.device))
+        self.memory.require(config.length * rows, free_bytes(processes.device), str(processes.device))
 
-    def gradient(self, batch: Batch) -> Losses:
+    def gradient(self, batch: Batch, slack: float) -> Losses:
+        rows = self.options.micro_batch
         try:
-            return gradient(
-                self.student, self.gates, batch, self.config, self.processes, self.options.micro_batch
-            )
+            return gradient(self.student, self.gates, batch, self.config, self.processes, rows, slack)
         except RuntimeError as error:
             if not base.out_of_memory(error):
                 raise
             device = self.processes.device
-            advice = self.memory.advice(base.free_bytes(device) or 0)
+            advice = self.memory.advice(free_bytes(device) or 0)
             raise TrainingError(f"a step does not fit on {device}; {advice}") from error
 
     def clip(self, largest: float) -> float:
@@ -125,7 +125,7 @@ class Engine:
             torch.from_numpy(np.ascontiguousarray(x[rows])).to(device) for x in (batch.ids, batch.starts)
         )
         with torch.no_grad():
-            log_beta = self.student.learn(ids, starts, self.gates).log_beta
+            log_beta = self.student.learn(ids, starts, self.gates, self.config.sinks).log_beta
             assert log_beta is not None
             size = soft_size(log_beta, starts)
         return profile(log_beta.cpu().numpy(), size.cpu().numpy(), batch.position[rows], self.student.layers)

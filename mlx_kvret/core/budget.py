@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 from ..errors import ConfigError
+from .options import short
 
 # per kept entry: log β, position, owner and slot list, 4 bytes each
 BOOKKEEPING = 16
@@ -54,9 +56,17 @@ class CacheShape:
 
 def parse_budget(text: str | int) -> tuple[int | None, int | None]:
     """``"1024"`` or 1024 to (tokens per KV head, None); ``"256MB"`` to (None, bytes)."""
-    match = re.fullmatch(r"\s*([-+]?\d{1,15}(?:\.\d{1,15})?)\s*([KMG]I?B|B)?\s*", str(text).upper())
+    if isinstance(text, Integral) and not isinstance(text, bool) and text >= 1:
+        return int(text), None
+    if isinstance(text, (Integral, float)) and not isinstance(text, bool):
+        text = short(text)
+    match = isinstance(text, str) and re.fullmatch(
+        r"\s*([-+]?\d{1,30}(?:\.\d{1,15})?)\s*([KMG]I?B|B)?\s*", text.upper(), re.ASCII
+    )
     if not match:
-        raise ConfigError(f"budget {text!r} is neither tokens per head (1024) nor memory (256MB, 1.5GiB)")
+        raise ConfigError(
+            f"budget {short(text)} is neither tokens per head (1024) nor memory ('256MB', '1.5GiB')"
+        )
     number, unit = match.groups()
     if unit is None and "." in number:
         raise ConfigError(f"budget {text!r} is no whole number of tokens; write 1024, or a size like 256MB")

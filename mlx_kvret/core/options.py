@@ -78,5 +78,8 @@ def short(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         # Python refuses to write out numbers of thousands of digits
         return f"a whole number of about {value.bit_length() * 3 // 10} digits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # a list of such numbers, say
+        return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..errors import ConfigError
 from .advice import advised
 from .budget import CacheShape, parse_budget, tokens_within
-from .config import DEFAULT_BUDGET, EvictionConfig, GateConfig
+from .config import DEFAULT_BUDGET, MOST_TOKENS, EvictionConfig, GateConfig
 from .options import MAX_SEED, all_callable, check_known, number, short, whole
 
 EVICTION = tuple(field.name for field in dataclasses.fields(EvictionConfig))
@@ -85,7 +85,7 @@ def eviction(
         assert size is not None
         if buffer is not None:
             whole("buffer", buffer, 0)
-        tokens = tokens_within(size, shape, buffer)
+        tokens = min(tokens_within(size, shape, buffer), MOST_TOKENS)
     return EvictionConfig.create(tokens, buffer, **advised(options, gates, tokens))
 
 

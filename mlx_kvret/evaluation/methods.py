@@ -6,12 +6,14 @@ A method is written ``NAME`` or ``NAME:OPTION=VALUE,...``, with the options of
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.advice import advised
 from ..core.config import EvictionConfig, GateConfig
+from ..core.options import check_known, nearest
 from ..errors import ConfigError
 
 # they look at attention or at the task's answers, which no cache can
@@ -30,17 +32,21 @@ _TYPES = {
     "window": int,
     "lookahead": int,
     "threshold": float,
-    "seed": int,
+    "policy_seed": int,
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """One policy with its options; ``name`` is what the user wrote."""
+    """One policy with its options; ``name`` is what the user wrote.
+
+    A policy without gates protects at least ``least_sinks`` positions where its options say nothing.
+    """
 
     name: str
     policy: str
     options: tuple[tuple[str, Any], ...] = ()
+    least_sinks: int = 0
 
     @property
     def learned(self) -> bool:
@@ -50,23 +56,72 @@ class Method:
     def full(self) -> bool:
         return self.policy == "full"
 
-    def eviction(self, budget: int, buffer: int, gates: GateConfig | None = None) -> EvictionConfig:
-        """The plan by which entries go; for a reference policy all of it but the score.
+    def options_at(self, budget: int) -> dict[str, Any]:
+        """The eviction options at a budget, as far as the method decides them."""
+        said = dict(self.options)
+        if self.learned or self.full:
+            return said
+        options = self._own(budget) | said
+        if self.least_sinks and "sinks" not in said:
+            plan = EvictionConfig.create(budget, 0, policy=self._plan, **options)
+            options["sinks"] = max(plan.sinks, min(self.least_sinks, budget - plan.window))
+        return options
+
+    def _own(self, budget: int) -> dict[str, Any]:
+        """What a reference policy protects.
 
         H2O keeps its heaviest M/2 and newest M/2 (arXiv 2306.14048); SnapKV keeps its observation window of
         32 tokens (arXiv 2404.14469); the oracle keeps where the answers
         stand, then the newest: it knows them, but not what else the model needs, so it is no upper bound.
+        """
+        protected = {
+            "h2o": {"sinks": 0, "window": budget // 2},
+            "snapkv": {"sinks": 0},
+            "oracle": {"sinks": 0, "window": 0},
+        }
+        return protected.get(self.policy, {})
+
+    @property
+    def _plan(self) -> Any:
+        return "recent" if self.policy in REFERENCES else self.policy
+
+    def eviction(self, budget: int, buffer: int, gates: GateConfig | None = None) -> EvictionConfig:
+        """The plan by which entries go; for a reference policy all of it but the score.
+
         The learned policy has the defaults of the ``gates`` in use where the method says nothing.
         """
-        options = advised(dict(self.options), gates, budget) if self.learned else dict(self.options)
-        if self.policy == "h2o":
-            options = {"sinks": 0, "window": budget // 2} | options
-        elif self.policy == "snapkv":
-            options = {"sinks": 0} | options
-        elif self.policy == "oracle":
-            options = {"sinks": 0, "window": 0} | options
-        policy: Any = "recent" if self.policy in REFERENCES else self.policy
-        return EvictionConfig.create(budget, buffer, policy=policy, **options)
+        options = self.options_at(budget)
+        options = advised(options, gates, budget) if self.learned else options
+        return EvictionConfig.create(budget, buffer, policy=self._plan, **options)
+
+    def unlike(self, gates: GateConfig, budget: int) -> str:
+        """How this differs from the use that the gates were validated for, in words; "" if it does not."""
+        if gates.eviction is None:
+            return ""
+        said, wished = dict(self.options), gates.eviction.options()
+        told = [f"{n} {said[n]}, validated with {v}" for n, v in wished.items() if said.get(n, v) != v]
+        least = gates.eviction.smallest_budget
+        if least is not None and budget < least:
+            told.append(f"budget {budget}, found sound from {least} up")
+        return "; ".join(told)
+
+
+def level(methods: Iterable[Method], gates: Iterable[GateConfig]) -> tuple[Method, ...]:
+    """The same methods; those without gates get the sinks that any of the learned ones has.
+
+    A comparison would otherwise credit the gates with what a protection does.
+    """
+    methods, wishes = list(methods), [config.eviction for config in gates]
+    sinks = [0]
+    for method in methods:
+        if method.learned:
+            said = dict(method.options).get("sinks")
+            own = [wish.sinks or 0 for wish in wishes if wish is not None] if said is None else [said]
+            sinks += own
+    return tuple(
+        method if method.learned or method.full else dataclasses.replace(method, least_sinks=max(sinks))
+        for method in methods
+    )
 
 
 def parse_method(text: str) -> Method:
@@ -78,15 +133,17 @@ def parse_method(text: str) -> Method:
     head, _, tail = text.partition(":")
     policy, options = _SHORT.get(head, (head, {}))
     if policy not in _POLICIES:
-        raise ConfigError(f"method {head!r} is not known; expected one of {', '.join(NAMES)}")
-    options = dict(options)
+        raise ConfigError(f"method {head!r} is not known; {nearest(head, NAMES)}")
+    options, given = dict(options), set[str]()
     for pair in filter(None, tail.split(",")):
         name, _, value = pair.partition("=")
         if name == "threshold" and value in ("0", "none"):
             options[name] = None  # whatever the gates' own
             continue
-        if name not in _TYPES:
-            raise ConfigError(f"method {text!r}: no option {name!r}; expected one of {', '.join(_TYPES)}")
+        check_known((name,), _TYPES, f"method {text!r}")
+        if name in given:
+            raise ConfigError(f"method {text!r} gives {name} twice; drop one")
+        given.add(name)
         try:
             options[name] = _TYPES[name](value)
         except ValueError as error:

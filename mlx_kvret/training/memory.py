@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import TrainingError
 
@@ -53,15 +52,6 @@ class Memory:
                 f"a step needs about {_gb(needed)} beside the model, and {device} has {_gb(free)} free; "
                 f"{self.advice(free)}"
             )
-
-
-def free_host_bytes() -> int | None:
-    """Free memory of this machine; None where it cannot be told."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _gb(size: int) -> str:

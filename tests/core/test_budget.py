@@ -30,6 +30,8 @@ shapes = st.builds(
         ("2GB", None, 2 * 10**9),
         ("3MiB", None, 3 * 2**20),
         ("99B", None, 99),
+        (np.int64(64), 64, None),
+        (10**30, 10**30, None),
     ],
 )
 def test_parse(text, tokens, size):
@@ -48,6 +50,12 @@ def test_parse(text, tokens, size):
         (True, "neither tokens per head"),
         ("9" * 5000, "neither tokens per head"),
         ("9" * 400 + "GB", "neither tokens per head"),
+        ("1e400", "neither tokens per head"),
+        ("nan", "neither tokens per head"),
+        (b"64", "neither tokens per head"),
+        ([64], "neither tokens per head"),
+        (float("inf"), "neither tokens per head"),
+        pytest.param(-(10**5000), "neither tokens per head", id="digits"),
         (12.5, "no whole number of tokens"),
         ("64.0", "no whole number of tokens"),
         (0, "budget is 0; expected at least 1 token"),

@@ -1,6 +1,7 @@
 """What configurations refuse, in which words, and what they fill in."""
 
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -59,7 +60,13 @@ def test_gate_options(name, value, expected):
         ({"min_per_head": -1}, "min_per_head is -1"),
         ({"sinks": 1.5}, "sinks is 1.5"),
         ({"window": None}, "window is None"),
-        ({"seed": -1}, "seed is -1"),
+        ({"policy": "random", "policy_seed": -1}, "policy_seed is -1"),
+        ({"policy": "random", "policy_seed": 2**32}, "policy_seed is 4294967296"),
+        ({"policy_seed": 1}, "draws nothing"),
+        ({"lookahead": 10**30}, "at most 2147483647"),
+        ({"budget": 10**12}, "at most 2147483647"),
+        ({"threshold": 10**400}, "threshold is"),
+        ({"threshold": math.nan}, "threshold is nan"),
         ({"lookahead": 0}, "lookahead is 0; expected a whole number of at least 1"),
         ({"scope": "token"}, "scope is 'token'; expected one of global, layer, head"),
         ({"policy": "lru"}, "policy is 'lru'; expected one of learned, recent, random, knorm, keydiff, full"),
@@ -83,7 +90,7 @@ def test_eviction_options(options, expected):
 def test_limits_are_allowed():
     EvictionConfig(1, 0, sinks=1, min_per_head=1, threshold=1)
     EvictionConfig(1, 0, window=1, threshold=1e-300)
-    EvictionConfig(10**12, 10**12)
+    EvictionConfig(2**31 - 1, 2**31 - 1, lookahead=2**31 - 1)
 
 
 @pytest.mark.parametrize("cls", [GateConfig, EvictionConfig])
@@ -100,6 +107,29 @@ def test_not_from_a_dictionary(cls, data, expected):
         cls.from_dict(data)
 
 
+@pytest.mark.parametrize(
+    ("policy", "stored", "seed"),
+    [("random", 3, 3), ("random", 2**40 + 3, 3), ("learned", 3, 0), ("recent", 0, 0)],
+)
+def test_the_seed_of_earlier_files_goes_on_as_the_policy_s(policy, stored, seed):
+    data = EvictionConfig.create(64, policy=policy).to_dict()
+    del data["policy_seed"]
+    assert EvictionConfig.from_dict(data | {"seed": stored}).policy_seed == seed
+    for wrong in (-1, "3", True):
+        with pytest.raises(ConfigError, match="seed is"):
+            EvictionConfig.from_dict(data | {"seed": wrong})
+    with pytest.raises(ConfigError, match="unknown fields seed"):
+        EvictionConfig.from_dict(data | {"seed": 1, "policy_seed": 1})
+
+
+@pytest.mark.parametrize("policy", ["learned", "recent", "knorm", "keydiff", "full"])
+def test_a_seed_that_nothing_draws_with_is_refused(policy):
+    for seed in (0, 5):
+        with pytest.raises(ConfigError, match=f"policy_seed is {seed}, the policy is '{policy}'"):
+            EvictionConfig.create(64, policy=policy, policy_seed=seed)
+    assert EvictionConfig.create(64, policy="random", policy_seed=5).policy_seed == 5
+
+
 def test_missing_fields_are_named():
     with pytest.raises(ConfigError, match=r"incomplete.*hidden_size"):
         GateConfig.from_dict({"kind": "rg", "layers": 1, "kv_heads": 1})
@@ -111,7 +141,8 @@ def test_missing_fields_are_named():
         GateConfig(**GATES),
         GateConfig("rg", 1, 1, 1, training_budget=64, shared_projection=False, base_model="β"),
         EvictionConfig(),
-        EvictionConfig(7, 0, "layer", "learned", 1, 2, 3, 4, 0.25, 6),
+        EvictionConfig(7, 0, "layer", "learned", 1, 2, 3, 4, 0.25),
+        EvictionConfig(7, 0, "layer", "random", 1, 2, 3, policy_seed=6),
     ],
 )
 def test_json_round_trip(config):

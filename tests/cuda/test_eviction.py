@@ -30,7 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"scope": "head", "lookahead": 7},
     {"scope": "global", "buffer": 0},
     {"policy": "recent"},
-    {"policy": "random", "seed": 3},
+    {"policy": "random", "policy_seed": 3},
     {"policy": "knorm", "scope": "layer"},
     {"policy": "keydiff", "scope": "global"},
 ]

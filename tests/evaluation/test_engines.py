@@ -12,7 +12,7 @@ from mlx_kvret.evaluation.tasks import make_samples
 
 torch = pytest.importorskip("torch")
 # not knorm: RoPE keeps norms, so repeated words tie but for rounding, which differs between libraries
-METHODS = ["full", "learned", "learned-layer", "learned-head", "recent", "random:seed=2", "keydiff"]
+METHODS = ["full", "learned", "learned-layer", "learned-head", "recent", "random:policy_seed=2", "keydiff"]
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])

@@ -93,7 +93,7 @@ def test_scores_are_those_of_the_core():
     heads = np.broadcast_to(np.arange(HEADS)[:, None], valid.shape)[valid]
     np.testing.assert_allclose(scored("keydiff")[valid], keydiff_score(keys[valid], heads, HEADS), atol=1e-6)
     drawn = random_score(position, np.arange(HEADS)[:, None], 3)
-    assert np.array_equal(scored("random", seed=3).numpy(), drawn)
+    assert np.array_equal(scored("random", policy_seed=3).numpy(), drawn)
     ahead = retention_score(layer.log_beta[1].numpy(), position, seen, 8)
     np.testing.assert_allclose(scored("learned", lookahead=8), ahead, rtol=1e-5)
     oracle = scored("oracle")

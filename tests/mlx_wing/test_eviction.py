@@ -31,7 +31,7 @@ def configs(draw, policies=("learned", "recent", "random", "knorm", "keydiff")):
         "min_per_head": draw(st.integers(0, budget)) if draw(st.booleans()) else 0,
         "sinks": sinks if draw(st.booleans()) else 0,
         "window": draw(st.integers(0, budget - sinks)) if draw(st.booleans()) else 0,
-        "seed": draw(st.integers(0, 3)),
+        "policy_seed": draw(st.integers(0, 3)) if policy == "random" else 0,
     }
     if policy == "learned" and draw(st.booleans()):
         options |= {

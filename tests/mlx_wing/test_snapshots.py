@@ -17,7 +17,7 @@ OPTIONS = [
     {"budget": 8, "scope": "layer", "sinks": 1, "window": 2},
     {"budget": 8, "policy": "recent"},
     {"budget": 8, "policy": "knorm"},
-    {"budget": 8, "policy": "random", "seed": 3},
+    {"budget": 8, "policy": "random", "policy_seed": 3},
     {"budget": 8, "scope": "head", "threshold": 0.9},
     {"budget": 500},
     {"budget": 500, "buffer": 4},

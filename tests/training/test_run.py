@@ -247,7 +247,7 @@ def test_memory_that_fits_is_what_is_advised():
 
 
 def test_no_free_memory(chats, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.base, "free_bytes", lambda _: 3 << 29)
+    monkeypatch.setattr(engine, "free_bytes", lambda _: 3 << 29)
     config = TrainConfig(**CONFIG.to_dict() | {"length": 8192, "batch": 64})
     with pytest.raises(TrainingError, match=r"needs about .* GB .* about [\d,]+ tokens fit"):
         run(tmp_path / "run", chats, config, micro_batch=64)

@@ -16,6 +16,7 @@ from ...core.tensors import Tensor
 from ...core.types import Floats
 from ...errors import ConfigError, TrainingError
 from ...gates import DTYPES, RetentionGates, to_array, to_tensor
+from ...memory import free_bytes
 from ...wing import load_network
 from ..config import TrainConfig
 from ..packing import Batch
@@ -24,7 +25,7 @@ from ..records import Records
 from ..report import Losses
 from ..run import Base, Run, RunOptions
 from .attention import PackedMask
-from .memory import free_bytes, memory_of
+from .memory import memory_of
 from .soft_size import soft_size
 from .step import gradient
 from .student import Student
@@ -78,10 +79,10 @@ class Engine:
         self.memory.require(config.length * rows, free_bytes(), "this machine")
         self.versions = {name: version(name) for name in ("mlx", "mlx-lm")}
 
-    def gradient(self, batch: Batch) -> Losses:
+    def gradient(self, batch: Batch, slack: float) -> Losses:
         try:
             losses, self._gradient = gradient(
-                self.student, self.gates, batch, self.config, self.options.micro_batch
+                self.student, self.gates, batch, self.config, self.options.micro_batch, slack
             )
         except RuntimeError as error:
             if "allocate" not in str(error):
@@ -126,7 +127,9 @@ class Engine:
     def profile(self, batch: Batch) -> dict[str, Any]:
         rows = slice(0, self.options.micro_batch)
         starts = batch.starts[rows]
-        log_beta = self.student.learn(mx.array(batch.ids[rows]), starts, self.gates).log_beta
+        log_beta = self.student.learn(
+            mx.array(batch.ids[rows]), starts, self.gates, self.config.sinks
+        ).log_beta
         assert log_beta is not None
         size = soft_size(log_beta, PackedMask(starts))
         return profile(np.array(log_beta), np.array(size), batch.position[rows], self.student.layers)

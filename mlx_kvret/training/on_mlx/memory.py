@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import mlx.core as mx
-
 from ...core.config import GateConfig
 from ...core.fingerprint import text_config
-from ..memory import Memory, free_host_bytes
+from ..memory import Memory
 from .attention import BLOCK_ELEMENTS
 from .loss import CHUNK_ELEMENTS
 
@@ -46,10 +44,3 @@ def memory_of(config: dict[str, Any], gates: GateConfig, size: int, recompute: b
         logits_per_token=_LOGIT_COPIES * 4 * text["vocab_size"],
         chunk=4 * max(_BLOCK_COPIES * BLOCK_ELEMENTS, _LOGIT_COPIES * CHUNK_ELEMENTS),
     )
-
-
-def free_bytes() -> int | None:
-    """Free memory of MLX's device; None where it cannot be told."""
-    if mx.default_device() == mx.gpu and mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory()
-    return free_host_bytes()
