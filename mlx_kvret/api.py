@@ -34,7 +34,11 @@ def load(
             only policies that need none work.
         backend: ``"mlx"``, ``"cuda"``, ``"torch"`` (CPU), or ``"auto"``: MLX on Apple Silicon, CUDA where
             torch sees a GPU, else whichever is installed, MLX first.
-        options: of the backend's own loader.
+        revision, gates_revision: branch, tag or commit of a hub repository, main unless given.
+        trust_remote_code: run the Python code that the model's folder brings; never unless given.
+        tokenizer_config: a dictionary of options of the tokenizer.
+        options: of the backend's own loader: ``adapter_path``, ``lazy``, ``strict``, ... on MLX,
+            ``device``, ``dtype``, ``quantization_config``, ... on torch; see ``load`` in its ``wing``.
 
     Returns:
         ``(model, tokenizer)``; the tokenizer is None if the folder has none: prompts are then token ids.
@@ -45,13 +49,23 @@ def load(
     return _wing(choose_backend(backend)).load(model, gates, **_device(backend, options))
 
 
-def attach(model: Any, gates: Any = None) -> Any:
+def attach(model: Any, gates: Any = None, **options: Any) -> Any:
     """Hook a model that was loaded by mlx-lm or transformers; returns the same model.
 
-    From then on mlx-lm's own functions use a bounded cache. ``gates`` is a folder, a hub id, a
-    :class:`~mlx_kvret.core.checkpoint.GateCheckpoint`, or None for policies that need none.
+    From then on mlx-lm's own functions, and transformers' ``model.generate``, use a bounded cache where they
+    are not given another one: made with these options, or the defaults.
+
+    Args:
+        gates: a folder, a hub id, a :class:`~mlx_kvret.core.checkpoint.GateCheckpoint`, or None for policies
+            that need none. Without gates and options nothing says how to bound a cache: mlx-lm's functions
+            and ``model.generate`` are then refused until they are given one from :func:`make_cache`.
+        options: ``budget``, ``buffer`` and the others of :func:`make_cache`, whose defaults they are too.
+
+    Raises:
+        ConfigError: options that cannot work, or that need gates.
+        CheckpointError, ModelMismatchError, UnsupportedModelError: the model stays as it was.
     """
-    return wing_of(model).attach(model, gates)
+    return wing_of(model).attach(model, gates, **options)
 
 
 def detach(model: Any) -> Any:
@@ -62,9 +76,10 @@ def detach(model: Any) -> Any:
 def make_cache(model: Any, budget: int | str | None = None, buffer: int | None = None, **options: Any) -> Any:
     """An empty cache of a fixed size, for the model's own calls and for :func:`generate`.
 
-    ``model(tokens, cache=cache)`` (MLX) or ``model(ids, past_key_values=cache)`` (torch) runs one forward
-    pass and then any eviction that is due. ``cache.kept_positions()``, ``cache.entries``, ``cache.seen`` and
-    ``cache.nbytes`` tell what is held.
+    ``model(tokens, cache=cache)`` (MLX, and torch with transformers from 5.24 on, before that
+    ``past_key_values=cache``) runs one forward pass and then any eviction that is due. With no option given
+    the cache is what the model was attached for. ``cache.kept_positions()``, ``cache.entries``,
+    ``cache.seen`` and ``cache.nbytes`` tell what is held.
 
     Args:
         budget: M in tokens per KV head, or memory: ``"256MB"``; 1024 unless given.
@@ -157,7 +172,9 @@ def _sees_gpu() -> bool:
 
 def _device(backend: str, options: dict[str, Any]) -> dict[str, Any]:
     chosen = choose_backend(backend)
-    return options if chosen == "mlx" else {"device": "cuda" if chosen == "cuda" else "cpu"} | options
+    if chosen == "mlx" or options.get("device_map") is not None:
+        return options
+    return {"device": "cuda" if chosen == "cuda" else "cpu"} | options
 
 
 def _wing(backend: str) -> Any:

@@ -21,6 +21,8 @@ from .saved import Loaded, layer_state
 class BoundedKVCache(mlx_cache._BaseCache):
     """One competing layer's entry: mlx-lm's single-sequence cache contract on a shared :class:`Bounded`.
 
+    What it cannot do (batches, quantisation) is absent, for hosts ask with ``hasattr``.
+
     ``offset`` is the number of tokens seen, not cached: RoPE positions are true positions. ``padded`` is for
     models that compute on the fetched keys (latent attention): they get heads padded to equal length.
     """
@@ -139,7 +141,7 @@ class BoundedKVCache(mlx_cache._BaseCache):
         self.shared.masks.append((self.offset, mask))
         return mask
 
-    # -------------------------------------------------- prompt files, trimming, what cannot work
+    # -------------------------------------------------- prompt files and trimming
 
     @property
     def state(self) -> list[Any]:
@@ -161,16 +163,21 @@ class BoundedKVCache(mlx_cache._BaseCache):
         return self.shared.layer_nbytes(self.layer)
 
     def is_trimmable(self) -> bool:
-        """Whether tokens can be taken back: those no compaction has decided upon yet."""
-        return self.empty() or self.shared.recents[self.layer].length > 0
+        """Whether any number of tokens can be taken back, for hosts ask no further: none was decided upon.
+
+        :meth:`trim` takes back the newest ones at any time, and speculative decoding is answered in
+        :mod:`mlx_kvret.hosts`.
+        """
+        waiting = self.shared.recents[self.layer].length
+        return self.offset == waiting and self.shared.schedule.next(self.offset, waiting) is None
 
     def trim(self, n: int) -> int:
-        """Take back the newest ``n`` tokens.
+        """Take back the newest ``n`` tokens, or all if there are fewer.
 
         Raises:
             UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
         """
-        recent = self.shared.recents[self.layer]
+        recent, n = self.shared.recents[self.layer], min(n, self.offset)
         if n > recent.length:
             raise UnsupportedFeatureError(
                 f"cannot take back {n} tokens: all but the newest {recent.length} have been through a "
@@ -180,13 +187,24 @@ class BoundedKVCache(mlx_cache._BaseCache):
         self.shared.seen[self.layer] -= n
         return n
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> NoReturn:
-        _refuse(f"kv_bits={bits}", "drop it and lower the budget instead")
 
-    def merge(self, caches: Any) -> NoReturn:
-        _refuse("batched generation", "run one sequence at a time")
+class _Absent:
+    """A method of a base class that is not there."""
 
-    extract = filter = extend = prepare = finalize = merge
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._text = f"{owner.__name__} has no {name}"
+
+    def __get__(self, instance: Any, owner: type) -> NoReturn:
+        raise AttributeError(self._text)
+
+
+class BoundedCacheList(mlx_cache.CacheList):
+    """mlx-lm's list of one layer's entries, of which one is bounded: without batches, which that one has not.
+
+    Hosts ask the list, not its entries, which methods there are.
+    """
+
+    merge, extract, filter, extend, prepare, finalize = (_Absent() for _ in range(6))
 
 
 class BoundedCache(list[Any]):
@@ -251,5 +269,5 @@ def _refuse(what: str, instead: str) -> NoReturn:
     raise UnsupportedFeatureError(f"{what} does not work with a bounded cache; {instead}")
 
 
-# mlx-lm's loader looks a saved entry's class up by name in its own module
-vars(mlx_cache)["BoundedKVCache"] = BoundedKVCache
+# mlx-lm's loader looks the classes of saved entries up by name in its own module
+vars(mlx_cache).update(BoundedKVCache=BoundedKVCache, BoundedCacheList=BoundedCacheList)

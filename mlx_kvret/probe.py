@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -12,14 +12,15 @@ import mlx_lm.models.cache as mlx_cache
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from .bounded import Bounded
-from .cache import BoundedCache, BoundedKVCache
+from .cache import BoundedCache, BoundedCacheList, BoundedKVCache
 from .core.budget import CacheShape
 from .core.config import EvictionConfig
-from .core.fingerprint import differences
 from .core.fitting import fit_gates
 from .errors import ConfigError, ModelMismatchError, UnsupportedModelError
+from .filling import fill
 from .gates import RetentionGates
-from .saved import Loaded, restore, shape_and_config
+from .others import Other
+from .saved import Loaded, snapshot_of
 
 # where a competing entry stands in a prompt cache: its index, and its index in a CacheList there
 Place = tuple[int, int | None]
@@ -29,13 +30,15 @@ Place = tuple[int, int | None]
 class Layout:
     """The competing layers of a model: their common shape, their places, and the number of all layers.
 
-    ``latent`` models compute on the cached keys (MLA), so they get them padded instead of ragged.
+    ``latent`` models compute on the cached keys (MLA), so they get them padded instead of ragged. ``others``
+    are the entries that do not compete, by place.
     """
 
     shape: CacheShape
     places: tuple[Place, ...]
     layers: int
     latent: bool
+    others: dict[Place, Other] = field(default_factory=dict)
 
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
         """Which gate belongs to which competing layer. Raises as :func:`fit_gates`."""
@@ -62,24 +65,23 @@ class Layout:
 
         Raises:
             ModelMismatchError: the file was written for another model or with other gates.
+            CheckpointError: it is damaged.
         """
-        loaded = [_at(cache, place) for place in self.places if place[0] < len(cache)]
+        loaded = [_at(cache, place) for place in self.places]
         if not any(isinstance(entry, Loaded) for entry in loaded):
             return None
-        header = loaded[0].header
-        shape, config = shape_and_config(header)
-        wrong = differences(owner["model"], header["owner"]["model"])
-        if shape != self.shape:
-            wrong.append(f"the model has {self.shape}, expected {shape}")
-        if config.policy == "learned" and owner.get("gates") != header["owner"].get("gates"):
-            wrong.append(f"gates are {owner.get('gates')}, expected {header['owner'].get('gates')}")
-        if wrong:
+        first = next(entry for entry in loaded if isinstance(entry, Loaded))
+        if first.shape != self.shape:
             raise ModelMismatchError(
-                f"the saved cache belongs to another model or other gates: {'; '.join(wrong)}; load those, "
-                "or read the prompt again"
+                f"the saved cache belongs to another model: the model has {self.shape}, expected "
+                f"{first.shape}; load that, or read the prompt again"
             )
-        shared = self.shared(config, gates, owner)
-        restore(shared, loaded)
+        snapshot = snapshot_of(loaded, self.shape)
+        snapshot.check(owner["model"], owner.get("gates", ""), snapshot.eviction)
+        for place, other in self.others.items():
+            other.check(_at(cache, place), snapshot.seen, place[0])
+        shared = self.shared(snapshot.eviction, gates, owner)
+        fill(shared, snapshot)
         self._place(cache, shared)
         return shared
 
@@ -110,7 +112,7 @@ class Layout:
             else:
                 nested = list(entries[index].caches)
                 nested[inner] = entry
-                entries[index] = mlx_cache.CacheList(*nested)
+                entries[index] = BoundedCacheList(*nested)
         return competing
 
 
@@ -179,7 +181,9 @@ def probe(model: nn.Module, stock: list[Any], name: str, latent: bool) -> Layout
             f"{name} models cannot be bounded: their layers cache entries of different shapes "
             f"({', '.join(map(str, sorted(shapes, key=str)))})"
         )
-    return Layout(shapes.pop(), tuple(place for place, _ in used), len(stock), ways == {"transformed"})
+    competing = tuple(place for place, _ in used)
+    others = {place: Other.of(entry) for place, entry in _entries(stock) if place not in competing}
+    return Layout(shapes.pop(), competing, len(stock), ways == {"transformed"}, others)
 
 
 def _shape(probe: _Probe, layers: int) -> CacheShape:
@@ -199,6 +203,18 @@ def _stock_places(entries: list[Any]) -> Iterator[Place]:
                     yield index, inner
 
 
+def _entries(entries: list[Any]) -> Iterator[tuple[Place, Any]]:
+    for index, entry in enumerate(entries):
+        for inner, nested in enumerate(getattr(entry, "caches", ())):
+            yield (index, inner), nested
+        if not hasattr(entry, "caches"):
+            yield (index, None), entry
+
+
 def _at(entries: list[Any], place: Place) -> Any:
+    """The entry at a place, None where a loaded cache has nothing there."""
     index, inner = place
-    return entries[index] if inner is None else entries[index].caches[inner]
+    if inner is None or index >= len(entries):
+        return entries[index] if index < len(entries) else None
+    nested = getattr(entries[index], "caches", ())
+    return nested[inner] if inner < len(nested) else None

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model, load_tokenizer
 
 from . import demo, hooks, rope, snapshots
+from .adapters import add_adapter
 from .cache import BoundedCache
 from .core.budget import CacheShape
 from .core.checkpoint import GateCheckpoint, check_base
 from .core.fingerprint import fingerprint
-from .core.request import Sampling, eviction
+from .core.loading import check_loading, check_needless, unreadable_tokenizer
+from .core.request import Sampling, check_eviction, eviction, own_eviction
 from .core.snapshot import read_snapshot, write_snapshot
 from .core.tensors import tensors_id
-from .errors import CheckpointError, ConfigError, KVRetError, UnsupportedModelError
+from .errors import CheckpointError, KVRetError, UnsupportedModelError
 from .gates import RetentionGates, from_checkpoint, to_tensor
 from .generation import generate, stream_generate
 from .hub import resolve
@@ -38,19 +42,70 @@ __all__ = [
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
+# options of transformers, and why they do nothing here
+_TORCH_ONLY = {
+    "device": "MLX computes on its default device; call mx.set_default_device",
+    "dtype": "MLX computes in the type a model was saved in; convert it with `mlx_lm.convert --dtype`",
+    "attn_implementation": "it is of transformers",
+    "device_map": "it is of transformers",
+    "quantization_config": "it is of transformers; convert the model with `mlx_lm.convert -q`",
+}
+
+
 def load(
-    model: str | Path, gates: str | Path | None = None, *, rope_length: int | None = None, **options: Any
+    model: str | Path,
+    gates: str | Path | GateCheckpoint | None = None,
+    *,
+    revision: str | None = None,
+    gates_revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer_config: dict[str, Any] | None = None,
+    rope_length: int | None = None,
+    adapter_path: str | Path | None = None,
+    model_config: dict[str, Any] | None = None,
+    get_model_classes: Callable[[dict[str, Any]], Any] | None = None,
+    lazy: bool = False,
+    strict: bool = True,
+    **unknown: Any,
 ) -> tuple[nn.Module, Any]:
-    """As :func:`mlx_kvret.load`; ``options`` are those of ``mlx_lm.utils.load_model``."""
+    """As :func:`mlx_kvret.load`.
+
+    Args:
+        adapter_path: folder or hub id of an adapter that mlx-lm has trained (LoRA, DoRA, full).
+        model_config: entries of the model's ``config.json`` to replace.
+        get_model_classes: from the config to mlx-lm's classes of a model and of its arguments.
+        lazy: leave weights in the file until they are needed.
+        strict: refuse weights that do not match the model.
+    """
+    check_loading(load, locals(), unknown, _TORCH_ONLY)
     if str(model) == "demo":
         model, gates = demo.MODEL, demo.GATES if gates is None else gates
-    folder = resolve(model)
-    checkpoint = None if gates is None else read_gates(gates)
-    network, config = load_network(folder, rope_length, **options)
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
-    tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
+    folder = resolve(model, "model", revision, trust_remote_code)
+    adapter = None if adapter_path is None else resolve(adapter_path, "adapter")
+    checkpoint = None if gates is None else read_gates(gates, gates_revision)
+    options: dict[str, Any] = {"lazy": lazy, "strict": strict, "trust_remote_code": trust_remote_code}
+    if get_model_classes is not None:
+        options["get_model_classes"] = get_model_classes
+    network, config = load_network(folder, rope_length, model_config=model_config, **options)
+    if adapter is not None:
+        add_adapter(network, adapter)
+    tokenizer = read_tokenizer(folder, config, trust_remote_code, tokenizer_config or {})
     _attach(network, checkpoint, config)
     return network, tokenizer
+
+
+def read_tokenizer(
+    folder: Path, config: dict[str, Any], trust_remote_code: bool = False, options: dict[str, Any] | None = None
+) -> Any:
+    """A model folder's tokenizer as mlx-lm wraps it; None where there is none."""
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        check_needless(options, folder)
+        return None
+    given = {"trust_remote_code": trust_remote_code} | (options or {})
+    try:
+        return load_tokenizer(folder, given, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # tokenizers of many makes raise what they like
+        raise unreadable_tokenizer(folder, error) from error
 
 
 def load_network(
@@ -76,13 +131,15 @@ def load_network(
     return network, config
 
 
-def read_gates(gates: str | Path | GateCheckpoint) -> GateCheckpoint | RetentionGates:
+def read_gates(
+    gates: str | Path | GateCheckpoint, revision: str | None = None
+) -> GateCheckpoint | RetentionGates:
     """Gates from a folder or hub id in any form; those in the MLX form come ready to run."""
     if isinstance(gates, GateCheckpoint):
         return gates
     from converters import detect, load_any
 
-    folder = resolve(gates, "gates")
+    folder = resolve(gates, "gates", revision)
     if detect(folder) != "mlx":
         return load_any(folder)
     from converters.mlx_form import load_mlx_gates
@@ -117,11 +174,18 @@ def make_cache(
     return hooks.new_cache(model, attached, config)
 
 
-def full_nbytes(model: nn.Module, tokens: int) -> int:
-    """Bytes of keys and values that a full cache of the bounded layers would take."""
+def full_cache(model: nn.Module, cache: BoundedCache) -> tuple[int, int]:
+    """KV heads of the bounded layers, and the bytes of a full cache that has seen as much as this one.
+
+    Both are what is allocated: mlx-lm's caches grow by steps. Layers that are not bounded count as they are.
+    """
     attached = hooks.attachment(model)
     assert attached is not None
-    return attached.layout.shape.full_nbytes(tokens)
+    shape = attached.layout.shape
+    if cache.shared is None:
+        return shape.heads, cache.nbytes
+    others = cache.nbytes - sum(layer.nbytes for layer in cache.competing)
+    return shape.heads, others + shape.full_nbytes(-(-cache.seen // KVCache.step) * KVCache.step)
 
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:

@@ -133,11 +133,13 @@ def test_taking_back_the_newest_tokens(policy):
         forward(model, part, cache), forward(model, part, other)
     kept = positions(other)
     forward(model, [1, 2, 3, 4, 5, 6], cache)  # more than the buffer, not compacted yet
-    assert can_trim_prompt_cache(cache) and trim_prompt_cache(cache, 6) == 6
+    # asked as prefix caches ask, who would take back any number: no
+    assert not can_trim_prompt_cache(cache) and trim_prompt_cache(cache, 6) == 0
+    assert [layer.trim(6) for layer in cache] == [6, 6]
     assert (cache.seen, positions(cache)) == (70, kept)
     np.testing.assert_allclose(forward(model, [7], cache), forward(model, [7], other), atol=1e-5)
     with pytest.raises(UnsupportedFeatureError, match="cannot take back 60"):
-        trim_prompt_cache(cache, 60)
+        cache[0].trim(60)
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3, 6])
