@@ -14,6 +14,8 @@ from mlx_kvret import demo
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint, check_base
 from mlx_kvret.core.fingerprint import fingerprint
+from mlx_kvret.core.loading import check_loading, check_needless, unreadable_tokenizer
+from mlx_kvret.core.options import of_type
 from mlx_kvret.core.request import Sampling, eviction
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import tensors_id
@@ -42,22 +44,102 @@ NEEDED = {"torch": "2.6", "transformers": "5.20"}
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
+# options of mlx-lm, and why they do nothing here
+_MLX_ONLY = {
+    "adapter_path": "adapters of mlx-lm are loaded on MLX; merge one of PEFT into its model "
+    "(merge_and_unload), save that and load it",
+    "model_config": "it is of mlx-lm",
+    "get_model_classes": "it is of mlx-lm",
+    "lazy": "it is of mlx-lm",
+    "strict": "it is of mlx-lm; missing weights are always refused here",
+}
+
+
 def load(
-    model: str | Path, gates: str | Path | None = None, *, device: str = "cpu", **options: Any
+    model: str | Path,
+    gates: str | Path | GateCheckpoint | None = None,
+    *,
+    revision: str | None = None,
+    gates_revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer_config: dict[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    **unknown: Any,
 ) -> tuple[PreTrainedModel, Any]:
-    """As :func:`mlx_kvret.load`; ``options`` are those of ``AutoModelForCausalLM.from_pretrained``."""
+    """As :func:`mlx_kvret.load`.
+
+    Args:
+        device: where the model goes, ``"cpu"`` unless given.
+        dtype: of the model: ``"auto"`` (as it was saved), ``"bfloat16"``, ``torch.float16``, ...
+        attn_implementation, device_map, quantization_config: as transformers' ``from_pretrained`` has them.
+    """
+    check_loading(load, locals(), unknown, _MLX_ONLY)
     if str(model) == "demo":
         model, gates = demo.MODEL, demo.GATES if gates is None else gates
     check_versions()
-    folder = resolve(model)
-    checkpoint = None if gates is None else read_gates(gates)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("torch sees no CUDA device; use backend torch for the CPU, or mend the driver")
-    network: Any = _load_model(folder, **options)
-    network.to(device)
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    return attach(network, checkpoint), tokenizer
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map both say where the model goes; give one of them")
+    where = checked_device("cpu" if device is None else device)
+    options = {
+        "dtype": None if dtype is None else checked_dtype(dtype),
+        "attn_implementation": attn_implementation,
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+    }
+    folder = resolve(model, "model", revision, trust_remote_code)
+    checkpoint = None if gates is None else read_gates(gates, gates_revision)
+    given = {name: value for name, value in options.items() if value is not None}
+    network: Any = _load_model(folder, trust_remote_code=trust_remote_code, **given)
+    if device_map is None:
+        network.to(where)
+    return attach(network, checkpoint), read_tokenizer(folder, trust_remote_code, tokenizer_config)
+
+
+def read_tokenizer(
+    folder: Path, trust_remote_code: bool = False, options: dict[str, Any] | None = None
+) -> Any:
+    """A model folder's tokenizer; None where there is none."""
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        check_needless(options, folder)
+        return None
+    given = {"trust_remote_code": trust_remote_code} | (options or {})
+    try:
+        return AutoTokenizer.from_pretrained(folder, **given)
+    except Exception as error:  # tokenizers of many makes raise what they like
+        raise unreadable_tokenizer(folder, error) from error
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ConfigError: torch does not know it or does not see it.
+    """
+    of_type("device", device, (str, torch.device), 'a device such as "cpu" or "cuda:0"')
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}, unknown to torch; give cpu, cuda or cuda:N") from error
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("torch sees no CUDA device; use backend torch for the CPU, or mend the driver")
+        if (found.index or 0) >= (count := torch.cuda.device_count()):
+            raise ConfigError(f"device is {device!r}, and torch sees {count} CUDA devices; give a lower one")
+    elif found.type == "meta" or (found.type == "mps" and not torch.backends.mps.is_available()):
+        raise ConfigError(f"device is {device!r}, where nothing can be computed here; give cpu or cuda")
+    return found
+
+
+def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A float type that a model can have, or ``"auto"``."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ConfigError(f"dtype is {dtype!r}; expected auto, float32, bfloat16, float16 or one of torch's")
+    return dtype if dtype == "auto" else found  # type: ignore[return-value]
 
 
 def check_versions() -> None:
@@ -79,23 +161,32 @@ def _load_model(folder: Path, **options: Any) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json; expected a model folder with safetensors")
     try:
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+        network, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{folder} holds no whole model ({error}); copy or download it again"
         ) from error
-    except ValueError as error:
+    except ImportError as error:
+        raise MissingDependencyError(f"transformers cannot load {folder}: {error}") from error
+    except (ValueError, TypeError) as error:
         raise UnsupportedModelError(f"transformers cannot load {folder}: {error}") from error
-    return network.eval().requires_grad_(False)
+    # transformers fills them with random numbers and says so in a warning
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weights of its model, among them {missing[0]}; copy or download "
+            "it again"
+        )
+    whole: PreTrainedModel = network.eval().requires_grad_(False)
+    return whole
 
 
-def read_gates(gates: str | Path | GateCheckpoint) -> GateCheckpoint:
+def read_gates(gates: str | Path | GateCheckpoint, revision: str | None = None) -> GateCheckpoint:
     """Gates from a folder or hub id in any form."""
     if isinstance(gates, GateCheckpoint):
         return gates
     from converters import load_any
 
-    return load_any(resolve(gates, "gates"))
+    return load_any(resolve(gates, "gates", revision))
 
 
 def attach(model: PreTrainedModel, gates: str | Path | GateCheckpoint | None = None) -> PreTrainedModel:
@@ -141,11 +232,18 @@ def load_cache(model: PreTrainedModel, path: str | Path) -> tuple[BoundedCache, 
     return hooks.reopened_cache(model, snapshot), snapshot.notes
 
 
-def full_nbytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of keys and values that a full cache of the bounded layers would take."""
+def full_cache(model: PreTrainedModel, cache: BoundedCache) -> tuple[int, int]:
+    """KV heads of the bounded layers, and the bytes of a full cache that has seen as much as this one.
+
+    Both are what is allocated. Layers that are not bounded count as they are.
+    """
     attached = hooks.attachment(model)
     assert attached is not None
-    return attached.layout.shape.full_nbytes(tokens)
+    shape = attached.layout.shape
+    if cache.shared is None:
+        return shape.heads, cache.nbytes
+    others = cache.nbytes - cache.shared.nbytes
+    return shape.heads, others + shape.full_nbytes(cache.seen)
 
 
 def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
@@ -156,8 +254,8 @@ def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; no weights are read."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with refusals(config.model_type), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shape = hooks.shape_of(model.eval())
     return config.to_dict(), shape

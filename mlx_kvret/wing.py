@@ -95,7 +95,10 @@ def load(
 
 
 def read_tokenizer(
-    folder: Path, config: dict[str, Any], trust_remote_code: bool = False, options: dict[str, Any] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    trust_remote_code: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """A model folder's tokenizer as mlx-lm wraps it; None where there is none."""
     if not any((folder / name).exists() for name in TOKENIZERS):
@@ -126,7 +129,7 @@ def load_network(
         ) from error
     except (json.JSONDecodeError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged ({error!r}); copy or download the model again") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"mlx-lm cannot load {folder}: {error}") from error
     return network, config
 

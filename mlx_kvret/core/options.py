@@ -28,12 +28,12 @@ def check_known(
             continue
         if elsewhere and name in elsewhere:
             raise ConfigError(f"{where} has no option {name} here: {elsewhere[name]}")
-        raise ConfigError(f"{where} has no option {name!r}; {nearest(name, known)}")
+        raise ConfigError(f"{where} has no option {name!r}; {nearest(name, known, elsewhere or ())}")
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """Advice on a misspelt name: the nearest known one, or all of them."""
-    lower = {word.lower(): word for word in known}
+def nearest(name: str, known: Collection[str], others: Iterable[str] = ()) -> str:
+    """Advice on a misspelt name: the nearest known one or one of ``others``, or all that are known."""
+    lower = {word.lower(): word for word in (*others, *known)}
     if close := difflib.get_close_matches(str(name).lower(), lower, n=1):
         return f"did you mean {lower[close[0]]}?"
     return f"there are {', '.join(sorted(known))}"

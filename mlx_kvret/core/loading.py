@@ -1,0 +1,69 @@
+"""Options of the loaders, checked before anything is read or fetched; the same words for every backend."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+from .options import check_known, of_type, whole
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "revision": ((str,), "the name of a branch, a tag or a commit"),
+    "gates_revision": ((str,), "the name of a branch, a tag or a commit"),
+    "adapter_path": ((str, Path), "a folder or a hub id"),
+    "trust_remote_code": ((bool,), "true or false"),
+    "tokenizer_config": ((dict,), "a dictionary of the tokenizer's own options"),
+    "model_config": ((dict,), "a dictionary of entries of config.json"),
+    "lazy": ((bool,), "true or false"),
+    "strict": ((bool,), "true or false"),
+}
+
+
+def check_loading(
+    load: Callable[..., Any],
+    given: Mapping[str, Any],
+    unknown: Mapping[str, Any],
+    elsewhere: Mapping[str, str],
+) -> None:
+    """Refuse options that a wing's loader does not know, and values of the wrong type.
+
+    Args:
+        load: the loader; its own named parameters are what it knows.
+        given: options it knows, of which None is not given.
+        unknown: the others.
+        elsewhere: options of other backends, and why they do nothing on this one.
+
+    Raises:
+        ConfigError: names the option, and the nearest that is known.
+    """
+    known = [
+        name
+        for name, parameter in inspect.signature(load).parameters.items()
+        if parameter.kind != parameter.VAR_KEYWORD
+    ]
+    check_known(unknown, [*known, "backend"], "load", elsewhere)
+    for name, value in given.items():
+        if value is not None and name in _KINDS:
+            of_type(name, value, *_KINDS[name])
+    if given.get("gates_revision") is not None and not isinstance(given.get("gates"), (str, Path)):
+        raise ConfigError("gates_revision is given, and no gates from the hub; drop it, or give their hub id")
+    if given.get("rope_length") is not None:
+        whole("rope_length", given["rope_length"], 1)
+
+
+def check_needless(tokenizer_config: Mapping[str, Any] | None, folder: Path) -> None:
+    """Refuse options of a tokenizer that is not there."""
+    if tokenizer_config:
+        raise ConfigError(f"tokenizer_config is given, and {folder} has no tokenizer; drop it")
+
+
+def unreadable_tokenizer(folder: Path, error: Exception) -> CheckpointError:
+    """What to raise for a folder whose tokenizer cannot be loaded."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return CheckpointError(
+        f"the tokenizer of {folder} cannot be loaded ({type(error).__name__}: {reason[:200]}); copy or "
+        "download it again"
+    )
