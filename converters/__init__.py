@@ -3,7 +3,7 @@
 ``shared``  one folder for every backend (safetensors + json), the form in the middle
 ``mlx``     the same for MLX alone: one float type, or 8 bits
 ``torch``   the shared one with the layers' weights stacked, as the torch wing runs them
-``trimkv``  gates as TRIM-KV and DBTrimKV release them (torch)
+``trimkv``  gates as TRIM-KV and DBTrimKV release them (writing them needs torch)
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ def load_any(folder: str | os.PathLike[str]) -> GateCheckpoint:
 
     Raises:
         CheckpointError: the folder cannot be used.
-        MissingDependencyError: a trimkv folder needs torch.
     """
     form = detect(folder)
     if form == "trimkv":
@@ -134,7 +133,7 @@ def convert(
         ConfigError: an option that cannot work or has no effect, or ``dst`` cannot be written.
         CheckpointError: ``src`` or ``model`` cannot be used.
         ModelMismatchError: the gates belong to another base model than ``model``.
-        MissingDependencyError: a trimkv folder needs torch.
+        MissingDependencyError: writing a trimkv folder needs torch.
     """
     if to not in FORMS:
         raise ConfigError(f"cannot convert to {to!r}; expected one of {', '.join(FORMS)}")

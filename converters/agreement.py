@@ -45,7 +45,8 @@ def agreement(
 ) -> Agreement:
     """Agreement of one compaction at 1/2, 1/4 and 1/8 of the tokens.
 
-    ``rg10`` gates compete globally, ``rg`` gates within their head, as each kind was trained to.
+    The gates compete as they want to; if they say nothing, ``rg10`` gates globally, ``rg`` gates within their
+    head, as each kind was trained to.
 
     Args:
         inputs: a gate layer and the attention inputs of a prompt there, (T, hidden), for each layer.
@@ -61,7 +62,10 @@ def agreement(
             f"inputs of {sorted(tokens)} tokens; expected as many for each layer, and at least one token"
         )
     (count,) = tokens
-    scope: Scope = "global" if reference.config.kind == "rg10" else "head"
+    wishes = reference.config.eviction
+    scope = wishes.scope if wishes else None
+    if scope is None:
+        scope = "global" if reference.config.kind == "rg10" else "head"
     ours, theirs = np.stack(pairs, 1)
     shares = {}
     for budget in sorted({max(1, count // fraction) for fraction in FRACTIONS}, reverse=True):

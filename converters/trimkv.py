@@ -21,7 +21,15 @@ from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.errors import CheckpointError, ConfigError
 
 from .torch_file import read_state, write_state
-from .trimkv_config import claims_tied, default_prefix, from_gate_config, gated_layers, to_gate_config
+from .trimkv_config import (
+    EVICTION,
+    claims_tied,
+    default_prefix,
+    eviction_defaults,
+    from_gate_config,
+    gated_layers,
+    to_gate_config,
+)
 
 CONFIG_FILE, WEIGHT_FILE = "config.json", "trimkv_weights.pth"
 FALSELY_TIED = "config.json claims one last projection for all layers, the file has several: loaded untied"
@@ -38,7 +46,6 @@ def load_trimkv(folder: str | os.PathLike[str]) -> GateCheckpoint:
 
     Raises:
         CheckpointError: damaged, unsafe, unknown or missing tensors, or the config contradicts them.
-        MissingDependencyError: torch is not installed.
     """
     folder = Path(folder).expanduser()
     config = read_json(folder / CONFIG_FILE)
@@ -60,6 +67,7 @@ def save_trimkv(
     Raises:
         ConfigError: neither is there, or the config describes other gates.
         ModelMismatchError: ``model`` is not the gates' base model.
+        MissingDependencyError: torch is not installed.
     """
     config, state = to_state(checkpoint, model)
     with whole_folder(folder) as scratch:
@@ -141,7 +149,10 @@ def _kept(checkpoint: GateCheckpoint) -> tuple[dict[str, Any], str, list[int]]:
         raise ConfigError(
             f"provenance.trimkv.layers is {layers!r}; expected {checkpoint.config.layers} layer numbers"
         )
-    return kept["config"], str(kept.get("prefix", "model.")), layers
+    config, gates = kept["config"], checkpoint.config
+    if eviction_defaults(config, gates.kind) != gates.eviction:
+        config = config | {EVICTION: gates.eviction.to_dict() if gates.eviction else {}}
+    return config, str(kept.get("prefix", "model.")), layers
 
 
 def _require_same(config: dict[str, Any], state: dict[str, Tensor], gates: GateConfig) -> None:
@@ -152,9 +163,9 @@ def _require_same(config: dict[str, Any], state: dict[str, Tensor], gates: GateC
         raise ConfigError(f"the base model's config does not fit these gates: {error}") from error
     again = dataclasses.replace(again, base_model=gates.base_model, base_fingerprint=gates.base_fingerprint)
     if wrong := [
-        f"{name} {ours!r} would be read as {getattr(again, name)!r}"
-        for name, ours in gates.to_dict().items()
-        if ours != getattr(again, name)
+        f"{field.name} {getattr(gates, field.name)!r} would be read as {getattr(again, field.name)!r}"
+        for field in dataclasses.fields(gates)
+        if getattr(gates, field.name) != getattr(again, field.name)
     ]:
         raise ConfigError(
             f"the base model's config does not fit these gates: {'; '.join(wrong)}; "

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from mlx_kvret.core.config import ACTIVATIONS, GateConfig
+from mlx_kvret.core.config import ACTIVATIONS, EvictionDefaults, GateConfig
 from mlx_kvret.core.fingerprint import fingerprint, text_config
 from mlx_kvret.errors import CheckpointError, ConfigError
 
 DEFAULT_BIAS = 18.0
+# ours: the authors' code looks at fields it knows
+EVICTION = "kvret_eviction"
 _ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 _ATTENTION = ("full_attention", "attention")
 
@@ -65,6 +67,7 @@ def to_gate_config(
             training_budget=int(memory) if whole else None,
             base_model=str(_field(config, "base_model") or ""),
             base_fingerprint=fingerprint(config),
+            eviction=eviction_defaults(config, kind),
         )
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
@@ -74,6 +77,7 @@ def from_gate_config(gates: GateConfig, model: dict[str, Any]) -> dict[str, Any]
     """The config of a trimkv folder for gates on this base model (its ``config.json``)."""
     config = copy.deepcopy(model)
     config |= {"global_capacity": gates.kind == "rg10", "base_model": gates.base_model}
+    config[EVICTION] = gates.eviction.to_dict() if gates.eviction else {}
     if gates.training_budget is not None:
         config["memory_size"] = gates.training_budget
     text_config(config).update(
@@ -83,6 +87,16 @@ def from_gate_config(gates: GateConfig, model: dict[str, Any]) -> dict[str, Any]
         tie_retention_gate_layers=gates.shared_projection,
     )
     return config
+
+
+def eviction_defaults(config: dict[str, Any], kind: str) -> EvictionDefaults | None:
+    """How the gates want to be used. Released ones compete as they were trained to: over all heads, or each
+    head by itself as the first ones (rg) were."""
+    wishes = _field(config, EVICTION)
+    if wishes is not None:
+        return EvictionDefaults.from_dict(wishes) if wishes else None
+    globally = bool(_field(config, "global_capacity", kind == "rg10"))
+    return EvictionDefaults(scope="global" if globally else "head")
 
 
 def default_prefix(config: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def command(
     shared  safetensors + json, for every backend
     mlx     the same for MLX alone: in one float type, or in 8 bits
     torch   as shared, with the weights of all layers stacked
-    trimkv  as TRIM-KV and DBTrimKV release their gates (needs torch)
+    trimkv  as TRIM-KV and DBTrimKV release their gates (writing them needs torch)
 
     DST appears whole or not at all. If values change, the share of cache entries on whose eviction old and
     new gates agree is printed.

@@ -166,18 +166,16 @@ def test_missing_file(tmp_path, name):
     refused(folder, "does not exist" if name == CONFIG else "holds no retention gates")
 
 
-def test_torch_is_missing_or_unsafe(tmp_path, monkeypatch):
-    folder = write(tmp_path / "released", config(), state())
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
-    with pytest.raises(MissingDependencyError, match=r"torch 2.5.1\+cu121"):
-        load_any(folder)
-
-    def without_torch(name, *args):
+def test_reading_needs_no_torch_and_writing_says_that_it_does(tmp_path, monkeypatch):
+    def refuses_torch(name, *args):
         if name == "torch":
             raise ImportError(name)
         return genuine(name, *args)
 
-    genuine = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", without_torch)
+    folder, genuine = write(tmp_path / "released", config(), state()), builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", refuses_torch)
+    assert load_any(folder).config.layers == 3
+    assert convert(folder, tmp_path / "shared", "shared").tensors == 14
     with pytest.raises(MissingDependencyError, match="pip install torch"):
-        load_any(folder)
+        convert(folder, tmp_path / "again", "trimkv")
+    assert not (tmp_path / "again").exists()
