@@ -131,21 +131,20 @@ def parse_method(text: str) -> Method:
         ConfigError: no such method or option, or a value of the wrong kind.
     """
     head, _, tail = text.partition(":")
-    policy, options = _SHORT.get(head, (head, {}))
+    policy, short = _SHORT.get(head, (head, {}))
     if policy not in _POLICIES:
         raise ConfigError(f"method {head!r} is not known; {nearest(head, NAMES)}")
-    options, given = dict(options), set[str]()
+    options: dict[str, Any] = dict(short)
+    given = set[str]()
     for pair in filter(None, tail.split(",")):
         name, _, value = pair.partition("=")
-        if name == "threshold" and value in ("0", "none"):
-            options[name] = None  # whatever the gates' own
-            continue
         check_known((name,), _TYPES, f"method {text!r}")
         if name in given:
             raise ConfigError(f"method {text!r} gives {name} twice; drop one")
         given.add(name)
+        off = policy == "learned" and name == "threshold" and value in ("0", "none")
         try:
-            options[name] = _TYPES[name](value)
+            options[name] = None if off else _TYPES[name](value)
         except ValueError as error:
             raise ConfigError(
                 f"method {text!r}: {name} is {value!r}; expected a value of type {_TYPES[name].__name__}"
