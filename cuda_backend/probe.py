@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fitting import fit_gates
+from mlx_kvret.core.snapshot import WindowShape
 from mlx_kvret.errors import KVRetError, UnsupportedModelError
 
 from .bounded import Bounded
@@ -23,12 +24,16 @@ from .gates import RetentionGates
 
 @dataclass(frozen=True)
 class Layout:
-    """The competing layers of a model: their common shape, their places, and the number of all layers."""
+    """The competing layers of a model: their common shape, their places, and the number of all layers.
+
+    ``windows`` tells what layers with a sliding window cache, by place.
+    """
 
     shape: CacheShape
     places: tuple[int, ...]
     layers: int
     device: torch.device
+    windows: dict[int, WindowShape] = field(default_factory=dict)
 
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
         """As :func:`mlx_kvret.core.fitting.fit_gates`."""
@@ -153,4 +158,9 @@ def _layout(cache: Any, places: list[int], hidden: dict[int, int], name: str) ->
             f"the model is spread over {', '.join(map(str, sorted(devices, key=str)))}, while one pool holds "
             "the entries of all layers; load it on one device"
         )
-    return Layout(shapes.pop(), tuple(places), len(cache.layers), devices.pop())
+    windows = {
+        index: WindowShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for index, layer in enumerate(cache.layers)
+        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized
+    }
+    return Layout(shapes.pop(), tuple(places), len(cache.layers), devices.pop(), windows)

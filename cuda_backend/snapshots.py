@@ -18,6 +18,7 @@ from .gates import to_tensor
 if TYPE_CHECKING:
     from .bounded import Bounded
     from .hooks import Attachment
+    from .probe import Layout
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -102,7 +103,7 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     if snapshot.seen:
         _fill(cache.shared, snapshot)
     for i in others:
-        _restore_window(cache.layers[i], snapshot.extras.get(i, {}), snapshot.seen, made.layout.device)
+        _restore_window(cache.layers[i], snapshot, i, made.layout)
     return cache
 
 
@@ -157,18 +158,19 @@ def _window_state(layer: Any, seen: int) -> dict[str, Tensor]:
     return {name: stored(array) for name, array in newest.items()}
 
 
-def _restore_window(layer: Any, state: dict[str, Tensor], seen: int, device: torch.device) -> None:
-    if not state:
-        return
-    if set(state) != {"keys", "values"} or type(layer) is not DynamicSlidingWindowLayer:
+def _restore_window(layer: Any, snapshot: Snapshot, index: int, layout: Layout) -> None:
+    known = layout.windows.get(index)
+    if type(layer) is not DynamicSlidingWindowLayer or known is None:
         raise CheckpointError(
-            f"the saved cache holds {', '.join(sorted(state))} for a {type(layer).__name__}; expected the "
-            "keys and values of a sliding window; save it again"
+            f"layer {index} of the model keeps a {type(layer).__name__}, for which saved caches have no "
+            "form; load the model the cache was saved with"
         )
-    newest = min(seen, layer.sliding_window - 1)
+    if not (state := snapshot.window(index, layer.sliding_window, known)):
+        return
+    newest = min(snapshot.seen, layer.sliding_window - 1)
     keys, values = (
-        to_tensor(state[name])[None, :, state[name].shape[1] - newest :].to(device)
+        to_tensor(state[name])[None, :, state[name].shape[1] - newest :].to(layout.device)
         for name in ("keys", "values")
     )
     layer.lazy_initialization(keys, values)
-    layer.keys, layer.values, layer.cumulative_length = keys, values, seen
+    layer.keys, layer.values, layer.cumulative_length = keys, values, snapshot.seen

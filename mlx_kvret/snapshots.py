@@ -11,11 +11,13 @@ import numpy as np
 from .cache import BoundedCache, BoundedKVCache
 from .core.snapshot import Snapshot
 from .errors import CheckpointError, UnsupportedFeatureError
+from .filling import fill
 from .gates import to_array, to_tensor
 
 if TYPE_CHECKING:
     from .bounded import Bounded
     from .hooks import Attachment
+    from .probe import Layout
 
 
 def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
@@ -62,9 +64,9 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     snapshot.check_shape(made.layout.shape, others)
     assert cache.shared is not None
     if snapshot.seen:
-        _fill(cache.shared, snapshot)
+        fill(cache.shared, snapshot)
     for layer in others:
-        _restore_window(cache[layer], snapshot.extras.get(layer, {}), snapshot.seen)
+        _restore_window(cache[layer], snapshot, layer, made.layout)
     return cache
 
 
@@ -103,44 +105,6 @@ def _recent_retention(shared: Bounded, tokens: int) -> mx.array:
     return mx.concatenate(rows).reshape(-1)
 
 
-def _fill(shared: Bounded, snapshot: Snapshot) -> None:
-    """Put the newest tokens that every head holds into the rectangles, all others into the pool."""
-    shape, pool = shared.shape, shared.pool
-    tokens = snapshot.recent(max(1, shared.config.buffer))
-    keys, values = to_array(snapshot.keys), to_array(snapshot.values)
-    new = snapshot.position >= snapshot.seen - tokens
-    index = mx.array(np.flatnonzero(new).astype(np.int32))
-    rectangle = (shape.layers, 1, shape.kv_heads, tokens)
-    new_keys = keys[index].reshape(*rectangle, shape.key_dim)
-    new_values = values[index].reshape(*rectangle, shape.value_dim)
-    log_beta = mx.array(snapshot.retention[new]).reshape(shape.layers, shape.kv_heads, tokens)
-    learned = shared.config.policy == "learned"
-    for layer, recent in enumerate(shared.recents):
-        shared.seen[layer] = snapshot.seen
-        if tokens:
-            recent.restore(new_keys[layer], new_values[layer], log_beta[layer] if learned else None)
-
-    kept = np.flatnonzero(~new)
-    head = snapshot.head[kept]
-    group = head // shared.size
-    counts = shared.schedule.counts = np.bincount(group, minlength=pool.groups)
-    if len(kept):
-        pool.grow(int(-(-counts.max() // shared.size)), keys, values)
-        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        local = np.arange(len(kept)) - first[group]
-        slots = mx.array((group * (pool.capacity * pool.size + 1) + local).astype(np.int32))
-        index = mx.array(kept.astype(np.int32))
-        pool.fill(slots, keys[index], values[index])
-        pool.admit(
-            mx.zeros((pool.groups, pool.capacity * pool.size), mx.bool_),
-            slots,
-            mx.ones(slots.shape, mx.bool_),
-            mx.array(snapshot.retention[kept]),
-            mx.array(snapshot.position[kept]),
-            mx.array(head),
-        )
-
-
 def _window_state(entry: Any) -> dict[str, Any]:
     """Keys and values of a sliding-window layer, (H, n, D), oldest first."""
     if type(entry) is not mlx_cache.RotatingKVCache:
@@ -153,13 +117,13 @@ def _window_state(entry: Any) -> dict[str, Any]:
     return {name: to_tensor(entry._temporal_order(getattr(entry, name))[0]) for name in ("keys", "values")}
 
 
-def _restore_window(entry: Any, state: dict[str, Any], seen: int) -> None:
-    if not state:
-        return
-    if set(state) != {"keys", "values"} or type(entry) is not mlx_cache.RotatingKVCache:
+def _restore_window(entry: Any, snapshot: Snapshot, layer: int, layout: Layout) -> None:
+    known = layout.others.get((layer, None))
+    if type(entry) is not mlx_cache.RotatingKVCache or known is None:
         raise CheckpointError(
-            f"the saved cache holds {', '.join(sorted(state))} for a {type(entry).__name__}; expected the "
-            "keys and values of a sliding window; save it again"
+            f"layer {layer} of the model keeps a {type(entry).__name__}, for which saved caches have no "
+            "form; load the model the cache was saved with"
         )
-    entry.keys, entry.values = (to_array(state[name])[None] for name in ("keys", "values"))
-    entry.offset, entry._idx = seen, entry.keys.shape[2]
+    if state := snapshot.window(layer, entry.max_size, known.window):
+        entry.keys, entry.values = (to_array(state[name])[None] for name in ("keys", "values"))
+        entry.offset, entry._idx = snapshot.seen, entry.keys.shape[2]

@@ -115,6 +115,7 @@ class Snapshot:
         _require((np.diff(place) > 0).all(), "the positions of a head do not rise")
         if self.eviction.policy == "learned":
             _require(not (self.retention > 0).any(), "log β is above 0 for some entries")
+            _require(self.gates != "", "the policy is 'learned' and its gates are not named")
         if self.eviction.policy != "full":
             size = heads_per_group(self.eviction, *self.counts.shape)
             held = self.counts.reshape(-1, size).sum(1).max()
@@ -158,6 +159,10 @@ class Snapshot:
         Raises:
             CheckpointError: says which.
         """
+        if self.eviction.policy == "full":
+            raise CheckpointError(
+                "the saved cache has the policy 'full', which keeps a backend's own cache; save it there"
+            )
         found = (*self.counts.shape, self.keys.shape[1], self.values.shape[1])
         expected = (shape.layers, shape.kv_heads, shape.key_dim, shape.value_dim)
         if found != expected:

@@ -95,8 +95,8 @@ def verify(
     """
     if stored != (found := checksum(tensors, texts)):
         raise CheckpointError(
-            f"{path} is damaged or was changed: its content has the checksum {found[:19]}…, it was written with "
-            f"{str(stored)[:19]}…; copy it again, or make it again"
+            f"{path} is damaged or was changed: its content has the checksum {found[:19]}…, it was written "
+            f"with {str(stored)[:19]}…; copy it again, or make it again"
         )
 
 

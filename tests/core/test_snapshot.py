@@ -187,6 +187,7 @@ def ints(*values):
         ({"eviction": EvictionConfig(1, 0)}, "4 heads hold 7 entries, budget and buffer allow 4"),
         ({"eviction": EvictionConfig(1, 1, "head")}, "1 heads hold 3 entries, budget and buffer allow 2"),
         ({"gates": None}, "gates is None, expected a text"),
+        ({"gates": ""}, "the policy is 'learned' and its gates are not named"),
         ({"notes": {"turns": 3}}, "turns is 3, expected a text"),
         ({"extras": {0: {"": Tensor.of(np.zeros(1))}}}, "no name or no layer"),
     ],

@@ -96,7 +96,7 @@ def test_a_prompt_file_is_refused_by_another_model_other_gates_and_no_gates(tmp_
         "intermediate_size": gated(intermediate_size=64),
         "layers": gated(num_hidden_layers=3),
         "gates": gated(gates={"bias": (2.0, 3.0)}),
-        "gates are None": mlx_kvret.attach(tiny()),
+        "gates are missing": mlx_kvret.attach(tiny()),
     }
     for reason, other in others.items():
         with pytest.raises(ModelMismatchError, match=reason):
