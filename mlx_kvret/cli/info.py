@@ -30,8 +30,15 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
       mlx-kvret info mlx-community/Qwen3-4B-4bit --budget 1024 --budget 256MB --context 32768
     """
     from .. import demo
+    from ..core.budget import parse_budget
+    from ..core.config import MOST_TOKENS
+    from ..core.options import whole
     from ..hub import resolve
 
+    for length in context:
+        whole("--context", length, 1, MOST_TOKENS)
+    for text in budget:
+        parse_budget(text)
     folder = demo.MODEL if name == "demo" else resolve(name)
     shown = False
     if any((folder / file).exists() for file in ("kvret.json", "trimkv_weights.pth")):
@@ -79,6 +86,7 @@ def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...])
     from ..wing import cache_shape
 
     config, shape = cache_shape(folder)
+    chosen = [(budget, eviction(shape, budget)) for budget in budgets]
     _table({
         "model": f"{folder} ({config.get('model_type', 'type unknown')})",
         "cache": f"{shape.layers} layers that can be bounded, {shape.kv_heads} KV heads, "
@@ -87,11 +95,10 @@ def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...])
     })  # fmt: skip
     click.echo("\nKV memory, most after prefill, and as a share of the full cache:")
     click.echo("  budget      per head      bounded" + "".join(f"{n:>14,}" for n in lengths))
-    for budget in budgets:
-        chosen = eviction(shape, budget)
-        size = shape.nbytes(chosen.budget, chosen.buffer)
+    for budget, plan in chosen:
+        size = shape.nbytes(plan.budget, plan.buffer)
         shares = "".join(f"{size / shape.full_nbytes(n):>14.1%}" for n in lengths)
-        click.echo(f"  {budget:<10}{chosen.budget:>10,}{size / 1e6:>10.1f} MB{shares}")
+        click.echo(f"  {budget:<10}{plan.budget:>10,}{size / 1e6:>10.1f} MB{shares}")
     click.echo("  full" + " " * 29 + "".join(f"{shape.full_nbytes(n) / 1e6:>11,.1f} MB" for n in lengths))
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from ..core.config import Policy, Scope
-from ..core.request import EVICTION, check_eviction
+from ..core.request import EVICTION, Sampling, check_eviction, check_max_tokens
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,6 +65,12 @@ def eviction(options: dict[str, Any]) -> dict[str, Any]:
     given |= {"threshold": None} if given.get("threshold") == 0 else {}
     check_eviction(given)
     return given
+
+
+def check_sampling(options: dict[str, Any]) -> None:
+    """Refuse what :func:`sampling_options` gave and cannot work, before a model is loaded."""
+    Sampling(options["temp"], options["top_p"], options["seed"])
+    check_max_tokens(options["max_tokens"])
 
 
 def sampling_options(function: F) -> F:

@@ -1,23 +1,32 @@
-"""What commands that run a model have in common: loading, prompts, progress, a clean end."""
+"""What commands that run a model have in common: loading, prompts, progress, what is printed."""
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
+from ..core.plain import plain, spoken
 from ..errors import ConfigError
+from .ending import leaving_at_once
+from .options import check_sampling
+
+# more text than any model reads; what never ends is refused instead of filling the memory
+MOST_BYTES = 2**30
 
 
 def load(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer from a command's ``model``, ``gates`` and ``backend``, which are taken out."""
-    from ..api import load
+    check_sampling(options)
+    with leaving_at_once():
+        from ..api import load
 
-    return load(options.pop("model"), options.pop("gates"), backend=options.pop("backend"))
+        return load(options.pop("model"), options.pop("gates"), backend=options.pop("backend"))
 
 
 def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -31,20 +40,85 @@ def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_text(file: str) -> str:
-    """A text file, ``-`` for standard input, ``demo`` for the demo's story."""
+    """A text file, ``-`` for standard input, ``demo`` for the demo's story.
+
+    Raises:
+        ConfigError: it cannot be read, is no text in UTF-8, or does not end.
+    """
     if file == "-":
-        return sys.stdin.read()
-    path = Path(file).expanduser()
-    if file == "demo" and not path.exists():
+        return _decoded("standard input", _stdin())
+    path = os.path.expanduser(file)
+    if file == "demo" and not os.path.exists(path):
         from ..demo import STORY
 
-        path = STORY
+        path = str(STORY)
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}; check the path") from error
+        with open(path, "rb") as stream:
+            return _decoded(file, stream)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {file}: {reason}; check the path") from error
+
+
+def _stdin() -> Any:
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed; give --prompt or --file, or pipe text in")
+    return sys.stdin.buffer
+
+
+def _decoded(name: str, stream: BinaryIO) -> str:
+    decoder, parts, size = codecs.getincrementaldecoder("utf-8-sig")(), [], 0
+    while True:
+        block = stream.read(2**20)
+        if 0 in block:
+            raise ConfigError(f"{name} is not text: it holds a zero byte; give text in UTF-8")
+        try:
+            parts.append(decoder.decode(block, final=not block))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name} is not UTF-8 text ({error.reason}); convert it first") from error
+        size += len(block)
+        if size > MOST_BYTES:
+            raise ConfigError(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
+        if not block:
+            return "".join(parts).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_line(prompt: str) -> str | None:
+    """A line typed or piped in, None at the end.
+
+    Raises:
+        ConfigError: the line is no UTF-8; the next one can be read.
+    """
+    source = _stdin()
+    if sys.stdin.isatty():
+        try:
+            return input(prompt)
+        except EOFError:
+            click.echo()
+            return None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the line is not UTF-8 ({error.reason}); set the terminal to UTF-8") from error
+    click.echo(prompt, nl=False)
+    line: bytes = source.readline(MOST_BYTES)
+    if not line:
+        click.echo()
+        return None
+    try:
+        return line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text; convert it first") from error
+        raise ConfigError(f"the line is not UTF-8 ({error.reason}); convert what is piped in") from error
+
+
+def say(text: str, nl: bool = False) -> None:
+    """Print what a model says: its line breaks and tabs, but no control character that a terminal obeys."""
+    click.echo(spoken(text), nl=nl)
+
+
+def note(text: str, err: bool = False) -> None:
+    """Print a remark of ours, which may quote a file."""
+    click.echo(plain(text), err=err)
 
 
 @contextmanager
@@ -74,21 +148,21 @@ def prefill_progress() -> Iterator[Callable[[int, int], None]]:
         finish()
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """End on ctrl-C with a line break and status 130, as a shell expects."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        sys.exit(130)
+def cut_note(last: Any, max_tokens: int) -> None:
+    """Say on stderr that an answer did not end by itself."""
+    if last is not None and last.finish_reason == "length":
+        note(f"[cut by --max-tokens {max_tokens}]", err=True)
 
 
-def stats_line(last: Any, full_nbytes: int) -> str:
-    """The closing line: speed, kept of seen, and KV memory against the full cache's."""
+def stats_line(model: Any, cache: Any, last: Any) -> str:
+    """The closing line: speed, tokens kept per head, and the memory of this cache and of a full one."""
+    from ..api import wing_of
+
+    wing = wing_of(model)
+    heads, full = wing.full_cache(model, cache)
     return (
         f"[{last.prompt_tokens} prompt tokens at {last.prompt_tps:.0f}/s, "
         f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s; "
-        f"kept {last.entries:,} entries of {last.seen:,} tokens; "
-        f"KV {last.cache_nbytes / 1e6:.2f} MB, full cache {full_nbytes / 1e6:.2f} MB]"
+        f"kept {cache.entries / heads:,.0f} of {cache.seen:,} tokens per head; "
+        f"KV {cache.nbytes / 1e6:.2f} MB, a full cache {full / 1e6:.2f} MB]"
     )

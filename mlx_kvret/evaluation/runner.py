@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from ..core.options import MAX_SEED, whole
 from ..errors import ConfigError
-from .engine import Engine, Outcome
+from .engine import Engine
 from .methods import Method, budget_tokens, parse_fraction
+from .progress import Progress
 from .results import Cell, Results, cell_key
 from .samples import Sample
 from .tasks import check_task, has_length, make_samples, metric
@@ -23,7 +23,10 @@ FULL = "all"
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared. ``budgets`` are tokens per head (``"64"``) or shares of the text (``"1/16"``)."""
+    """What is compared. ``budgets`` are tokens per head (``"64"``) or shares of the text (``"1/16"``).
+
+    ``data`` are the text files of the task ``text``.
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -32,30 +35,64 @@ class Grid:
     samples: int = 50
     seed: int = 0
     chat: bool = False
+    data: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for task in self.tasks:
-            check_task(task)
+            check_task(task, self.data)
+        if self.data and "text" not in self.tasks:
+            raise ConfigError("text files were given, which only task text reads; add it or drop them")
         for budget in self.budgets:
             parse_fraction(budget)
         for name in ("tasks", "lengths", "budgets", "methods"):
             if not getattr(self, name):
                 raise ConfigError(f"no {name} were given; give at least one")
-        if self.samples < 1 or min(self.lengths) < 1 or self.seed < 0:
-            raise ConfigError(
-                f"samples is {self.samples}, seed {self.seed}, lengths {self.lengths}; "
-                "expected at least 1 sample, a seed from 0 up and lengths of at least 1"
-            )
+        whole("samples", self.samples, 1)
+        whole("seed", self.seed, 0, MAX_SEED)
+        for length in self.lengths:
+            whole("length", length, 1)
 
-    def cells(self, gates: Sequence[str]) -> Iterator[tuple[str, int, str, Method, str]]:
-        """(gates, task, length) vary slowest; only learned methods are run with each of the gates."""
+    def cells(self, gates: Sequence[str]) -> Iterator[Job]:
+        """Everything to be run, task by task, length by length, budget by budget."""
         for task in dict.fromkeys(self.tasks):
             for length in dict.fromkeys(self.lengths) if has_length(task) else (0,):
-                for label in ["", *gates]:
-                    for method in self.methods:
-                        if method.learned == bool(label):
-                            for budget in (FULL,) if method.full else dict.fromkeys(self.budgets):
-                                yield task, length, budget, method, label
+                yield from jobs(task, length, self.budgets, self.methods, gates)
+
+
+class Job(NamedTuple):
+    """A cell to be run; ``gates`` is "" where none are used, ``budget`` :data:`FULL` for the full cache."""
+
+    task: str
+    length: int
+    budget: str
+    method: Method
+    gates: str
+
+    @property
+    def key(self) -> str:
+        return cell_key(self.task, self.length, self.budget, self.method.name, self.gates)
+
+    @property
+    def place(self) -> str:
+        """For a message."""
+        text = f"{self.length} tokens" if self.length else "texts as they are"
+        return f"{self.task}, {text}, budget {self.budget}"
+
+
+def jobs(
+    task: str, length: int, budgets: Sequence[str], methods: Sequence[Method], gates: Sequence[str]
+) -> Iterator[Job]:
+    """The cells of one task and length; only learned methods are run with each of the gates.
+
+    Methods of a budget come one after another, so that an engine can share what they have in common.
+    """
+    if any(method.learned for method in methods) and not gates:
+        raise ConfigError("learned methods were asked for without gates; give some, or choose other methods")
+    for budget in (FULL, *dict.fromkeys(budgets)):
+        for label in ("", *gates):
+            for method in methods:
+                if method.learned == bool(label) and method.full == (budget == FULL):
+                    yield Job(task, length, budget, method, label)
 
 
 def run_grid(
@@ -73,35 +110,43 @@ def run_grid(
         gates: gate checkpoints by label; learned methods are run with each of them.
 
     Raises:
-        ConfigError: learned methods without gates, or a method that no engine runs.
+        ConfigError: learned methods without gates, a method that no engine runs, or a cell in which nothing
+            would be evicted before the last thing is scored. Nothing has been run then.
+        ModelMismatchError: gates of another model.
     """
-    if any(method.learned for method in grid.methods) and not gates:
-        raise ConfigError("learned methods were asked for without gates; give some, or choose other methods")
-    chosen = {method: _engine_for(method, engines) for method in grid.methods}
     wanted = list(grid.cells(list(gates)))
-    missing = [cell for cell in wanted if cell_key(*cell[:3], cell[3].name, cell[4]) not in results.cells]
-    bar = tqdm(total=len(wanted), initial=len(wanted) - len(missing), disable=not progress, unit="cell")
-    with bar:
-        for (task, length), cells in groupby(missing, lambda cell: cell[:2]):
-            samples = make_samples(task, length, grid.samples, grid.seed, tokenizer, grid.chat)
-            for _, _, budget, method, label in cells:
-                bar.set_postfix_str(f"{task} {length or ''} {method.name} {budget} {label}")
-                engine = chosen[method]
-                if label:
-                    engine.use_gates(gates[label])
-                start = time.perf_counter()
-                outcomes = _run(engine, samples, method, budget, length)
-                if bad := [i for i, outcome in enumerate(outcomes) if not math.isfinite(outcome.score)]:
-                    raise ConfigError(f"{task}: sample {bad[0]} has no finite score; the model gives NaN?")
-                results.add(
-                    Cell(
-                        *(task, length, budget, method.name, label, engine.name, metric(task)),
-                        tuple(outcome.score for outcome in outcomes),
-                        sum(outcome.entries for outcome in outcomes) / len(outcomes),
-                        round(time.perf_counter() - start, 2),
-                    )
-                )
-                bar.update()
+    places = dict.fromkeys((job.task, job.length) for job in wanted)
+    samples = {
+        (task, length): make_samples(task, length, grid.samples, grid.seed, tokenizer, grid.chat, grid.data)
+        for task, length in places
+    }
+    return run_cells(wanted, samples, engines, gates, results, progress)
+
+
+def run_cells(
+    wanted: Sequence[Job],
+    samples: Mapping[tuple[str, int], Sequence[Sample]],
+    engines: Sequence[Engine],
+    gates: Mapping[str, Any],
+    results: Results,
+    progress: bool = True,
+) -> Results:
+    """As :func:`run_grid` for samples by task and length."""
+    chosen = {job.method: _engine_for(job.method, engines) for job in wanted}
+    missing = [job for job in wanted if job.key not in results.cells]
+    _check_evictions(missing, samples, chosen)
+    for engine in {id(e): e for e in chosen.values()}.values():
+        # gates of another model are told now, not after hours
+        for label in gates if any(job.gates for job in missing) else ():
+            engine.use_gates(gates[label])
+    with Progress(len(wanted), len(wanted) - len(missing), progress) as told:
+        for job in missing:
+            told.starts(f"{job.place} {job.method.name} {job.gates}".rstrip())
+            engine, own = chosen[job.method], samples[job.task, job.length]
+            if job.gates:
+                engine.use_gates(gates[job.gates])
+            results.add(_run(engine, own, job, gates.get(job.gates)))
+            told.done()
     return results
 
 
@@ -115,10 +160,53 @@ def _engine_for(method: Method, engines: Sequence[Engine]) -> Engine:
     )
 
 
-def _run(
-    engine: Engine, samples: Sequence[Sample], method: Method, budget: str, length: int
-) -> list[Outcome]:
-    if method.full or length:
-        return engine.run(samples, method, 1 if method.full else budget_tokens(budget, length))
-    # a share of a text whose length is its own
-    return [engine.run([sample], method, budget_tokens(budget, sample.tokens))[0] for sample in samples]
+def _check_evictions(
+    missing: Sequence[Job],
+    samples: Mapping[tuple[str, int], Sequence[Sample]],
+    engines: Mapping[Method, Engine],
+) -> None:
+    """Refuse cells whose every policy would look like the full cache."""
+    told = {}
+    for job in missing:
+        pace, own = engines[job.method].pace, samples[job.task, job.length]
+        if not job.method.full and not any(pace.touched(sample, _tokens(job, sample)) for sample in own):
+            most = max(_tokens(job, sample) for sample in own)
+            told[job.place] = (
+                f"{job.place}: the cache may grow to {most + pace.buffer(most)} tokens per head before "
+                f"entries go, texts have {max(sample.tokens for sample in own)} at most and are read "
+                f"{pace.chunk(most)} at a time"
+            )
+    if told:
+        raise ConfigError(
+            "nothing would be evicted before the last token is scored, so that every policy would look like "
+            f"the full cache: {'; '.join(told.values())}. Lower the budget, the chunk or the buffer, or take "
+            "longer texts"
+        )
+
+
+def _tokens(job: Job, sample: Sample) -> int:
+    # a benchmark's texts have lengths of their own
+    return budget_tokens(job.budget, job.length or sample.tokens)
+
+
+def _run(engine: Engine, samples: Sequence[Sample], job: Job, gates: Any) -> Cell:
+    start, method = time.perf_counter(), job.method
+    budgets = [1 if method.full else _tokens(job, sample) for sample in samples]
+    if len(set(budgets)) == 1:
+        outcomes = engine.run(samples, method, budgets[0])
+    else:
+        outcomes = [engine.run([sample], method, m)[0] for sample, m in zip(samples, budgets, strict=True)]
+    if bad := [i for i, outcome in enumerate(outcomes) if not math.isfinite(outcome.score)]:
+        raise ConfigError(f"{job.task}: sample {bad[0]} has no finite score; the model gives NaN?")
+    pairs = zip(samples, budgets, strict=True)
+    untouched = 0 if method.full else sum(not engine.pace.touched(s, m) for s, m in pairs)
+    config = getattr(gates, "config", None)
+    return Cell(
+        *(job.task, job.length, job.budget, method.name, job.gates, engine.name, metric(job.task)),
+        tuple(outcome.score for outcome in outcomes),
+        sum(outcome.entries for outcome in outcomes) / len(outcomes),
+        round(time.perf_counter() - start, 2),
+        engine.pace.chunk(None if method.full else max(budgets)),
+        untouched,
+        "" if config is None else method.unlike(config, min(budgets)),
+    )

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..core.config import ACTIVATIONS, GateConfig, Kind
 from ..core.fingerprint import fingerprint, text_config
+from ..core.options import MAX_SEED, number, whole
 from ..errors import ConfigError
 
 TrainScope = Literal["global", "head"]
@@ -20,17 +21,23 @@ _ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run; the defaults are the published ones (arXiv 2605.09649) where there are any.
+    """Settings of a run; the defaults learn in minutes as in hours, see ``benchmarks/LOG.md``.
+
+    :data:`PAPER` holds what the published settings (arXiv 2605.09649) have otherwise.
 
     Args:
         kind, width, bias, shared_projection: of the gates, see :class:`GateConfig`.
         budget: M of the capacity loss, tokens per KV head. Inference may use any other.
+        tighten: share of the run over which the capacity loss comes down from the full cache to M. At once
+            (0), gates fade everything before they can tell what is of use, attention sinks included.
+        sinks: first positions of a document that do not fade, nor are evicted later: the checkpoint says so.
         scope: the soft cache is held to M on average over all heads, or in every head (TRIM-KV).
         capacity_weight: λ.
         length: tokens of a packed sequence, T.
         batch: sequences of a step, over all processes.
         loss: learn from every token, or from what the assistant says in ``messages`` records.
-        learning_rate: the highest one; it rises over the first ``warmup`` of the run and falls as a cosine.
+        learning_rate: the highest one; it rises over the first ``warmup`` and falls as a cosine.
+        warmup: in steps, or below 1 as a share of the run.
         epochs: passes over the data, 1 unless ``steps`` says how many steps to take.
         clip: largest norm of the gradient.
         weight_decay: of AdamW.
@@ -39,17 +46,19 @@ class TrainConfig:
     """
 
     kind: Kind = "rg10"
-    width: int = 512
-    bias: float = 18.0
+    width: int = 64
+    bias: float = 10.0
     shared_projection: bool = True
     budget: int = 128
     scope: TrainScope = "global"
     capacity_weight: float = 1.0
-    length: int = 16384
-    batch: int = 4
+    tighten: float = 0.5
+    sinks: int = 0
+    length: int = 2048
+    batch: int = 1
     loss: Loss = "all"
-    learning_rate: float = 2e-4
-    warmup: float = 0.03
+    learning_rate: float = 3e-3
+    warmup: float = 10.0
     epochs: int | None = None
     steps: int | None = None
     clip: float = 1.0
@@ -67,14 +76,15 @@ class TrainConfig:
             ("budget", 1),
             ("length", 2),
             ("batch", 1),
-            ("seed", 0),
+            ("sinks", 0),
         ):
-            self._whole(name, least)
+            whole(name, getattr(self, name), least)
+        whole("seed", self.seed, 0, MAX_SEED)
         if self.steps is None:
             object.__setattr__(self, "epochs", 1 if self.epochs is None else self.epochs)
-            self._whole("epochs", 1)
+            whole("epochs", self.epochs, 1)
         elif self.epochs is None:
-            self._whole("steps", 1)
+            whole("steps", self.steps, 1)
         else:
             raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}; give one of them")
         self._number("bias", -math.inf)
@@ -83,25 +93,19 @@ class TrainConfig:
         self._number("learning_rate", 0, above=True)
         self._number("clip", 0, above=True)
         self._number("warmup", 0)
-        if self.warmup >= 1:
-            raise ConfigError(f"warmup is {self.warmup}; expected a share of the run, at least 0 and below 1")
+        self._number("tighten", 0)
+        if self.tighten > 1:
+            raise ConfigError(f"tighten is {self.tighten}; expected a share of the run, from 0 to 1")
         if self.budget >= self.length:
             raise ConfigError(
                 f"budget is {self.budget} tokens per head and sequences have {self.length}, so nothing would "
                 "ever be over the budget; lower the budget or raise the length"
             )
 
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
-
     def _number(self, name: str, least: float, above: bool = False) -> None:
-        value = getattr(self, name)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value < least or (above and value == least):
-            bound = "" if math.isinf(least) else f" {'above' if above else 'of at least'} {least:g}"
-            raise ConfigError(f"{name} is {value!r}; expected a number{bound}")
+        bound = "" if math.isinf(least) else f" {'above' if above else 'of at least'} {least:g}"
+        lowest = math.nextafter(least, math.inf) if above else least
+        number(name, getattr(self, name), f"a number{bound}", lowest)
 
     def check_model(self, config: dict[str, Any]) -> None:
         """Refuse sequences longer than the base model (its ``config.json``) was made for."""
@@ -135,8 +139,24 @@ class TrainConfig:
             base_fingerprint=fingerprint(model),
         )
 
+    def slack(self, progress: float) -> float:
+        """What the capacity loss lets pass at this share of the run: 1 is the full cache, 0 none above M."""
+        return max(0.0, 1 - progress / self.tighten) if self.tighten else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+# what the published settings have otherwise: made for long runs on long texts
+PAPER: dict[str, Any] = {
+    "width": 512,
+    "bias": 18.0,
+    "tighten": 0.0,
+    "length": 16384,
+    "batch": 4,
+    "learning_rate": 2e-4,
+    "warmup": 0.03,
+}
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from ..core.checkpoint import read_json, save_gates
 from ..core.config import GateConfig
 from ..core.files import whole_file
 from ..core.fingerprint import fingerprint
+from ..core.options import whole
 from ..core.tensors import Tensor
 from ..core.types import Floats
 from ..errors import ConfigError, DataError, TrainingError
@@ -28,6 +29,7 @@ from .packing import Batch, Packer, Position
 from .records import Records
 from .report import Losses, Report
 from .schedule import rate
+from .watch import Watch
 
 GATES, LOG, PROFILE = "gates", "log.csv", "profile.json"
 
@@ -49,8 +51,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+            whole(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Engine(Protocol):
     packs: bool
     versions: dict[str, str]
 
-    def gradient(self, batch: Batch) -> Losses:
-        """Work out the gradient of a whole batch, and keep it."""
+    def gradient(self, batch: Batch, slack: float) -> Losses:
+        """Work out the gradient of a whole batch, and keep it; ``slack`` is the capacity loss's."""
 
     def clip(self, largest: float) -> float:
         """Scale the gradient so that its norm is at most ``largest``; returns the norm before."""
@@ -174,31 +175,39 @@ class Run:
             return None
 
     def _loop(self) -> None:
+        watch = Watch(self.config)
         with Report(self.options.folder / LOG, self.step, self.main) as report:
             while True:
                 before, position = self._progress(), self.packer.position
                 if before >= 1 or (batch := self.packer.batch()) is None:
                     break
                 after = self._progress(1)
-                self._step(batch, before, after, report, position)
+                norm = self._step(batch, before, after, report, position)
+                assert self.losses is not None
+                for warning in watch.step(self.losses, norm, batch, after):
+                    report.warn(warning)
                 if self.main and self.step % self.options.save_every == 0:
                     self._save()
+            for warning in watch.end():
+                report.warn(warning)
 
     def _progress(self, ahead: int = 0) -> float:
         if self.config.steps:
             return (self.step + ahead) / self.config.steps
         return self.packer.progress()
 
-    def _step(self, batch: Batch, before: float, after: float, report: Report, position: Position) -> None:
+    def _step(self, batch: Batch, before: float, after: float, report: Report, position: Position) -> float:
+        """Learn from a batch; returns the norm of the gradient."""
         config = self.config
-        losses = self.engine.gradient(batch)
+        losses = self.engine.gradient(batch, config.slack(before))
         norm = self.engine.clip(config.clip)
         if not (losses.finite and math.isfinite(norm)):
             self._stop(losses, norm, batch, position)
-        learning_rate = config.learning_rate * rate((before + after) / 2, config.warmup)
+        learning_rate = config.learning_rate * rate((before + after) / 2, config.warmup, self.step)
         self.engine.update(learning_rate)
         self.step, self.tokens, self.losses = self.step + 1, self.tokens + batch.tokens, losses
         report.step(self.step, after, losses, learning_rate, norm, batch)
+        return norm
 
     def _stop(self, losses: Losses, norm: float, batch: Batch, position: Position) -> None:
         names = list(dict.fromkeys(batch.where))
@@ -216,6 +225,7 @@ class Run:
             "tokens": self.tokens,
             "losses": None if self.losses is None else vars(self.losses),
             "position": list(self.packer.position),
+            "gates": self.engine.gate_config.to_dict(),
         }
         state.save(self.options.folder, self.identity, values, self.engine.state())
 
@@ -235,10 +245,7 @@ class Run:
             with whole_file(folder / PROFILE) as scratch:
                 scratch.chmod(0o644)
                 scratch.write_text(json.dumps(measured) + "\n")
-        save_gates(folder / GATES, self.engine.gate_config, self.engine.weights(), self._provenance())
-
-    def _provenance(self) -> dict[str, Any]:
-        return {
+        told = {
             "trained_with": {"mlx-kvret": version("mlx-kvret")} | self.engine.versions,
             "settings": self.config.to_dict(),
             "data": self.records.identity,
@@ -247,3 +254,22 @@ class Run:
             "tokens": self.tokens,
             "last_losses": None if self.losses is None else vars(self.losses),
         }
+        save_gates(folder / GATES, self.engine.gate_config, self.engine.weights(), told)
+
+
+def export(folder: Path, destination: Path) -> int:
+    """Write the gates of a run's last checkpoint to a folder, while the run goes on; returns their step.
+
+    Raises:
+        ConfigError: there is no run, or the destination cannot be written.
+        CheckpointError: the run's checkpoint is damaged.
+    """
+    settings, values, tensors = state.read(folder)
+    config = GateConfig.from_dict(values.get("gates", {}))
+    own = {
+        name.removeprefix("gates."): tensor for name, tensor in tensors.items() if name.startswith("gates.")
+    }
+    told = {name: values.get(name) for name in ("tokens", "losses")}
+    told |= {"settings": settings, "steps": values["step"], "unfinished": True}
+    save_gates(destination, config, own, told)
+    return int(values["step"])
