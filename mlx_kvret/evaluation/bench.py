@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.checkpoint import GateCheckpoint
+from ..core.checkpoint import GateCheckpoint, read_json
 from ..core.fingerprint import fingerprint
+from ..core.options import whole
 from ..core.tensors import tensors_id
 from ..errors import ConfigError, MissingDependencyError
-from .engine import CHUNK, Engine, PublicEngine
+from .chunks import Pace
+from .engine import Engine, PublicEngine
 from .methods import REFERENCES, Method
 
 BACKENDS = ("auto", "mlx", "cuda", "torch", "reference")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -42,10 +45,11 @@ def open_bench(
     methods: Sequence[Method],
     gates: Sequence[str] = (),
     backend: str = "auto",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     buffer: int | None = None,
     batch: int = 1,
     look: bool = False,
+    dtype: str = "auto",
 ) -> Bench:
     """Load a model and its gates for these methods.
 
@@ -54,28 +58,37 @@ def open_bench(
         gates: ``FOLDER`` or ``LABEL=FOLDER``; labels ``a/0``, ``a/1`` are training seeds of one kind ``a``.
         backend: of :func:`mlx_kvret.load`, or ``"reference"`` for all methods. Methods that look at attention
             get the reference engine beside any backend.
-        chunk, buffer: tokens read at a time, and B (M/8 unless given).
+        chunk, buffer: tokens read at a time (M/2 unless given), and B (M/8 unless given).
         batch: texts the reference engine reads side by side.
         look: a reference engine is needed for other reasons as well.
+        dtype: of the model's weights and cache; ``"auto"`` is what its files hold.
+
+    Raises:
+        ModelMismatchError: gates of another model.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if chunk < 1 or batch < 1 or (buffer is not None and buffer < 0):
-        raise ConfigError(f"chunk is {chunk}, batch {batch}, buffer {buffer}; expected at least 1, 1 and 0")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    whole("batch", batch, 1)
+    Pace(chunk, buffer)
     found = load_gate_sets(model, gates) if any(method.learned for method in methods) else {}
     engines: list[Engine] = []
     tokenizer: Any = None
     looking = look or backend == "reference" or any(method.policy in REFERENCES for method in methods)
+    config = read_json(_folder(model) / "config.json")
+    for checkpoint in found.values():
+        # before gigabytes of weights are read
+        checkpoint.check_model(config)
     if backend != "reference":
-        from ..api import load
-
-        network, tokenizer = load(model, backend=backend)  # type: ignore[arg-type]
+        network, tokenizer = _load(model, backend, dtype)
         engines.append(PublicEngine(network, tokenizer, chunk, buffer))
     if looking:
-        engine = _reference(model, chunk, buffer, batch)
+        engine = _reference(model, chunk, buffer, batch, dtype)
         tokenizer = tokenizer or engine.tokenizer
         engines.append(engine)
-    settings = {"model": str(model), "fingerprint": _fingerprint(model), "chunk": chunk, "buffer": buffer}
+    settings: dict[str, Any] = {"model": str(model), "fingerprint": fingerprint(config), "dtype": dtype}
+    settings |= {"chunk": chunk, "buffer": buffer}
     return Bench(engines, tokenizer, found, settings)
 
 
@@ -110,13 +123,23 @@ def _folder(model: str | Path) -> Path:
     return demo.MODEL if str(model) == "demo" else resolve(model)
 
 
-def _fingerprint(model: str | Path) -> str:
-    from ..core.checkpoint import read_json
+def _load(model: str | Path, backend: str, dtype: str) -> tuple[Any, Any]:
+    """A model without gates and its tokenizer."""
+    from ..api import attach, choose_backend, detach, load
 
-    return fingerprint(read_json(_folder(model) / "config.json"))
+    if choose_backend(backend) != "mlx":
+        return load(model, backend=backend, dtype=dtype)  # type: ignore[arg-type]
+    network, tokenizer = load(model, backend="mlx")
+    if dtype != "auto":
+        import mlx.core as mx
+
+        # what a cache takes is measured when it is hooked
+        detach(network).set_dtype(getattr(mx, dtype))
+        attach(network)
+    return network, tokenizer
 
 
-def _reference(model: str | Path, chunk: int, buffer: int | None, batch: int) -> Any:
+def _reference(model: str | Path, chunk: int | None, buffer: int | None, batch: int, dtype: str) -> Any:
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         raise MissingDependencyError(
             f"the reference engine needs {' and '.join(missing)}; run `pip install 'mlx-kvret[torch]'`"
@@ -127,7 +150,7 @@ def _reference(model: str | Path, chunk: int, buffer: int | None, batch: int) ->
     from .reference import ReferenceEngine
 
     folder = _folder(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     device = "cuda" if torch.cuda.is_available() else "cpu"

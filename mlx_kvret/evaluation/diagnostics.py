@@ -57,7 +57,7 @@ def diagnose(engine: Any, samples: Sequence[Sample], method: Method, budget: int
     for places in batches(samples, engine.batch):
         here = [samples[i] for i in places]
         reading = engine.open(here, method, budget)
-        list(reading.read([sample.turns[0] for sample in here]))
+        reading.read([sample.turns[0] for sample in here])
         held += [_histogram([_kept(e, row) for e in reading.layers], s.tokens) for row, s in enumerate(here)]
         watch = _Watch([sample.turns[0].questions for sample in here])
         reading.look = watch
@@ -98,8 +98,7 @@ def retained(engine: PublicEngine, samples: Sequence[Sample], method: Method, bu
     for sample in samples:
         cache = engine.new_cache(method, budget)
         ids = [token for turn in sample.turns for token in turn.ids]
-        for start in range(0, len(ids), engine.chunk):
-            engine.forward(ids[start : start + engine.chunk], cache, 0)
+        engine.read(ids, cache, engine.pace.chunk(None if method.full else budget))
         shares.append(_histogram(cache.kept_positions(), len(ids)))
     return np.asarray(np.mean(shares, 0))
 

@@ -17,10 +17,9 @@ import numpy as np
 
 from ..core.types import Floats
 from ..errors import ConfigError
+from .chunks import Pace
 from .methods import REFERENCES, Method
 from .samples import Question, Sample, text_score
-
-CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,10 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """What runs a cell of the grid. ``chunk`` is the number of tokens read at a time, ``buffer`` is B."""
+    """What runs a cell of the grid."""
 
     name: str
+    pace: Pace
 
     def use_gates(self, gates: Any) -> None:
         """Score with other gates from now on."""
@@ -48,10 +48,15 @@ class Engine(Protocol):
 
 
 class PublicEngine:
-    """Any loaded model through :func:`mlx_kvret.make_cache` and its own forward pass."""
+    """Any loaded model through :func:`mlx_kvret.make_cache` and its own forward pass.
 
-    def __init__(self, model: Any, tokenizer: Any, chunk: int = CHUNK, buffer: int | None = None) -> None:
-        self.model, self.tokenizer, self.chunk, self.buffer = model, tokenizer, chunk, buffer
+    ``chunk`` tokens are read at a time, half the budget unless given; ``buffer`` is B, M/8 unless given.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, chunk: int | None = None, buffer: int | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.pace = model, tokenizer, Pace(chunk, buffer)
         self._mlx = any(cls.__module__.startswith("mlx.") for cls in type(model).__mro__)
         self.name = "mlx" if self._mlx else "torch"
         self._gates: Any = None
@@ -75,35 +80,38 @@ class PublicEngine:
 
         if not self.runs(method):
             raise ConfigError(f"{method.name} looks at attention or answers; run it with backend reference")
-        return make_cache(self.model, budget, self.buffer, policy=method.policy, **dict(method.options))
+        buffer = None if method.full else self.pace.buffer(budget)
+        return make_cache(self.model, budget, buffer, policy=method.policy, **method.options_at(budget))
 
     def _run_one(self, sample: Sample, method: Method, budget: int) -> Outcome:
-        cache = self.new_cache(method, budget)
+        cache, chunk = self.new_cache(method, budget), self.pace.chunk(None if method.full else budget)
         scores, likelihoods, last = [], list[Floats](), None
         for turn in sample.turns:
             if turn.scored:
-                found, last = self.score(turn.ids, cache, last)
+                found, last = self.score(turn.ids, cache, chunk, last)
                 likelihoods += found
             else:
-                self.read(turn.ids, cache)
+                self.read(turn.ids, cache, chunk)
             scores += [self._ask(question, cache) for question in turn.questions]
         heads = sum(len(layer) for layer in cache.kept_positions())
         return Outcome(sample_score(scores, likelihoods), cache.entries / heads)
 
-    def read(self, ids: Sequence[int], cache: Any) -> None:
+    def read(self, ids: Sequence[int], cache: Any, chunk: int) -> None:
         """Take in a text, chunk by chunk."""
-        for start in range(0, len(ids), self.chunk):
-            self.forward(ids[start : start + self.chunk], cache, 0)
+        for start in range(0, len(ids), chunk):
+            self.forward(ids[start : start + chunk], cache, 0)
 
-    def score(
-        self, ids: Sequence[int], cache: Any, last: Floats | None = None
-    ) -> tuple[list[Floats], Floats | None]:
-        """Take in a text; :func:`log_likelihoods` of each chunk, and the last logits."""
+    def score(self, ids: Sequence[int], cache: Any, chunk: int, last: Any = None) -> tuple[list[Floats], Any]:
+        """Take in a text; the log-likelihoods of each chunk's tokens, and the last logits.
+
+        ``last`` are the logits before the first token, which is left out if there are none.
+        """
         found = []
-        for start in range(0, len(ids), self.chunk):
-            part = ids[start : start + self.chunk]
-            logits = self.forward(part, cache)
-            found.append(log_likelihoods(last, logits, part))
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            logits = self._logits(part, cache)
+            likelihoods = _mlx_likelihoods if self._mlx else _torch_likelihoods
+            found.append(likelihoods(last, logits, part))
             last = logits[-1:]
         return found, last
 
@@ -133,14 +141,22 @@ class PublicEngine:
         A chunk of thousands of tokens has gigabytes of logits, so none are made where none are wanted.
         """
         count = len(ids) if wanted is None else wanted
+        logits = self._logits(ids, cache, count)
         if self._mlx:
             import mlx.core as mx
 
-            logits = self.model(mx.array(list(ids))[None], cache=cache)
             if count == 0:
                 mx.eval([layer.state for layer in cache])
                 return np.zeros((0, logits.shape[-1]), np.float32)
-            return np.array(logits[0, -count:].astype(mx.float32))
+            return np.array(logits[-count:].astype(mx.float32))
+        return np.asarray(logits[len(logits) - count :].float().cpu().numpy())
+
+    def _logits(self, ids: Sequence[int], cache: Any, count: int | None = None) -> Any:
+        """One forward pass: the logits (tokens, words) on the device, at least the last ``count`` of them."""
+        if self._mlx:
+            import mlx.core as mx
+
+            return self.model(mx.array(list(ids))[None], cache=cache)[0]
         import torch
 
         from cuda_backend.cache import cache_argument
@@ -148,8 +164,8 @@ class PublicEngine:
         with torch.no_grad():
             tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
             held = cache_argument(self.model, cache)
-            out = self.model(tokens, use_cache=True, logits_to_keep=max(1, count), **held)
-            return np.asarray(out.logits[0, -count:].float().cpu().numpy())
+            keep = 0 if count is None else max(1, count)
+            return self.model(tokens, use_cache=True, logits_to_keep=keep, **held).logits[0]
 
 
 def end_tokens(tokenizer: Any) -> set[int]:
@@ -170,6 +186,29 @@ def log_likelihoods(last: Floats | None, logits: Floats, ids: Sequence[int]) -> 
     top = before.max(-1, keepdims=True)
     norm = top[:, 0] + np.log(np.exp(before - top).sum(-1))
     return np.asarray(before[np.arange(len(before)), wanted] - norm)
+
+
+def _torch_likelihoods(last: Any, logits: Any, ids: Sequence[int]) -> Floats:
+    """:func:`log_likelihoods` where the logits are: they are too many to be moved."""
+    import torch
+    from torch.nn import functional as F
+
+    wanted = torch.tensor(list(ids), device=logits.device)
+    parts = [] if last is None else [F.cross_entropy(last.float(), wanted[:1], reduction="none")]
+    parts.append(F.cross_entropy(logits[:-1].float(), wanted[1:], reduction="none"))
+    return np.asarray(-torch.cat(parts).cpu().numpy())
+
+
+def _mlx_likelihoods(last: Any, logits: Any, ids: Sequence[int]) -> Floats:
+    """:func:`log_likelihoods` where the logits are: they are too many to be moved."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    wanted = mx.array(list(ids))
+    parts = [] if last is None else [nn.losses.cross_entropy(last.astype(mx.float32), wanted[:1])]
+    if len(ids) > 1:
+        parts.append(nn.losses.cross_entropy(logits[:-1].astype(mx.float32), wanted[1:]))
+    return -np.array(mx.concatenate(parts)) if parts else np.zeros(0, np.float32)
 
 
 def sample_score(scores: Sequence[float], likelihoods: Sequence[Floats]) -> float:

@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from ..errors import ConfigError
-from .engine import CHUNK, PublicEngine, log_likelihoods
+from .engine import PublicEngine, log_likelihoods
 from .methods import Method, parse_method
 
 _MAX_TOKENS = 256
@@ -27,7 +27,7 @@ class BoundedLM(TemplateLM):
         gates: a gate folder or hub id.
         budget: M, tokens per KV head.
         method: as of ``mlx-kvret eval``: ``learned``, ``learned:threshold=1e-6``, ``recent``, ``full``, …
-        backend, chunk, buffer: as of ``mlx-kvret eval``.
+        backend, chunk, buffer: as of ``mlx-kvret eval``; prompts are read in chunks of half the budget.
 
     Raises:
         ConfigError: a method that looks at attention or answers.
@@ -40,7 +40,7 @@ class BoundedLM(TemplateLM):
         budget: int = 1024,
         method: str = "learned",
         backend: str = "auto",
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         buffer: int | None = None,
     ) -> None:
         super().__init__()
@@ -52,6 +52,7 @@ class BoundedLM(TemplateLM):
         self.engine = PublicEngine(network, tokenizer, chunk, buffer)
         self.method: Method = parse_method(method)
         self.budget, self.tokenizer = budget, tokenizer
+        self._chunk = self.engine.pace.chunk(None if self.method.full else budget)
         # what cannot work is told now
         self._new_cache()
 
@@ -91,7 +92,7 @@ class BoundedLM(TemplateLM):
         found = []
         for _, context, continuation in tqdm(requests, disable=disable_tqdm, unit="text"):
             cache = self._new_cache()
-            self.engine.read(context[:-1], cache)
+            self.engine.read(context[:-1], cache, self._chunk)
             logits = self.engine.forward([*context[-1:], *continuation], cache)
             likelihood = log_likelihoods(logits[:1], logits[1:], continuation)
             greedy = logits[:-1].argmax(-1).tolist() == list(continuation)
@@ -103,7 +104,7 @@ class BoundedLM(TemplateLM):
         found = []
         for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm, unit="text"):
             ids = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
-            parts, _ = self.engine.score(ids, self._new_cache())
+            parts, _ = self.engine.score(ids, self._new_cache(), self._chunk)
             found.append(float(sum(part.sum() for part in parts)))
         return found
 
@@ -120,7 +121,7 @@ class BoundedLM(TemplateLM):
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         ids, cache = self.tok_encode(context) or [self.prefix_token_id], self._new_cache()
-        self.engine.read(ids[:-1], cache)
+        self.engine.read(ids[:-1], cache, self._chunk)
         most = int(options.get("max_gen_toks", _MAX_TOKENS))
         text = self.engine.answer(ids[-1:], cache, most, lambda said: any(stop in said for stop in stops))
         for stop in stops:

@@ -7,10 +7,13 @@ published figures (LongMemEval's are judged by a model).
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import ConfigError
 from .samples import Metric, Sample, Turn
@@ -64,6 +67,16 @@ def text(path: Path, writer: Writer, length: int) -> Iterator[Sample]:
         raise ConfigError(f"{path} has {len(ids)} tokens; {length} or more are needed, lower the length")
     for start in range(0, len(ids) - own + 1, own):
         yield Sample((Turn(writer.before + ids[start : start + own], scored=True),))
+
+
+def texts(paths: Sequence[Path], writer: Writer, length: int, rng: np.random.Generator) -> Iterator[Sample]:
+    """Pieces as of :func:`text` of several files, drawn from them in turn, in random order within each."""
+    drawn = []
+    for path in paths:
+        pieces = list(text(path, writer, length))
+        drawn.append([pieces[i] for i in rng.permutation(len(pieces))])
+    for turn in itertools.zip_longest(*drawn):
+        yield from (piece for piece in turn if piece is not None)
 
 
 READERS: dict[str, Callable[[Path, Writer], Iterator[Sample]]] = {

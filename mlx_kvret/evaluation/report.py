@@ -56,7 +56,7 @@ class Entry:
         """``0.953 ± 0.004``, or the perplexity where the metric is nats per token."""
         scale = math.exp(self.mean) if self.metric == "nll" else 1.0
         shown = scale if self.metric == "nll" else self.mean
-        return f"{shown:.3f} ± {self.error * scale:.3f}"
+        return _with_error(f"{shown:.3f}", self.error * scale, 3)
 
     def ahead(self, other: Entry) -> tuple[float, float]:
         """How much better than another entry at the same place, sample by sample, and its standard error."""
@@ -64,6 +64,46 @@ class Entry:
         paired = self.scores.mean(0) - other.scores.mean(0)
         error = math.hypot(standard_error(paired), self.seed_error, other.seed_error)
         return sign * float(paired.mean()), error
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better a method is than ``other`` at the same place, paired over samples.
+
+    ``mean`` is in nats per token for likelihoods, else in the score's unit; above 0 is better. ``error`` is
+    its standard error over samples and sets of gates, NaN for a single sample, which has none.
+    """
+
+    task: str
+    length: int
+    budget: str
+    method: str
+    other: str
+    metric: str
+    mean: float
+    error: float
+
+    @property
+    def text(self) -> str:
+        return _with_error(f"{self.mean:+.4f}", self.error, 4)
+
+
+def gains(found: Sequence[Entry], other: str) -> list[Gain]:
+    """Every entry against that of method ``other`` at the same place; the full cache is at every budget."""
+    by_place = {(e.task, e.length, e.budget, e.method): e for e in found}
+    told = []
+    for entry in found:
+        budget = FULL if (entry.task, entry.length, FULL, other) in by_place else entry.budget
+        against = by_place.get((entry.task, entry.length, budget, other))
+        if against is not None and against is not entry and entry.budget != FULL:
+            place = entry.task, entry.length, entry.budget, entry.method, other, entry.metric
+            told.append(Gain(*place, *entry.ahead(against)))
+    return told
+
+
+def _with_error(shown: str, error: float, digits: int) -> str:
+    """A single sample has no error; nothing is said then."""
+    return shown if math.isnan(error) else f"{shown} ± {error:.{digits}f}"
 
 
 def standard_error(values: Floats) -> float:

@@ -20,7 +20,10 @@ FORMAT, VERSION = "kvret-eval", 1
 class Cell:
     """One method at one budget on one task. ``gates`` is "" where none are used, ``length`` 0 for files.
 
-    ``scores`` has one number per sample; ``entries`` is the mean number of tokens per head held in the end.
+    ``scores`` has one number per sample: for metric ``nll`` nats per token; ``entries`` is the mean number
+    of tokens per head held in the end; ``chunk`` tokens were read at a time. In ``untouched`` samples nothing
+    was evicted before the last thing scored. ``note`` says how gates were used other than they were
+    validated.
     """
 
     task: str
@@ -33,6 +36,9 @@ class Cell:
     scores: tuple[float, ...]
     entries: float
     seconds: float
+    chunk: int = 0
+    untouched: int = 0
+    note: str = ""
 
     @property
     def key(self) -> str:

@@ -2,7 +2,8 @@
 
 ``facts`` and the like    the demo model's own words, see :mod:`.demo_tasks`
 ``needle-single`` ...     generated text for any model with a tokenizer, see :mod:`.text_tasks`
-``perplexity:FILE``       a text file, cut into pieces of each length
+``text``                  text files (``data``), pieces of each length drawn from them in turn
+``perplexity:FILE``       the first pieces of one text file
 ``longbench:FILE`` ...    files of public benchmarks, see :mod:`.readers`
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,23 @@ from . import demo_tasks, readers, text_tasks
 from .samples import Sample
 from .writer import Writer
 
-NAMES = (*demo_tasks.TASKS, *text_tasks.TASKS)
+TEXT = "text"
+NAMES = (*demo_tasks.TASKS, *text_tasks.TASKS, TEXT)
 FILES = ("perplexity", *readers.READERS)
 
 
-def check_task(name: str) -> None:
-    """Refuse a name that no task has, before anything is run.
+def check_task(name: str, data: Sequence[Path] = ()) -> None:
+    """Refuse a name that no task has, and files that are not there, before anything is run.
 
     Raises:
         ConfigError: no such task or file.
     """
+    if name == TEXT:
+        if not data:
+            raise ConfigError("task text reads text files; give some with --data FILE (in Python: data)")
+        if missing := [str(path) for path in data if not path.expanduser().is_file()]:
+            raise ConfigError(f"task text: {', '.join(missing)} is not a file")
+        return
     kind, colon, path = name.partition(":")
     if kind in NAMES and not colon:
         return
@@ -49,18 +58,24 @@ def has_length(name: str) -> bool:
 
 def metric(name: str) -> str:
     """``"accuracy"`` (higher is better) or ``"nll"`` (nats per token, lower is better)."""
-    return "nll" if name.startswith("perplexity:") else "accuracy"
+    return "nll" if name == TEXT or name.startswith("perplexity:") else "accuracy"
 
 
 def make_samples(
-    name: str, length: int, count: int, seed: int, tokenizer: Any = None, chat: bool = False
+    name: str,
+    length: int,
+    count: int,
+    seed: int,
+    tokenizer: Any = None,
+    chat: bool = False,
+    data: Sequence[Path] = (),
 ) -> list[Sample]:
     """``count`` samples (or as many as a file has); the same arguments give the same samples.
 
     Raises:
         ConfigError: unknown task, a length that is too short, a file that cannot be read.
     """
-    check_task(name)
+    check_task(name, data)
     kind, _, path = name.partition(":")
     if kind in demo_tasks.TASKS:
         rngs = _generators(name, length, count, seed)
@@ -69,6 +84,10 @@ def make_samples(
     if kind in text_tasks.TASKS:
         rngs = _generators(name, length, count, seed)
         return [text_tasks.TASKS[kind](length, rng, writer) for rng in rngs]
+    if kind == TEXT:
+        rng = np.random.default_rng([seed, length])
+        files = [path.expanduser() for path in data]
+        return list(itertools.islice(readers.texts(files, writer, length, rng), count))
     file = Path(path).expanduser()
     found = (
         readers.text(file, writer, length) if kind == "perplexity" else readers.READERS[kind](file, writer)

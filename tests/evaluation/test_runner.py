@@ -8,6 +8,7 @@ import pytest
 
 from mlx_kvret.errors import ConfigError
 from mlx_kvret.evaluation import Grid, Results, open_results, parse_methods, read_results, run_grid
+from mlx_kvret.evaluation.chunks import Pace
 from mlx_kvret.evaluation.engine import Outcome
 
 METHODS = tuple(parse_methods(["full", "learned", "recent"]))
@@ -23,6 +24,7 @@ class Fake:
     asked: list = field(default_factory=list)
     gates: str = ""
     score: float = 0.5
+    pace: Pace = field(default_factory=Pace)
 
     def use_gates(self, gates):
         self.gates = gates
