@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from typing import Any
+try:
+    import functools
+    import importlib
+    import sys
+    from typing import Any
 
-import click
+    import click
 
-from ..errors import KVRetError
+    from .ending import ended, explained, leaving_at_once
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 _COMMANDS = {
     "generate": "Generate text from a prompt of any length.",
@@ -21,7 +25,7 @@ _COMMANDS = {
 
 
 class _Commands(click.Group):
-    """Subcommands by name, imported when asked for; their errors are one line on stderr."""
+    """Subcommands by name, imported when asked for; all of them end as :mod:`.ending` says."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -29,7 +33,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"{__name__}.{name}")
+        with leaving_at_once():
+            module = importlib.import_module(f"{__name__}.{name}")
         command: click.Command = module.command
         return command
 
@@ -38,17 +43,22 @@ class _Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        run = functools.partial(super().main, *args, standalone_mode=False, **extra)
+        return ended(run) if standalone_mode else run()
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with explained():
+            for argument in args:
+                if not argument.isascii() and any("\ud800" <= c <= "\udfff" for c in argument):
+                    raise click.UsageError(f"{argument!r} is not valid UTF-8; convert it, or rename the file")
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        return reported(super().invoke, ctx)
-
-
-def reported(run: Any, *args: Any) -> Any:
-    """Call ``run``; an error of ours ends the program with one line on stderr and status 1."""
-    try:
-        return run(*args)
-    except KVRetError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        with explained():
+            return super().invoke(ctx)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +75,4 @@ def main() -> None:
 
 def generate_main() -> None:
     """``mlx_kvret.generate`` and ``python -m mlx_kvret.generate``."""
-    from .generate import command
-
-    reported(command.main, None, "mlx_kvret.generate")
+    main(["generate", *sys.argv[1:]], prog_name="mlx-kvret")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -12,25 +11,35 @@ from typing import Any
 
 import click
 
-from ..errors import ConfigError, KVRetError
+from ..errors import CacheError, ConfigError, KVRetError
 from . import options as shared
-from .session import interruptible, load, prefill_progress, sampling, stats_line
+from .ending import tell
+from .session import cut_note, load, note, prefill_progress, read_line, sampling, say, stats_line
 
-COMMANDS = "/stats  /save FILE  /load FILE  /reset  /quit"
+COMMANDS = {
+    "/stats": "speed of the last answer, tokens kept, KV memory",
+    "/save FILE": "write the conversation and its cache",
+    "/load FILE": "go on with a conversation that was saved",
+    "/reset": "begin a new conversation with an empty cache",
+    "/help": "these lines",
+    "/quit": "leave, as ctrl-D does",
+}
+_TAKES_FILE = {name.split()[0]: " " in name for name in COMMANDS}
 
 
 @click.command("chat")
 @shared.model_options
-@click.option("--system", help="System message.")
+@click.option("--system", help="System message, where the model's chat template takes one.")
 @shared.eviction_options
 @shared.sampling_options
-@interruptible()
 def command(**options: Any) -> None:
     """Talk to a model within a fixed KV budget.
 
-    The cache lives across turns, so a turn costs only its new tokens and the conversation has no end.
-    Commands: /stats, /save FILE, /load FILE, /reset, /quit. Ctrl-C stops an answer (twice: leaves at once),
-    ctrl-D leaves.
+    The cache lives across turns, so a turn costs only its new tokens and the conversation has no end. What
+    the model said stays as it was said, also where its chat template would shorten it (thoughts, say).
+
+    Commands: /stats, /save FILE, /load FILE, /reset, /help, /quit. Any other line is text for the model, and
+    so is one that begins with a space. Ctrl-C stops an answer (twice: leaves at once), ctrl-D leaves.
 
     \b
     Examples:
@@ -39,27 +48,24 @@ def command(**options: Any) -> None:
     """
     evict = shared.eviction(options)
     model, tokenizer = load(options)
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise ConfigError("this model has no chat template; use `mlx-kvret generate` with it")
+    if tokenizer is None:
+        raise ConfigError("the model folder has no tokenizer; from Python, give mlx_kvret.generate token ids")
     conversation = Conversation(model, tokenizer, options.pop("system"), evict)
     draw = sampling(model, options) | {"max_tokens": options["max_tokens"]}
-    click.echo(f"Commands: {COMMANDS}. The cache holds {conversation.cache.entries} entries.", err=True)
+    held = conversation.cache.entries
+    note(f"Commands: {'  '.join(COMMANDS)}. The cache holds {held} entries.", err=True)
     with history():
-        while (line := read_line()) is not None:
-            if not line.strip():
-                continue
+        while True:
             try:
-                if line.startswith("/"):
-                    if not conversation.run(*line.split(maxsplit=1)):
-                        break
-                else:
-                    conversation.turn(line, draw)
+                line = next_line()
+                if line is None or not conversation.take(line, draw):
+                    break
             except KVRetError as error:
-                click.echo(f"error: {error}", err=True)
+                tell(error)
 
 
 class Conversation:
-    """Messages, the cache that has read them, and the exact text that is in it."""
+    """A transcript, and the cache that has read it."""
 
     def __init__(self, model: Any, tokenizer: Any, system: str | None, eviction: dict[str, Any]) -> None:
         self.model, self.tokenizer, self.system, self.eviction = model, tokenizer, system, eviction
@@ -67,118 +73,146 @@ class Conversation:
 
     def reset(self) -> None:
         from ..api import make_cache
+        from ..conversation import Transcript
 
+        self.transcript = Transcript(self.tokenizer, self.system)
         self.cache = make_cache(self.model, **self.eviction)
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        self.context = ""
         self.last: Any = None
 
+    def take(self, line: str, options: dict[str, Any]) -> bool:
+        """A line that was typed: one of our commands, or text for the model. False ends the conversation."""
+        name, *argument = line.split(maxsplit=1) if line.startswith("/") else [""]
+        if name in _TAKES_FILE:
+            return self.run(name, "".join(argument).rstrip())
+        if line.strip():
+            self.turn(line, options)
+        return True
+
     def turn(self, text: str, options: dict[str, Any]) -> None:
-        """Read what is new, answer, and remember both."""
+        """Read what is new, answer, and remember both; what was read before a failure is remembered too.
+
+        Raises:
+            ConfigError: the chat template refuses the turn; the conversation is as before.
+            CacheError: the cache has read something else than the conversation.
+        """
         from ..api import stream_generate
 
-        self.messages.append({"role": "user", "content": text})
-        new = self.new_text()
-        ids = self.tokenizer.encode(new, add_special_tokens=False)
-        answer, interrupted = "", False
+        if self.cache.seen != len(self.transcript):
+            raise CacheError(
+                f"the cache has read {self.cache.seen} tokens, the conversation has {len(self.transcript)}; "
+                "begin anew with /reset"
+            )
+        planned = self.transcript.plan(text)
+        before, said, answer, last = self.cache.seen, [], "", None
         with prefill_progress() as progress, stoppable() as stop:
 
             def advance(done: int, total: int) -> None:
                 progress(done, total)
                 if done < total and stop():
-                    raise Stopped(done)
+                    raise Stopped
 
             stream: Any = stream_generate(
                 self.model,
                 self.tokenizer,
-                ids,
+                planned.new,
                 cache=self.cache,
                 prompt_progress_callback=advance,
                 **options,
             )
             try:
-                for self.last in stream:
-                    answer += self.last.text
-                    click.echo(self.last.text, nl=False)
-                    if interrupted := stop():
-                        stream.close()
+                for last in stream:
+                    said.append(last.token)
+                    answer += last.text
+                    say(last.text)
+                    if last.finish_reason is None and stop():
                         break
-            except Stopped as stopped:
-                click.echo(f"[stopped after {stopped.read} of {len(ids)} tokens were read]")
-                self.messages.pop()
-                self.context += self.tokenizer.decode(ids[: stopped.read])
-                return
-        click.echo(" [stopped]" if interrupted else "")
-        self.messages.append({"role": "assistant", "content": answer})
-        ended = self.last is not None and self.last.finish_reason == "stop"
-        self.context += new + answer + (self.tokenizer.decode([self.last.token]) if ended else "")
-
-    def new_text(self) -> str:
-        """What the model has not read yet: the template's text beyond what is in the cache."""
-        whole = self._rendered(self.messages)
-        if whole.startswith(self.context):
-            return whole[len(self.context) :]
-        # templates that rewrite earlier turns (dropping thoughts, say): the last message alone
-        alone, bos = self._rendered(self.messages[-1:]), self.tokenizer.bos_token
-        return alone.removeprefix(bos) if bos else alone
-
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return str(text)
+            except Stopped:
+                pass
+            finally:
+                if hasattr(stream, "close"):
+                    stream.close()
+                read, ended = self.cache.seen - before, last is not None and last.finish_reason == "stop"
+                self.transcript.account(planned, read, said, answer, ended)
+        if last is None:
+            note(f"[stopped after {read} of {len(planned.new)} tokens were read]")
+            return
+        self.last = last
+        click.echo(" [stopped]" if last.finish_reason is None else "")
+        cut_note(last, options["max_tokens"])
 
     def run(self, name: str, argument: str = "") -> bool:
-        """A command; False ends the conversation."""
-        if name == "/quit":
-            return False
+        """One of our commands; False ends the conversation.
+
+        Raises:
+            ConfigError: it lacks its file, or has something behind it that it does not take.
+        """
+        if bool(argument) != _TAKES_FILE[name]:
+            wrong = f"{name} takes nothing behind it" if argument else f"{name} needs a file behind it"
+            raise ConfigError(f"{wrong}; to say this to the model, begin the line with a space")
         if name == "/reset":
             self.reset()
+            note("[a new conversation; the cache is empty]")
         elif name == "/stats":
             self.show()
-        elif name in ("/save", "/load") and argument:
-            (self.save if name == "/save" else self.load)(Path(argument.strip()).expanduser())
-        else:
-            raise ConfigError(f"{name} is no command here, or lacks its file; there are {COMMANDS}")
-        return True
+        elif name == "/help":
+            note("\n".join(f"{name:<12}{what}" for name, what in COMMANDS.items()))
+            note("Any other line is text for the model; so is one of these behind a space.")
+        elif argument:
+            (self.save if name == "/save" else self.load)(Path(os.path.expanduser(argument)))
+        return name != "/quit"
 
     def show(self) -> None:
-        from ..api import wing_of
-
         if self.last is None:
-            click.echo(f"[nothing read yet; KV {self.cache.nbytes / 1e6:.2f} MB]")
+            note(f"[nothing read yet; KV {self.cache.nbytes / 1e6:.2f} MB]")
         else:
-            click.echo(stats_line(self.last, wing_of(self.model).full_nbytes(self.model, self.cache.seen)))
+            note(stats_line(self.model, self.cache, self.last))
 
     def save(self, path: Path) -> None:
         from ..api import save_cache
 
-        notes = {"messages": json.dumps(self.messages), "context": self.context}
-        save_cache(self.model, self.cache, path, notes)
-        click.echo(f"[saved {self.cache.seen} tokens of conversation to {path}]")
+        save_cache(self.model, self.cache, path, self.transcript.notes())
+        note(f"[saved {self.cache.seen} tokens of conversation to {path}]")
 
     def load(self, path: Path) -> None:
+        """Go on with a saved conversation, its options and its system message.
+
+        Raises:
+            CheckpointError, ModelMismatchError: it cannot go on here; the conversation is as before.
+        """
         from ..api import load_cache
+        from ..conversation import Transcript
 
         cache, notes = load_cache(self.model, path)
-        self.messages = json.loads(notes.get("messages", "[]"))
-        self.cache, self.context, self.last = cache, notes.get("context", ""), None
-        click.echo(f"[loaded {self.cache.seen} tokens of conversation]")
+        transcript = Transcript.resumed(self.tokenizer, notes, cache.seen)
+        before = settings(self.cache)
+        self.transcript, self.cache, self.last = transcript, cache, None
+        note(f"[loaded {cache.seen} tokens of conversation]")
+        found = settings(cache)
+        if found != before:
+            differs = {name: value for name, value in found.items() if value != before.get(name)}
+            said = ", ".join(f"{name} {value}" for name, value in differs.items())
+            note(f"[it goes on with {said}, as it was saved; /reset goes back to this session's options]")
+        if transcript.system != self.system:
+            own = (
+                "no system message" if transcript.system is None else f"system message {transcript.system!r}"
+            )
+            note(f"[it goes on with {own}, as it was saved]")
+
+
+def settings(cache: Any) -> dict[str, Any]:
+    """The eviction options a cache was made with."""
+    return {"policy": "full"} if cache.shared is None else dict(cache.shared.config.to_dict())
 
 
 class Stopped(Exception):
-    """Ctrl-C between two chunks of a prompt, of which ``read`` tokens are in the cache."""
-
-    def __init__(self, read: int) -> None:
-        self.read = read
+    """Ctrl-C between two chunks of a prompt."""
 
 
-def read_line() -> str | None:
+def next_line() -> str | None:
     """A line typed by the user; None at the end of input."""
     while True:
         try:
-            return input(">> ")
-        except EOFError:
-            click.echo()
-            return None
+            return read_line(">> ")
         except KeyboardInterrupt:
             click.echo("\n(ctrl-D or /quit leaves)")
 

@@ -19,5 +19,14 @@ def plain(text: str, most: int = MOST) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in _REFUSED else _spelt(c) for c in text)
 
 
+def spoken(text: str) -> str:
+    """A model's own words: controls are spelt out, what formats text (joiners, direction) is left alone."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} else _spelt(c) for c in text
+    )
+
+
 def _spelt(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")

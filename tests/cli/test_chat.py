@@ -1,10 +1,11 @@
-"""Conversations: one cache over all turns, saved, loaded and reset."""
+"""The command ``chat``: its commands, one cache over all turns, what it says when something goes wrong."""
+
+import json
 
 import pytest
 from click.testing import CliRunner
 
 from mlx_kvret.cli import main
-from mlx_kvret.cli.chat import Conversation
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +15,8 @@ def _state(monkeypatch, tmp_path):
 
 def chat(*lines, options=()):
     arguments = ["chat", "--model", "demo", "--budget", "32", "--max-tokens", "4", *options]
-    return CliRunner().invoke(main, arguments, input="".join(f"{line}\n" for line in lines))
+    given = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    return CliRunner().invoke(main, arguments, input=given)
 
 
 def answers(result):
@@ -28,26 +30,51 @@ def test_turns_share_a_cache_and_cost_only_what_is_new():
     assert result.exit_code == 0
     first, second, stats, third, more, _ = answers(result)
     assert first == second == third == "amber"
-    assert stats.startswith("[2 prompt tokens") and "of 20 tokens" in stats
-    assert more.startswith("[2 prompt tokens") and "of 24 tokens" in more
+    assert stats.startswith("[2 prompt tokens") and "of 20 tokens per head" in stats
+    assert more.startswith("[2 prompt tokens") and "of 24 tokens per head" in more
 
 
 def test_save_load_and_reset(tmp_path):
     path = tmp_path / "talk"
     told = "remember Ada amber recall Ada"
     result = chat(told, f"/save {path}", "/reset", "/stats", "recall Ada", f"/load {path}", "recall Ada")
-    said, saved, _, nothing, forgotten, loaded, again, _ = answers(result)
+    said, saved, reset, nothing, forgotten, loaded, again, _ = answers(result)
     assert said == again == "amber" != forgotten
+    assert reset == "[a new conversation; the cache is empty]"
     assert nothing.startswith("[nothing read yet") and saved.startswith("[saved 8 tokens")
     assert loaded == "[loaded 8 tokens of conversation]"
     assert result.exit_code == 0 and answers(chat(f"/load {path}", "recall Ada"))[1] == "amber"
 
 
+def test_a_loaded_conversation_says_what_it_goes_on_with(tmp_path):
+    chat("remember Ada amber recall Ada", f"/save {tmp_path}/talk")
+    options = ["--policy", "recent", "--system", "the quiet river"]
+    loaded = answers(chat(f"/load {tmp_path}/talk", options=options))[0].splitlines()
+    assert loaded[0] == "[loaded 8 tokens of conversation]"
+    assert loaded[1].startswith(
+        "[it goes on with scope global, policy learned, sinks 0, window 0, as it was saved"
+    )
+    assert loaded[2] == "[it goes on with no system message, as it was saved]"
+
+
 def test_what_goes_wrong_is_said_and_the_conversation_goes_on(tmp_path):
     (tmp_path / "bad").write_text("no cache")
-    result = chat("/save", "/nope", f"/load {tmp_path}/none", f"/load {tmp_path}/bad", "recall Ada", "/quit")
-    assert result.exit_code == 0
-    assert result.stderr.count("error: ") == 4 and answers(result)[4]
+    wrong = ["/save", "/quit now", f"/load {tmp_path}/none", f"/load {tmp_path}/bad", f"/load {tmp_path}"]
+    wrong += [f"/save {tmp_path}", f"/save {tmp_path}/no/such/folder", b"caf\xe9"]
+    result = chat(*wrong, "remember Ada amber recall Ada", "/quit")
+    lines = result.stderr.splitlines()[1:]
+    assert len(lines) == len(wrong) and all(line.startswith("error: ") for line in lines), result.stderr
+    assert "UTF-8" in lines[-1] and "begin the line with a space" in lines[1]
+    assert result.exit_code == 0 and answers(result)[len(wrong)] == "amber"
+
+
+def test_only_our_commands_are_commands():
+    result = chat("/help", "/no_think", "/home/ada/notes.txt", " /quit", "/stats")
+    helped, *said, stats, _ = answers(result)
+    assert all(name in helped for name in ("/stats", "/save FILE", "/load FILE", "/reset", "/help", "/quit"))
+    assert len(said) == 3 and "error" not in result.stderr
+    # each of them was read and answered
+    assert stats.startswith("[2 prompt tokens") or stats.startswith("[1 prompt token")
 
 
 def test_options_that_cannot_work_end_it():
@@ -55,17 +82,63 @@ def test_options_that_cannot_work_end_it():
     assert result.exit_code == 1 and result.stderr.startswith("error: budget is 0")
 
 
-class Template:
-    """A tokenizer whose template rewrites earlier turns."""
-
-    bos_token = "<s>"
-
-    def apply_chat_template(self, messages, **_):
-        return "<s>" + "".join(f"[{len(messages)}{m['content']}]" for m in messages)
+def test_an_answer_that_is_cut_says_so():
+    result = chat("the weary miller", options=["--max-tokens", "1"])
+    assert result.stderr.splitlines()[-1] == "[cut by --max-tokens 1]"
+    assert "cut" not in chat("remember Ada amber recall Ada").stderr
 
 
-def test_a_template_that_rewrites_earlier_turns_costs_the_last_message_alone():
-    talk = object.__new__(Conversation)
-    talk.tokenizer, talk.context = Template(), "<s>[1a]b"
-    talk.messages = [{"content": "a"}, {"content": "b"}, {"content": "c"}]
-    assert talk.new_text() == "[1c]"
+BAD_NOTES = {
+    "none": {},
+    "no tokens": {"messages": "[]"},
+    "no JSON": {"messages": "[", "tokens": "{"},
+    "deep": {"messages": "[" * 100_000, "tokens": "{}"},
+    "a list for an object": {"messages": "[]", "tokens": "[]"},
+    "a number for messages": {"messages": "7", "tokens": '{"context": [], "owed": [], "stop": null}'},
+    "a number for a message": {"messages": "[7]", "tokens": '{"context": [], "owed": [], "stop": null}'},
+    "no text": {
+        "messages": '[{"role": "user", "content": null}, {"role": "assistant", "content": ""}]',
+        "tokens": '{"context": [1], "owed": [], "stop": null}',
+    },
+    "a turn alone": {
+        "messages": '[{"role": "user", "content": "hi"}]',
+        "tokens": '{"context": [1], "owed": [], "stop": null}',
+    },
+    "text for ids": {"messages": "[]", "tokens": '{"context": "abc", "owed": [], "stop": null}'},
+    "fractions for ids": {"messages": "[]", "tokens": '{"context": [1.5], "owed": [], "stop": null}'},
+    "huge ids": {"messages": "[]", "tokens": '{"context": [], "owed": [1e400], "stop": null}'},
+    "true for an id": {"messages": "[]", "tokens": '{"context": [], "owed": [], "stop": true}'},
+    "another length": {
+        "messages": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]',
+        "tokens": '{"context": [1, 2], "owed": [], "stop": null}',
+    },
+}
+
+
+@pytest.mark.parametrize("notes", BAD_NOTES.values(), ids=BAD_NOTES)
+def test_a_saved_cache_with_bad_notes_is_refused_and_the_conversation_goes_on(tmp_path, notes):
+    from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
+
+    chat("remember Ada amber recall Ada", f"/save {tmp_path}/talk")
+    snapshot = read_snapshot(tmp_path / "talk")
+    vars(snapshot)["notes"] = notes
+    write_snapshot(tmp_path / "bad", snapshot)
+    result = chat("remember Ada amber recall Ada", f"/load {tmp_path}/bad", "recall Ada")
+    assert answers(result)[2] == "amber" and result.exit_code == 0
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "conversation" in line and "Traceback" not in result.output
+
+
+def test_what_a_file_says_is_no_terminal_command(tmp_path):
+    from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
+
+    chat("remember Ada amber recall Ada", f"/save {tmp_path}/talk")
+    snapshot = read_snapshot(tmp_path / "talk")
+    messages = [
+        {"role": "system", "content": "\x1b]0;owned\x07\x9b2J"},
+        *json.loads(snapshot.notes["messages"]),
+    ]
+    snapshot.notes["messages"] = json.dumps(messages)
+    write_snapshot(tmp_path / "bad", snapshot)
+    result = chat(f"/load {tmp_path}/bad")
+    assert "owned" in result.output and not set("\x1b\x07\x9b") & set(result.output)

@@ -149,4 +149,6 @@ def test_the_shape_of_a_cache_is_known_without_weights() -> None:
     model, _ = mlx_kvret.load("demo", backend="torch")
     assert shape == wing.hooks.attachment(model).layout.shape
     assert config["hidden_size"] == shape.hidden_size
-    assert wing.full_nbytes(model, 10) == 10 * shape.heads * shape.entry_bytes
+    cache = mlx_kvret.make_cache(model, 16)
+    run(model, torch.tensor([IDS[:20]]), cache)
+    assert wing.full_cache(model, cache) == (shape.heads, 20 * shape.heads * shape.entry_bytes)

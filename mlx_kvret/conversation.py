@@ -1,0 +1,366 @@
+"""What a model reads next in a conversation: token ids, from its chat template and from what was said.
+
+A cache holds token ids and forgets nothing but what it evicts, so nothing may be read twice, nothing be left
+open, and no answer be replaced by what a template makes of it (thoughts dropped, white space trimmed). What
+must be read is therefore never found by comparing texts. The conversation is rendered with a placeholder for
+every answer; what follows the last placeholder closes that answer, states the new message and opens the next
+answer, whatever the template did to the rest.
+
+Pure logic: the only thing it asks for is a tokenizer of transformers, or mlx-lm's wrapper around one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .core.plain import plain
+from .core.prompts import has_chat_template
+from .errors import CacheError, CheckpointError, ConfigError
+
+Message = dict[str, str]
+# plain words, so that no template and no filter has a reason to change them
+_ANSWER, _USER, _SYSTEM = "Quorvexa", "Brimlotu", "Zandofik"
+
+
+class Template:
+    """A tokenizer's chat template, and its tokens.
+
+    Raises:
+        ConfigError: the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not has_chat_template(tokenizer):
+            raise ConfigError(
+                "this model has no chat template; give the text as the model wants it to "
+                "`mlx-kvret generate --raw`"
+            )
+        self._tokenizer = _speaker(tokenizer)
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        self._control = tuple(token.content for token in added.values() if token.special)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The whole conversation as text, up to where the next answer begins.
+
+        Raises:
+            ConfigError: the template refuses it, or is broken.
+        """
+        try:
+            return self._rendered(messages)
+        except Exception as error:  # a template is a program of its author's
+            why = " ".join(plain(f"{type(error).__name__}: {error}", 400).split())
+            if messages[0]["role"] == "system" and self._renders(messages[1:]):
+                raise ConfigError(
+                    f"the model's chat template takes no system message ({why}); leave it out (--system) and "
+                    "put its text in front of the first message"
+                ) from error
+            raise ConfigError(
+                f"the model's chat template cannot render this conversation ({why}); mend the template in "
+                "the model's folder, or give the text as the model wants it to `mlx-kvret generate --raw`"
+            ) from error
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        given = [dict(message) for message in messages]
+        return str(self._tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False))
+
+    def _renders(self, messages: Sequence[Mapping[str, str]]) -> bool:
+        try:
+            return bool(self._rendered(messages))
+        except Exception:
+            return False
+
+    def encode(self, text: str, plainly: bool = False) -> list[int]:
+        """Token ids of rendered text, which has its own begin token; ``plainly``: without control tokens."""
+        options = {"split_special_tokens": True} if plainly else {}
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False, **options)]
+
+    def encode_after(self, word: str, text: str) -> list[int]:
+        """Token ids of text that stands behind a word, so without the space some tokenizers begin with."""
+        if not word:
+            return self.encode(text)
+        alone, joined = self.encode(word), self.encode(word + text)
+        return joined[len(alone) :] if joined[: len(alone)] == alone else self.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids)))
+
+    def holds_control(self, text: str) -> bool:
+        """Whether the tokenizer would find a control token in this text."""
+        return any(token in text for token in self._control)
+
+
+def _speaker(tokenizer: Any) -> Any:
+    """The tokenizer of transformers, whose template has the same defaults on every backend.
+
+    mlx-lm's wrapper would turn ``enable_thinking`` on or off by the vocabulary.
+    """
+    inner = getattr(tokenizer, "__dict__", {}).get("_tokenizer")
+    own_code = getattr(tokenizer, "__dict__", {}).get("_chat_template") is not None
+    return inner if hasattr(inner, "apply_chat_template") and not own_code else tokenizer
+
+
+def check_text(text: str) -> None:
+    """Refuse text with bytes that were no UTF-8, which Python carries as lone surrogates.
+
+    Raises:
+        ConfigError: names the first place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the text has no valid character at place {error.start} ({text[error.start]!r}); give UTF-8"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A user's turn: what the model has to read until it answers.
+
+    ``ids`` follow what the transcript holds; the first ``start`` of them have been read already, by a turn
+    that was broken off. ``ids[:head]`` close the last answer and open the turn, ``ids[tail:]`` close it and
+    open the answer.
+    """
+
+    text: str
+    ids: list[int]
+    head: int
+    tail: int
+    start: int = 0
+
+    @property
+    def new(self) -> list[int]:
+        """Token ids to read now."""
+        return self.ids[self.start :]
+
+
+class Transcript:
+    """A conversation as messages and as the token ids that are in a cache.
+
+    ``messages`` are an optional system message, then users' and assistant's in turn. :meth:`plan` says what
+    to read for a new turn and changes nothing that a failure would have to undo; :meth:`account` is told what
+    came of it.
+
+    Raises:
+        ConfigError: no chat template, one that is broken, or one that does not take the system message.
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
+        self.template = Template(tokenizer)
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.context: list[int] = []
+        # said, or begun by a turn that was broken off, and not in the cache yet
+        self._owed: list[int] = []
+        # the stop token that ended the last answer
+        self._stop: int | None = None
+        self._begun: tuple[Turn, int] | None = None
+        self._check_system()
+
+    def __len__(self) -> int:
+        """Tokens in the cache."""
+        return len(self.context) + (self._begun[1] if self._begun else 0)
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        first = self.messages[:1]
+        return first[0]["content"] if first and first[0]["role"] == "system" else None
+
+    @property
+    def ids(self) -> list[int]:
+        """What the cache has read, in order."""
+        return self.context + (self._begun[0].ids[: self._begun[1]] if self._begun else [])
+
+    def _check_system(self) -> None:
+        user, system = {"role": "user", "content": _USER}, {"role": "system", "content": _SYSTEM}
+        shown = self.template.render([*([] if self.system is None else [system]), user])
+        if self.system is not None and _SYSTEM not in shown:
+            raise ConfigError(
+                "the model's chat template drops the system message; leave it out (--system) and put its "
+                "text in front of the first message"
+            )
+
+    # ---------------------------------------------------------------- a turn
+
+    def plan(self, text: str) -> Turn:
+        """What must be read so that the model answers ``text``.
+
+        Raises:
+            ConfigError: the template refuses; the transcript is as before.
+        """
+        turn = self._plan(text)
+        if self._begun is None:
+            return turn
+        begun, read = self._begun
+        if turn.ids[:read] == begun.ids[:read] and len(turn.ids) > read:
+            return replace(turn, start=read)
+        closed = self._closed()
+        turn = closed._plan(text)
+        vars(self).update(vars(closed))
+        return turn
+
+    def account(self, turn: Turn, read: int, said: Sequence[int], text: str, stopped: bool) -> None:
+        """Take in what came of a turn.
+
+        Args:
+            read: tokens by which the cache has grown.
+            said: tokens of the answer, its stop token among them.
+            text: the answer as it was shown.
+            stopped: whether the last of ``said`` is a stop token; else the answer was cut.
+
+        Raises:
+            CacheError: the cache holds tokens that nobody knows.
+        """
+        if not said:
+            done = min(turn.start + read, len(turn.ids))
+            self._begun = (turn, done) if done else None
+        else:
+            known = turn.new + list(said)
+            self.messages += [
+                {"role": "user", "content": turn.text},
+                {"role": "assistant", "content": text},
+            ]
+            self.context += turn.ids[: turn.start] + known[:read]
+            self._owed, self._begun = known[read:], None
+            self._stop = said[-1] if stopped else None
+        if read > len(turn.new) + len(said):
+            raise CacheError(
+                f"the cache has read {read} tokens where the conversation has {len(turn.new) + len(said)}; "
+                "begin a new one"
+            )
+
+    def _closed(self) -> Transcript:
+        """A copy in which a turn that was broken off is over: the text cut where reading ended, no answer."""
+        copy: Transcript = object.__new__(Transcript)
+        vars(copy).update(vars(self))
+        if self._begun is None:
+            return copy
+        turn, read = self._begun
+        copy._owed = turn.ids[read : turn.head] + turn.ids[max(read, turn.tail) :]
+        cut = self.template.decode(turn.ids[turn.head : min(read, turn.tail)])
+        copy.context = self.context + turn.ids[:read]
+        copy.messages = [
+            *self.messages,
+            {"role": "user", "content": cut},
+            {"role": "assistant", "content": ""},
+        ]
+        copy._begun = copy._stop = None
+        return copy
+
+    def _plan(self, text: str) -> Turn:
+        check_text(text)
+        first = not self.messages or self.messages[-1]["role"] == "system"
+        anchor, word = "" if first else self._word(_ANSWER, text), self._word(_USER, text)
+        history = self.messages if first else self._history(anchor)
+        whole = self._after(anchor, [*history, {"role": "user", "content": text}])
+        probe = self._after(anchor, [*history, {"role": "user", "content": word}])
+        before, found, after = probe.partition(word)
+        if not found:
+            raise ConfigError("the model's chat template does not show the user's message; mend the template")
+        ids = self._encode(anchor, whole, before, text, after)
+        probed = self.template.encode_after(anchor, probe)
+        head = _common(ids, probed)
+        tail = len(ids) - min(_common(ids[::-1], probed[::-1]), len(ids) - head)
+        if not first and self._stop is not None:
+            closing = self.template.encode_after(anchor, before)
+            # the model has closed its answer itself, if not quite as the template would
+            done = closing.index(self._stop) + 1 if self._stop in closing else 0
+            if ids[:done] == closing[:done]:
+                ids, head, tail = ids[done:], max(head - done, 0), tail - done
+        owed = self._owed
+        return Turn(text, owed + ids, len(owed) + head, len(owed) + tail)
+
+    def _history(self, word: str) -> list[Message]:
+        """The messages with a placeholder for each answer, and without what the template would repeat."""
+        history = [
+            {"role": "assistant", "content": word} if m["role"] == "assistant" else m for m in self.messages
+        ]
+        if history[0]["role"] != "system":
+            return history
+        system = self._word(_SYSTEM)
+        user = {"role": "user", "content": self._word(_USER)}
+        # some templates put the system text in front of the newest message
+        repeated = system in self._after(word, [{"role": "system", "content": system}, *history[1:], user])
+        return history[1:] if repeated else history
+
+    def _after(self, word: str, messages: list[Message]) -> str:
+        rendered = self.template.render(messages)
+        _, found, after = rendered.rpartition(word) if word else ("", word, rendered)
+        if word and not found:
+            raise ConfigError(
+                "the model's chat template does not show earlier answers, so that nothing can be added to a "
+                "conversation; ask with `mlx-kvret generate`"
+            )
+        return after
+
+    def _encode(self, anchor: str, whole: str, before: str, text: str, after: str) -> list[int]:
+        """Token ids of a turn; control tokens in the user's own text are text."""
+        template = self.template
+        own = whole[len(before) : len(whole) - len(after)]
+        if template.holds_control(text) and whole == before + own + after:
+            opened, closed = template.encode_after(anchor, before), template.encode_after(_USER, after)
+            return opened + template.encode(own, plainly=True) + closed
+        return template.encode_after(anchor, whole)
+
+    def _word(self, word: str, *texts: str) -> str:
+        """A placeholder that occurs in no message."""
+        while any(word in text for text in (*(m["content"] for m in self.messages), *texts)):
+            word += word[-2:]
+        return word
+
+    # ---------------------------------------------------------------- beside a saved cache
+
+    def notes(self) -> dict[str, str]:
+        """What :meth:`resumed` needs, as texts to be saved beside the cache."""
+        closed = self._closed()
+        state = {"context": closed.context, "owed": closed._owed, "stop": closed._stop}
+        return {"messages": json.dumps(closed.messages), "tokens": json.dumps(state)}
+
+    @classmethod
+    def resumed(cls, tokenizer: Any, notes: Mapping[str, str], seen: int) -> Transcript:
+        """The transcript of a saved cache that has seen so many tokens.
+
+        Raises:
+            CheckpointError: the notes are not a conversation's, are damaged, or of another cache.
+        """
+        if "messages" not in notes or "tokens" not in notes:
+            raise CheckpointError(
+                "the file holds a cache but no conversation; give one that /save has written"
+            )
+        try:
+            messages, state = json.loads(notes["messages"]), json.loads(notes["tokens"])
+            context, owed, stop = state["context"], state["owed"], state["stop"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError("the conversation beside the cache is damaged; save it again") from error
+        _check_saved(messages, [context, owed, [] if stop is None else [stop]])
+        if len(context) != seen:
+            raise CheckpointError(
+                f"the conversation beside the cache has {len(context)} tokens, not {seen}; save it again"
+            )
+        found = cls(tokenizer)
+        found.messages, found.context, found._owed, found._stop = messages, context, owed, stop
+        found._check_system()
+        return found
+
+
+def _check_saved(messages: Any, ids: list[Any]) -> None:
+    whole = all(isinstance(row, list) and all(type(i) is int and 0 <= i < 2**31 for i in row) for row in ids)
+    texts = isinstance(messages, list) and all(
+        isinstance(m, dict)
+        and m.keys() == {"role", "content"}
+        and all(isinstance(v, str) for v in m.values())
+        for m in messages
+    )
+    roles = [m["role"] for m in messages] if texts else []
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    alternate = turns == ["user", "assistant"] * (len(turns) // 2)
+    if not (whole and texts and alternate and bool(turns) == bool(ids[0])):
+        raise CheckpointError("the conversation beside the cache is damaged; save it again")
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
