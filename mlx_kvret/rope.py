@@ -108,16 +108,18 @@ def loaded(
     given = options.pop("model_config", None) or {}
     meant = {**stored, **given}
     said = understand(meant)
-    changes = _flat(said, meant)
-    try:
-        network, config = load(folder, model_config=given | changes, **options)
-    except (ValueError, TypeError, KeyError, AssertionError):
-        plain = _plain(said, meant)
-        if plain is None:
-            raise
-        # the file refuses a kind of RoPE that can be put in afterwards
-        network, config = load(folder, model_config=given | changes | plain, **options)
-        changes |= plain
+    ways = [_flat(said, meant)]
+    if (plain := _plain(said, meant)) is not None:
+        # a kind that can be put in afterwards: some files refuse it, and mlx-lm's longrope drops how the
+        # model pairs numbers
+        ways.insert(0 if said.main is not None and said.main.kind == "longrope" else 1, plain)
+    for way, changes in enumerate(ways, 1):
+        try:
+            network, config = load(folder, model_config=given | changes, **options)
+            break
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+            if way == len(ways):
+                raise
     # the names that mlx-lm reads are none of the model's config
     config = {key: value for key, value in config.items() if key not in changes or key in meant}
     config |= {key: meant[key] for key in changes if key in meant}
@@ -130,7 +132,10 @@ def _flat(said: Understood, config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if said.main is not None:
         own = said.main.settings
-        found = {name: own.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+        theta, part = own.get("rope_theta"), own.get("partial_rotary_factor")
+        found = {"rope_theta": theta, "rotary_emb_base": theta}
+        found |= {"partial_rotary_factor": part, "rotary_pct": part}
+        found["rotary_dim"] = said.main.rotation().dims if part else None
         if said.main.kind != "default":
             found["rope_scaling"] = dict(own) | {"type": said.main.kind}
     if said.local is not None:
@@ -144,8 +149,7 @@ def _flat(said: Understood, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(said: Understood, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Settings of plain RoPE; None where they are plain, or where more depends on them than the rotation."""
-    inner = text_config(dict(config))
-    if said.main is None or said.main.kind == "default" or inner.get("kv_lora_rank"):
+    if said.main is None or said.main.kind == "default" or said.main.settings.get("mscale_all_dim"):
         return None
     theta = said.main.settings.get("rope_theta")
     changes = {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .core.budget import CacheShape
 from .core.checkpoint import GateCheckpoint, check_base
 from .core.fingerprint import fingerprint
 from .core.loading import check_loading, check_needless, unreadable_tokenizer
+from .core.model_folder import model_config as stored_config
 from .core.request import Sampling, check_eviction, eviction, own_eviction
 from .core.snapshot import read_snapshot, write_snapshot
 from .core.tensors import tensors_id
@@ -42,6 +43,8 @@ __all__ = [
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
+# how MLX says that weights are not those of the model
+_WEIGHTS = re.compile(r"Missing \d+ parameters|Received \d+ parameters not in model|Expected shape")
 # options of transformers, and why they do nothing here
 _TORCH_ONLY = {
     "device": "MLX computes on its default device; call mx.set_default_device",
@@ -111,6 +114,18 @@ def read_tokenizer(
         raise unreadable_tokenizer(folder, error) from error
 
 
+def plain_tokenizer(folder: Path) -> Any:
+    """A model folder's tokenizer of transformers, without mlx-lm's wrapping; None where there is none."""
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers of many makes raise what they like
+        raise unreadable_tokenizer(folder, error) from error
+
+
 def load_network(
     folder: Path, rope_length: int | None = None, **options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -118,8 +133,8 @@ def load_network(
 
     Its positions are what the config says, see :mod:`mlx_kvret.rope`; ``rope_length`` as there.
     """
+    stored = stored_config(folder)
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         network, config = rope.loaded(load_model, folder, stored, rope_length, **options)
     except KVRetError:
         raise
@@ -127,9 +142,14 @@ def load_network(
         raise CheckpointError(
             f"{folder} holds no model: {error}; expected config.json and safetensors"
         ) from error
-    except (json.JSONDecodeError, RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, MemoryError) as error:
         raise CheckpointError(f"{folder} is damaged ({error!r}); copy or download the model again") from error
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+    except (Exception, SystemExit) as error:
+        # model files take a config at its word, and end the process where a package they want is missing
+        if _WEIGHTS.search(str(error)):
+            raise CheckpointError(
+                f"{folder} does not hold the weights of its model: {error}; copy or download it again"
+            ) from error
         raise UnsupportedModelError(f"mlx-lm cannot load {folder}: {error}") from error
     return network, config
 
