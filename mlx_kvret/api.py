@@ -85,26 +85,35 @@ def make_cache(model: Any, budget: int | str | None = None, buffer: int | None =
         budget: M in tokens per KV head, or memory: ``"256MB"``; 1024 unless given.
         buffer: B, tokens per head it may grow beyond M before a compaction; M/8 unless given.
         options: of :class:`~mlx_kvret.core.config.EvictionConfig`: ``scope``, ``policy``, ``min_per_head``,
-            ``sinks``, ``window``, ``lookahead``, ``threshold``, ``seed``.
+            ``sinks``, ``window``, ``lookahead``, ``threshold``, ``policy_seed``.
     """
     return wing_of(model).make_cache(model, budget, buffer, **options)
 
 
-def generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
+def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
     """The text a model goes on with after a prompt, however long, within a fixed KV budget.
 
     Args:
-        prompt: text, or a list of token ids.
+        prompt: text; token ids as a list, or an array of numpy, torch or MLX, (n,) or (1, n); what
+            ``apply_chat_template`` returns; or messages, which are read through the chat template.
         budget, buffer and eviction options: as of :func:`make_cache`.
         max_tokens: the most tokens to generate (256).
         cache: a cache to go on with, whose tokens come before the prompt; instead of ``budget`` and the like.
+        temp, top_p, seed: draw tokens instead of taking the likeliest; a seed makes that repeatable.
+        sampler: log probabilities (1, V) to a token (1,), instead of ``temp`` and the like.
+        logits_processors: functions of the tokens and the logits that return logits.
+        prefill_step_size: tokens of the prompt read in one forward pass (2048).
+        prompt_progress_callback: called with tokens read and tokens in all.
         verbose: print the text as it comes, and figures at the end.
-        options: the backend's sampling options (mlx-lm: ``sampler``, ``logits_processors``, ...).
+        options: on MLX ``draft_model`` and ``num_draft_tokens``, as of mlx-lm.
+
+    Raises:
+        ConfigError: a prompt or an option that cannot work; a misspelt option names the nearest.
     """
     return str(wing_of(model).generate(model, tokenizer, prompt, **options))
 
 
-def stream_generate(model: Any, tokenizer: Any, prompt: str | list[int], **options: Any) -> Iterator[Any]:
+def stream_generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Iterator[Any]:
     """As :func:`generate`, by token: mlx-lm's response fields, ``seen``, ``entries`` and ``cache_nbytes``."""
     yield from wing_of(model).stream_generate(model, tokenizer, prompt, **options)
 

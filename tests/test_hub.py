@@ -26,11 +26,11 @@ def cached(home, name, *files):
     return folder / "snapshots" / COMMIT
 
 
-def resolved(home, name, what="model", **environment):
+def resolved(home, name, *options, **environment):
     """What :func:`hub.resolve` does in a process of its own: the hub reads its settings once."""
     code = "import sys; from mlx_kvret.hub import resolve; print(resolve(*sys.argv[1:]))"
     return subprocess.run(
-        [sys.executable, "-c", code, name, what],
+        [sys.executable, "-c", code, name, *options],
         env=os.environ | {"HF_HOME": str(home)} | environment,
         capture_output=True,
         text=True,
@@ -68,6 +68,32 @@ def test_offline_the_cache_is_used(tmp_path, what, file):
     assert done.stdout.strip() == str(snapshot), done.stderr
 
 
+@pytest.mark.parametrize("what", ["model", "gates"])
+def test_a_revision_is_that_one_or_none(tmp_path, what):
+    """What main has is never taken for another revision."""
+    main = cached(tmp_path, "org/name", "config.json")
+    other = main.with_name("f" * 40)
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (main.parent.parent / "refs" / "v2").write_text("f" * 40)
+    for revision, found in (("v2", other), ("f" * 40, other), ("main", main)):
+        done = resolved(tmp_path, "org/name", what, revision, HF_HUB_OFFLINE="1")
+        assert done.stdout.strip() == str(found), done.stderr
+    done = resolved(tmp_path, "org/name", what, "v3", HF_HUB_OFFLINE="1")
+    assert done.returncode and "ConfigError: org/name at revision v3 is no local folder" in done.stderr
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    with pytest.raises(ConfigError, match="revision v2 is of a hub repository"):
+        hub.resolve(tmp_path, "model", "v2")
+
+
+@pytest.mark.parametrize("name", [None, 3, b"org/name", ["org/name"]])
+def test_what_is_no_name(name):
+    with pytest.raises(ConfigError, match=r"the gates is .* expected a folder or a hub id"):
+        hub.resolve(name, "gates")
+
+
 def test_offline_and_not_in_the_cache(tmp_path):
     done = resolved(tmp_path, "org/name", HF_HUB_OFFLINE="1")
     assert done.returncode and "ConfigError: org/name is no local folder" in done.stderr
@@ -84,6 +110,7 @@ def test_no_network(tmp_path):
     [
         ("RepositoryNotFoundError", "no such public repository; check the spelling"),
         ("GatedRepoError", "grants access on request; ask for it there"),
+        ("RevisionNotFoundError", "no such revision; give a branch, a tag or a commit"),
         ("RuntimeError", r"cannot be downloaded \(first\); check the network"),
     ],
 )
@@ -92,7 +119,7 @@ def test_refusals_of_the_hub(monkeypatch, kind, says):
         def __init__(self):
             Exception.__init__(self, "first\nsecond")
 
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
         raise Refusal
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -106,11 +133,13 @@ def test_torch_files_are_fetched_for_gates_only(monkeypatch):
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
-        lambda name, allow_patterns: asked.append(allow_patterns) or name,
+        lambda name, revision, allow_patterns: asked.append(allow_patterns) or name,
     )
     hub.resolve("org/name", "gates")
     hub.resolve("org/name")
     assert ["*.pth" in patterns for patterns in asked] == [True, False]
+    hub.resolve("org/name", code=True)
+    assert ["*.py" in patterns for patterns in asked] == [False, False, True]
 
 
 def test_what_mlx_lm_downloaded_is_enough():

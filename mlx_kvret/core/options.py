@@ -34,7 +34,11 @@ def check_known(
 def nearest(name: str, known: Collection[str], others: Iterable[str] = ()) -> str:
     """Advice on a misspelt name: the nearest known one or one of ``others``, or all that are known."""
     lower = {word.lower(): word for word in (*others, *known)}
-    if close := difflib.get_close_matches(str(name).lower(), lower, n=1):
+    said = str(name).lower()
+    close = difflib.get_close_matches(said, lower, n=1) or [
+        word for word in lower if min(len(said), len(word)) > 3 and (said in word or word in said)
+    ]
+    if close:
         return f"did you mean {lower[close[0]]}?"
     return f"there are {', '.join(sorted(known))}"
 
