@@ -17,11 +17,11 @@ from mlx_kvret.core.checkpoint import (
     CONFIG_FILE,
     GateCheckpoint,
     load_gates,
-    read_json,
     read_manifest,
     save_gates,
 )
 from mlx_kvret.core.files import require_free
+from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 from . import torch_form, trimkv
@@ -144,7 +144,7 @@ def convert(
     target, form, source = require_free(dst), detect(src), load_any(src)
     base = None
     if model is not None:
-        base = read_json(Path(model).expanduser() / trimkv.CONFIG_FILE)
+        base = model_config(Path(model).expanduser())
         source.check_model(base, str(model))
 
     result = source if dtype is None else cast(source, dtype)

@@ -20,6 +20,12 @@ def free_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine refused an allocation; the CPU's error has no type of its own."""
+    own = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return own or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def explained(model: PreTrainedModel, cache: BoundedCache, ids: torch.Tensor, chunk: int) -> Iterator[None]:
     """Turn running out of memory into an error that helps; the cache stays as it was before the pass.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mlx_kvret import demo
@@ -15,17 +16,25 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint, check_base
 from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.core.loading import check_loading, check_needless, unreadable_tokenizer
+from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.core.options import of_type
 from mlx_kvret.core.request import Sampling, eviction
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import tensors_id
-from mlx_kvret.errors import CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
+from mlx_kvret.errors import (
+    CheckpointError,
+    ConfigError,
+    KVRetError,
+    MissingDependencyError,
+    UnsupportedModelError,
+)
 from mlx_kvret.hub import resolve
 
 from . import hooks, snapshots
 from .cache import BoundedCache
 from .gates import from_checkpoint
 from .generation import generate, stream_generate
+from .memory import out_of_memory
 from .probe import refusals
 from .sampling import sampler_of
 
@@ -93,7 +102,7 @@ def load(
     folder = resolve(model, "model", revision, trust_remote_code)
     checkpoint = None if gates is None else read_gates(gates, gates_revision)
     given = {name: value for name, value in options.items() if value is not None}
-    network: Any = _load_model(folder, trust_remote_code=trust_remote_code, **given)
+    network: Any = load_model(folder, trust_remote_code=trust_remote_code, **given)
     if device_map is None:
         network.to(where)
     return attach(network, checkpoint), read_tokenizer(folder, trust_remote_code, tokenizer_config)
@@ -156,19 +165,27 @@ def check_versions() -> None:
             )
 
 
-def _load_model(folder: Path, **options: Any) -> PreTrainedModel:
-    """transformers' loader with errors that say what to do."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json; expected a model folder with safetensors")
+def load_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """transformers' loader with errors that say what to do; code in the folder is not run unless asked for.
+
+    Raises:
+        CheckpointError: the folder is damaged or incomplete.
+        UnsupportedModelError: transformers does not know the architecture.
+        MissingDependencyError: the model needs a package that is not there.
+    """
+    model_config(folder)
     try:
+        options = {"trust_remote_code": False} | options
         network, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{folder} holds no whole model ({error}); copy or download it again"
         ) from error
     except ImportError as error:
         raise MissingDependencyError(f"transformers cannot load {folder}: {error}") from error
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # model files take a config at its word
         raise UnsupportedModelError(f"transformers cannot load {folder}: {error}") from error
     # transformers fills them with random numbers and says so in a warning
     if missing := sorted(report["missing_keys"]):
@@ -254,8 +271,14 @@ def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; no weights are read."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with refusals(config.model_type), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with refusals(config.model_type), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except KVRetError:
+        raise
+    except Exception as error:  # model files take a config at its word
+        raise UnsupportedModelError(f"transformers cannot load {folder}: {error}") from error
     shape = hooks.shape_of(model.eval())
     return config.to_dict(), shape

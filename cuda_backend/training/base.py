@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from mlx_kvret.core.loading import required
 from mlx_kvret.errors import ConfigError, TrainingError, UnsupportedModelError
 from mlx_kvret.training.memory import Memory
 from mlx_kvret.training.run import Base
 
+from ..memory import out_of_memory
+from ..wing import load_model, read_tokenizer
 from .attention import ROWS
 from .loss import CHUNK_ELEMENTS
 
@@ -32,26 +35,18 @@ def load(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrainedMode
     """Model and tokenizer.
 
     Raises:
-        ConfigError: the files are damaged or incomplete.
+        CheckpointError: the files are damaged or incomplete.
         UnsupportedModelError: transformers does not know the architecture.
+        TrainingError: it does not fit in memory.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = required(read_tokenizer(folder), folder)
+        model: Any = load_model(folder, dtype=dtype)
         return model.to(device), tokenizer
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"transformers cannot open {folder}: {_first_line(error)}") from error
-    except Exception as error:  # whatever its loaders meet in a damaged folder
-        if out_of_memory(error):
-            raise TrainingError(f"{folder} does not fit on {device}; use a smaller model") from error
-        raise ConfigError(
-            f"cannot open the model in {folder}: {_first_line(error)}; copy or download it again"
-        ) from error
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine refused an allocation; the CPU's error has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(f"{folder} does not fit on {device}; use a smaller model") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -90,6 +85,3 @@ def memory_of(
         chunk=_LOGIT_COPIES * CHUNK_ELEMENTS,
     )
 
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

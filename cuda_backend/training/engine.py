@@ -21,7 +21,7 @@ from mlx_kvret.training.run import Base, Run, RunOptions
 
 from ..gates import RetentionGates, to_arrays
 from ..kernels.soft_size import soft_size
-from ..memory import free_bytes
+from ..memory import free_bytes, out_of_memory
 from . import base
 from .processes import Processes, join
 from .step import gradient
@@ -77,7 +77,7 @@ class Engine:
         try:
             return gradient(self.student, self.gates, batch, self.config, self.processes, rows, slack)
         except RuntimeError as error:
-            if not base.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             device = self.processes.device
             advice = self.memory.advice(free_bytes(device) or 0)

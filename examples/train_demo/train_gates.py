@@ -53,7 +53,7 @@ def train(model_folder: str | Path, name: str, seed: int, folder: str | Path, st
     """
     torch.set_num_threads(1)
     variant, device = VARIANTS[name], "cuda" if torch.cuda.is_available() else "cpu"
-    student = Student(AutoModelForCausalLM.from_pretrained(model_folder).to(device))
+    student = Student(AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=False).to(device))
     torch.manual_seed(seed)
     rng = np.random.default_rng(1000 + seed)
     gates = RetentionGates(gate_config(variant)).to(device)

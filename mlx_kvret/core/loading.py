@@ -60,6 +60,17 @@ def check_needless(tokenizer_config: Mapping[str, Any] | None, folder: Path) -> 
         raise ConfigError(f"tokenizer_config is given, and {folder} has no tokenizer; drop it")
 
 
+def required(tokenizer: Any, folder: Path) -> Any:
+    """A model folder's tokenizer.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if tokenizer is None:
+        raise CheckpointError(f"{folder} has no tokenizer, so no text can be read; add its tokenizer's files")
+    return tokenizer
+
+
 def unreadable_tokenizer(folder: Path, error: Exception) -> CheckpointError:
     """What to raise for a folder whose tokenizer cannot be loaded."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -275,10 +275,10 @@ def test_bad_records_met_on_the_way(chats, tmp_path):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"model_type": "unheard_of"}, UnsupportedModelError, "transformers cannot open"),
+        ({"model_type": "unheard_of"}, UnsupportedModelError, "transformers cannot load"),
         ({"quantization": {"bits": 4}}, UnsupportedModelError, "quantised for MLX"),
         ({"max_position_embeddings": 32}, ConfigError, "length is 64 tokens, the model was made for 32"),
-        ({"hidden_size": 128}, ConfigError, "cannot open the model"),
+        ({"hidden_size": 128}, CheckpointError, "holds no whole model"),
     ],
 )
 def test_refuses_models(chats, tmp_path, change, error, message):

@@ -10,14 +10,14 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from transformers import AutoTokenizer
 
+from ...core.loading import required
 from ...core.tensors import Tensor
 from ...core.types import Floats
 from ...errors import ConfigError, TrainingError
 from ...gates import DTYPES, RetentionGates, to_array, to_tensor
 from ...memory import free_bytes
-from ...wing import load_network
+from ...wing import load_network, plain_tokenizer
 from ..config import TrainConfig
 from ..packing import Batch
 from ..profile import profile
@@ -62,7 +62,7 @@ class Engine:
         if config.dtype != "auto":
             network.set_dtype(DTYPES[config.dtype])
         mx.eval(network.parameters())
-        self.tokenizer = AutoTokenizer.from_pretrained(base.folder)
+        self.tokenizer = required(plain_tokenizer(base.folder), base.folder)
         self.student = Student(network, options.recompute)
         self.packs = self.student.packs
         shape = (self.student.layers, self.student.kv_heads, self.student.hidden_size)
