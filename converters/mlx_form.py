@@ -26,6 +26,7 @@ from mlx_kvret.core.checkpoint import (
 )
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.files import whole_folder
+from mlx_kvret.core.reading import exactly
 from mlx_kvret.core.tensors import FLOATS, Tensor, read_tensors, write_tensors
 from mlx_kvret.errors import CheckpointError, ConfigError
 from mlx_kvret.gates import RetentionGates, from_checkpoint, to_array, to_tensor
@@ -135,27 +136,38 @@ def _load(folder: Path) -> tuple[RetentionGates, dict[str, Any]]:
     dtype, stored = more.get("dtype"), more.get("quantization")
     if dtype not in (None, *DTYPES):
         raise CheckpointError(f"{folder} has dtype {dtype!r}; expected null or one of {', '.join(DTYPES)}")
-    gates = RetentionGates(config)
     if stored is not None:
         sizes = [size for size in GROUP_SIZES if _divides(size, config)]
-        if stored not in [{"bits": BITS, "group_size": size} for size in sizes]:
+        if not any(exactly(stored, {"bits": BITS, "group_size": size}) for size in sizes):
             raise CheckpointError(
                 f"{folder} has quantization {stored!r}; expected null or {BITS} bits in groups of "
                 f"{', '.join(map(str, GROUP_SIZES))} that divide hidden size and width; convert it again"
             )
-        _quantize(gates, stored["group_size"])
     tensors = read_tensors(folder / TENSOR_FILE)
     floats = (DTYPES[dtype],) if dtype else FLOATS
-    check_tensors(
-        tensors,
-        {
-            name: (array.shape, ("U32",) if array.dtype == mx.uint32 else floats)
-            for name, array in _parameters(gates).items()
-        },
-    )
+    # before anything is made in the sizes of the file
+    check_tensors(tensors, _expected(config, stored["group_size"] if stored else None, floats))
+    gates = RetentionGates(config)
+    if stored is not None:
+        _quantize(gates, stored["group_size"])
     gates.load_weights([(name, _to_array(tensor)) for name, tensor in tensors.items()])
     gates.freeze()
     return gates, provenance
+
+
+def _expected(
+    config: GateConfig, group: int | None, floats: tuple[str, ...]
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and types of every tensor of the form, by name."""
+    expected = {}
+    for name, shape in config.tensor_shapes().items():
+        expected[name] = shape, floats
+        owner, _, kind = name.rpartition(".")
+        if group and kind == "weight" and not owner.endswith(config.projections[-1]):
+            expected[name] = (shape[0], shape[1] * BITS // 32), ("U32",)
+            for part in ("scales", "biases"):
+                expected[f"{owner}.{part}"] = (shape[0], shape[1] // group), floats
+    return expected
 
 
 def _parameters(gates: RetentionGates) -> dict[str, mx.array]:

@@ -11,9 +11,12 @@ from typing import Any
 
 from mlx_kvret.core.config import ACTIVATIONS, EvictionDefaults, GateConfig
 from mlx_kvret.core.fingerprint import fingerprint, text_config
+from mlx_kvret.core.reading import exactly
 from mlx_kvret.errors import CheckpointError, ConfigError
 
 DEFAULT_BIAS = 18.0
+# more than any model has: a loop over what a damaged file says must end
+_MOST_LAYERS = 65_536
 # ours: the authors' code looks at fields it knows
 EVICTION = "kvret_eviction"
 _ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
@@ -22,7 +25,10 @@ _ATTENTION = ("full_attention", "attention")
 
 def claims_tied(config: dict[str, Any]) -> bool:
     """Whether the last projection and the bias are said to be the same in every layer."""
-    return bool(_field(config, "tie_retention_gate_layers", True))
+    tied = _field(config, "tie_retention_gate_layers", True)
+    if not isinstance(tied, bool):
+        raise CheckpointError(f"tie_retention_gate_layers is {tied!r} in config.json; expected true or false")
+    return tied
 
 
 def to_gate_config(
@@ -44,7 +50,7 @@ def to_gate_config(
     if wrong := [
         f"{name} is {says!r} in config.json, {is_!r} in the tensors"
         for name, (says, is_) in stated.items()
-        if says not in (None, is_)
+        if says is not None and not exactly(says, is_)
     ]:
         raise CheckpointError(f"{'; '.join(wrong)}; the two files do not belong together")
     _check_layers(text, layers)
@@ -65,7 +71,7 @@ def to_gate_config(
             bias_init=float(bias),
             shared_projection=shared_projection,
             training_budget=int(memory) if whole else None,
-            base_model=str(_field(config, "base_model") or ""),
+            base_model=_field(config, "base_model") or "",
             base_fingerprint=fingerprint(config),
             eviction=eviction_defaults(config, kind),
         )
@@ -126,8 +132,12 @@ def gated_layers(config: dict[str, Any], count: int) -> list[int]:
 
 def _check_layers(text: dict[str, Any], layers: list[int]) -> None:
     total = text.get("num_hidden_layers")
-    if not isinstance(total, int):
+    if total is None:
         return
+    if not isinstance(total, int) or isinstance(total, bool) or not 0 < total <= _MOST_LAYERS:
+        raise CheckpointError(
+            f"num_hidden_layers is {total!r} in config.json; expected a number from 1 to {_MOST_LAYERS}"
+        )
     if beyond := [layer for layer in layers if layer >= total]:
         raise CheckpointError(f"there are gates for layer {beyond[0]}, config.json has {total} layers")
     full = _attention_layers(text)

@@ -107,7 +107,7 @@ def test_a_damaged_model_is_one_clear_error(folder, backend, damage):
 @pytest.mark.parametrize("damage", TOKENIZER.values(), ids=TOKENIZER)
 def test_a_damaged_tokenizer_is_one_clear_error(folder, backend, damage):
     damage(folder)
-    with pytest.raises(CheckpointError, match="the tokenizer of .* cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded"):
         mlx_kvret.load(folder, backend=backend)
 
 
