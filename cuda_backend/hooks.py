@@ -7,7 +7,7 @@ model's own. The decoder announces each forward pass to its cache, and undoes it
 
 from __future__ import annotations
 
-import sys
+import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,17 +26,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig, GateConfig
 from mlx_kvret.core.machine import check_fits
-from mlx_kvret.core.request import NO_GATES
+from mlx_kvret.core.request import NO_GATES, own_eviction
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
+from . import hosts
 from .cache import BoundedCache, BoundedKVCache
 from .gates import RetentionGates
 from .memory import free_bytes
 from .modules import attention_modules
 from .probe import Layout, layout_of, probe, stock_layers
+from .rope import Fixed, fix
 from .snapshots import reopen
 
+# what names of our attention functions begin with
+NAME = "kvret_"
 # the bounded cache of the forward pass that is under way
 _running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)
 
@@ -48,7 +52,9 @@ class Attachment:
     layout: Layout
     gates: RetentionGates | None
     owner: dict[str, str]
+    eviction: EvictionConfig
     implementation: str
+    rope: Fixed
     handles: list[Any] = field(default_factory=list)
 
     @property
@@ -62,29 +68,41 @@ def attachment(model: nn.Module) -> Attachment | None:
     return found
 
 
-def install(model: PreTrainedModel, gates: RetentionGates | None, owner: dict[str, str]) -> Attachment:
-    """Hook a model that is not hooked yet.
+def install(
+    model: PreTrainedModel,
+    gates: RetentionGates | None,
+    owner: dict[str, str],
+    options: dict[str, Any] | None = None,
+) -> Attachment:
+    """Hook a model that is not hooked yet; ``options`` are those of the caches it makes itself.
 
     Raises:
+        ConfigError: ``options`` cannot work.
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
     stock = model.config._attn_implementation
     hidden: dict[int, int] = {}
     handles = _observers(model, hidden)
-    decoder = model.get_decoder()
+    decoder, rope = model.get_decoder(), Fixed()
     handles.append(decoder.register_forward_pre_hook(_begin, with_kwargs=True))
     handles.append(decoder.register_forward_hook(_end, with_kwargs=True, always_call=True))
     try:
+        rope = fix(model, vars(model).get("_kvret_rope_length"))
         hooked = partial(model.set_attn_implementation, implementation(stock))
         layout = probe(model, hooked, hidden)
         if gates is not None:
             gated = layout.check_gates(gates)
             gates.to(layout.device).stack(gated)
+        own = own_eviction(layout.shape, None if gates is None else gates.config, options or {})
     except BaseException:
         _unhook(model, handles, stock)
+        rope.restore(model)
         raise
-    made = Attachment(layout, gates, owner, stock, handles)
+    if rope.mark:
+        owner = owner | {"model": owner.get("model", "") + rope.mark}
+    made = Attachment(layout, gates, owner, own, stock, rope, handles)
     vars(model)["_kvret"] = made
+    hosts.prepare(model, _own_cache)
     return made
 
 
@@ -93,6 +111,8 @@ def remove(model: PreTrainedModel) -> None:
     made = attachment(model)
     if made is not None:
         _unhook(model, made.handles, made.implementation)
+        made.rope.restore(model)
+        hosts.release(model)
         del vars(model)["_kvret"]
 
 
@@ -106,6 +126,13 @@ def new_cache(model: PreTrainedModel, made: Attachment, config: EvictionConfig) 
         raise ConfigError(NO_GATES)
     check_fits(made.layout.shape, config, free_bytes(made.layout.device))
     return made.layout.bounded_cache(stock_layers(model), config, made.gates, made.owner)
+
+
+def _own_cache(model: PreTrainedModel) -> BoundedCache:
+    """What an attached model's ``generate`` uses where it is given no cache."""
+    made = attachment(model)
+    assert made is not None
+    return new_cache(model, made, made.eviction)
 
 
 def shape_of(model: PreTrainedModel) -> CacheShape:
@@ -153,11 +180,18 @@ def _bounded(args: Any, kwargs: dict[str, Any]) -> BoundedCache | None:
     return found[0] if found else None
 
 
-def _begin(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _begin(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     cache = _bounded(args, kwargs)
     _running.set(None)
     if cache is None:
-        return
+        return None
+    hosts.renamed(decoder, kwargs)
+    now = decoder.config._attn_implementation
+    if cache.shared is not None and not str(now).startswith(NAME):
+        raise UnsupportedFeatureError(
+            f"the model's attention was set to {now!r} after it was attached, which knows no bounded cache; "
+            "attach it again"
+        )
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         raise UnsupportedFeatureError(
@@ -167,6 +201,7 @@ def _begin(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     ids = next(v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if v is not None)
     cache.begin(ids.shape[0], mask)
     _running.set(cache)
+    return args, kwargs
 
 
 def _end(decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -198,7 +233,7 @@ def implementation(stock: str) -> str:
     if stock not in ("eager", "sdpa"):
         # ours replaces it where it matters; sliding-window layers are short
         stock = "sdpa"
-    name = f"kvret_{stock}"
+    name = f"{NAME}{stock}"
     AttentionInterface.register(name, partial(_attention, stock))
     AttentionMaskInterface.register(name, partial(_mask, stock))
     return name
@@ -215,7 +250,8 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     owner = BoundedKVCache.owner_of(key)
     if owner is None:
-        default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        # where the model's file has it, which need not be a module that was imported by name
+        default: Any = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
         function = ALL_ATTENTION_FUNCTIONS.get_interface(stock, default)
         out: tuple[torch.Tensor, torch.Tensor | None] = function(
             module, query, key, value, attention_mask, **options

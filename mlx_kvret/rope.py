@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.utils import load_config
 
 from .core.fingerprint import text_config
 from .core.rope import Rope
@@ -35,9 +36,6 @@ PARTIAL = (
 )  # fmt: skip
 # text has one position a token, on which these have no effect
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
-REFUSED = {
-    ("phimoe", "longrope"): "transformers and mlx-lm use different factors",
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,8 @@ def loaded(
         UnsupportedModelError, ConfigError: as :func:`fitted`; whatever ``load`` raises.
     """
     given = options.pop("model_config", None) or {}
-    meant = {**stored, **given}
+    # mlx-lm reads numbers such as infinity that JSON has no form for
+    meant = {**stored, **load_config(folder), **given}
     said = understand(meant)
     ways = [_flat(said, meant)]
     if (plain := _plain(said, meant)) is not None:
@@ -228,10 +227,6 @@ def _fixed(said: Understood, model: nn.Module, length: int | None) -> int | None
     extra = _read_by(model, said)
     for rope in said.ropes.values():
         rope.check_keys(extra)
-        if why := REFUSED.get((said.name, rope.kind)):
-            raise UnsupportedModelError(
-                f"{said.name} models with rope_type {rope.kind} cannot be bounded: {why}; use another model"
-            )
     depending = [rope for rope in said.ropes.values() if rope.depends_on_length]
     for rope in depending or list(said.ropes.values())[:1]:
         fixed = rope.fixed_length(length)

@@ -35,7 +35,8 @@ def compared(family: str, kind: str) -> str:
         except Exception as error:
             return f"no model: {type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"
         try:
-            model, _ = mlx_kvret.load(folder, backend="mlx", **({"rope_length": LENGTH} if kind == "dynamic" else {}))
+            length = {"rope_length": LENGTH} if kind in ("longrope", "dynamic") else {}
+            model, _ = mlx_kvret.load(folder, backend="mlx", **length)
             cache = mlx_kvret.make_cache(model, budget=64, policy="recent")
             chunks = [model(mx.array(part), cache=cache)[0] for part in np.split(ids, [20, 40, 41], 1)]
             found = np.concatenate([np.array(chunk.astype(mx.float32)) for chunk in chunks])

@@ -20,6 +20,13 @@ Floats = npt.NDArray[np.float64]
 
 # kinds whose frequencies depend on how long the text is
 BY_LENGTH = ("longrope", "dynamic")
+_UNFIXED = {
+    (
+        "phimoe",
+        "longrope",
+    ): "their scale changes with the length apart from the frequencies, which mlx-lm and "
+    "transformers choose differently"
+}
 _SAME = {"su": "longrope", "deepseek_yarn": "yarn", "telechat3-yarn": "yarn", "mrope": "default"}
 _KEYS = {
     "default": (),
@@ -95,8 +102,12 @@ class Rope:
 
         Raises:
             ConfigError: a length that is none, or for a model whose frequencies do not depend on it.
-            UnsupportedModelError: no length where there is no default.
+            UnsupportedModelError: no length where there is no default, or no length can be fixed.
         """
+        if why := _UNFIXED.get((self.name, self.kind)):
+            raise UnsupportedModelError(
+                f"{self.name} models with rope_type {self.kind} cannot be bounded: {why}; use another model"
+            )
         if not self.depends_on_length:
             if length is not None:
                 raise ConfigError(

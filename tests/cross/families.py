@@ -79,7 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": _SLIDING,
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi": {},
-    "phi3": {},
+    "phi3": {"original_max_position_embeddings": 16},
     "phimoe": {"num_local_experts": 4, "sliding_window": None},
     "qwen2": {},
     "qwen2_moe": _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 16},
