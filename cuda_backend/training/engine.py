@@ -11,7 +11,7 @@ import torch
 
 from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.core.types import Floats
-from mlx_kvret.errors import TrainingError
+from mlx_kvret.errors import CheckpointError, TrainingError
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.packing import Batch
 from mlx_kvret.training.profile import profile
@@ -112,12 +112,23 @@ class Engine:
             if step:
                 moments = {mine: stored(kind, name, weight) for mine, kind in _MOMENTS.items()}
                 self.optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
-        states = {name: tensors.get(f"random.{name}") for name in _generators()}
-        if cpu := states.pop("torch"):
-            torch.set_rng_state(torch.from_numpy(cpu.bits.copy()))
-        for index, own in enumerate(states.values()):
-            if own:
-                torch.cuda.set_rng_state(torch.from_numpy(own.bits.copy()), index)
+        now = _generators()
+        states = {name: tensors.get(f"random.{name}") for name in now}
+        if any(state and state.shape != tuple(now[name].shape) for name, state in states.items()):
+            raise CheckpointError(
+                "the checkpoint holds the state of another release's random generator; resume with the torch "
+                "it was written by"
+            )
+        try:
+            if cpu := states.pop("torch"):
+                torch.set_rng_state(torch.from_numpy(cpu.bits.copy()))
+            for index, own in enumerate(states.values()):
+                if own:
+                    torch.cuda.set_rng_state(torch.from_numpy(own.bits.copy()), index)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint holds no state of a random generator ({error}); start again elsewhere"
+            ) from error
 
     def profile(self, batch: Batch) -> dict[str, Any]:
         rows, device = slice(0, self.options.micro_batch), self.processes.device

@@ -57,24 +57,27 @@ def _parts(head: Head, student: torch.Tensor, teacher: torch.Tensor, target: tor
     return torch.stack([kl, nll_loss(given, target, reduction="sum")])
 
 
-def capacity(size: torch.Tensor, position: torch.Tensor, budget: int, scope: str) -> torch.Tensor:
+def capacity(
+    size: torch.Tensor, position: torch.Tensor, budget: int, scope: str, slack: float = 0.0
+) -> torch.Tensor:
     """Sum of the hinge on the soft cache size over :func:`active` positions.
 
-    With N = L·H heads, global: ``max(0, (Σ_heads S_t - M·N) / max(t·N - M·N, 1))``. Per head: the mean over
-    heads of the same with N = 1.
+    With N = L·H heads, global: ``max(0, (Σ_heads S_t - M·N) / max(t·N - M·N, 1) - slack)``. Per head: the
+    mean over heads of the same with N = 1.
 
     Args:
         size: S (B, N, T) from :func:`cuda_backend.kernels.soft_size.soft_size`.
         position: t (B, T), 0-based within the document; negative where padded.
         budget: M.
         scope: ``"global"`` or ``"head"``.
+        slack: share of what lies between M and the full cache that costs nothing.
     """
     if scope == "global":
         size, heads = size.sum(1, keepdim=True), size.shape[1]
     else:
         heads = 1
     room = ((position - budget) * heads).clamp(min=1)[:, None]
-    excess = ((size - budget * heads) / room).clamp(min=0)
+    excess = ((size - budget * heads) / room - slack).clamp(min=0)
     return (excess.mean(1) * active(position, budget)).sum()
 
 

@@ -23,8 +23,12 @@ def gradient(
     config: TrainConfig,
     processes: Processes,
     micro_batch: int,
+    slack: float = 0.0,
 ) -> Losses:
-    """Leave the batch's gradient in the gates, the same in every process; returns the mean losses."""
+    """Leave the batch's gradient in the gates, the same in every process; returns the mean losses.
+
+    ``slack`` as in :func:`.loss.capacity`.
+    """
     gates.zero_grad()
     learnt = max(int(batch.learn.sum()), 1)
     over = max(int(active(torch.from_numpy(batch.position), config.budget).sum()), 1)
@@ -34,7 +38,7 @@ def gradient(
         chosen = rows[first : first + micro_batch]
         if (batch.position[chosen] < 0).all():
             continue
-        kl, ce, hinge, size = _forward(student, gates, batch, chosen, config, processes.device)
+        kl, ce, hinge, size = _forward(student, gates, batch, chosen, config, processes.device, slack)
         loss = (kl + ce) / (2 * learnt) + config.capacity_weight * hinge / over
         loss.backward()
         sums += torch.stack([kl, ce, hinge, size]).detach()
@@ -50,6 +54,7 @@ def _forward(
     rows: list[int],
     config: TrainConfig,
     device: torch.device,
+    slack: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over some rows: KL, cross-entropy, hinge of the capacity, soft size over heads and tokens."""
     ids, starts, position, learn = (
@@ -57,13 +62,13 @@ def _forward(
         for array in (batch.ids, batch.starts, batch.position, batch.learn)
     )
     teacher = student.teach(ids, starts).hidden
-    trace = student.learn(ids, starts, gates)
+    trace = student.learn(ids, starts, gates, config.sinks)
     assert trace.log_beta is not None
     target = ids.roll(-1, 1)[learn]
     vocabulary = student.model.config.get_text_config().vocab_size
     kl, ce = distillation(student.logits, trace.hidden[learn], teacher[learn], target, vocabulary)
     size = soft_size(trace.log_beta, starts)
-    hinge = capacity(size, position, config.budget, config.scope)
+    hinge = capacity(size, position, config.budget, config.scope, slack)
     return kl, ce, hinge, (size.detach() * (position >= 0)[:, None]).sum()
 
 

@@ -48,6 +48,7 @@ class Student:
         self.model = model.eval().requires_grad_(False)
         self._active: RetentionGates | None = None
         self._documents: PackedMask | None = None
+        self._lasting: torch.Tensor | None = None
         self._shapes: dict[int, tuple[int, int]] = {}
         self._collected: dict[int, torch.Tensor] | None = None
         self._stock = model.config._attn_implementation
@@ -108,15 +109,16 @@ class Student:
         with torch.no_grad():
             return self._run(ids, starts, None)
 
-    def learn(self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates) -> Trace:
+    def learn(self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates, sinks: int = 0) -> Trace:
         """Fading attention over packed documents.
 
         The backward pass must come before the next forward pass, for layers may be recomputed in it.
 
         Args:
             ids: (B, T) tokens. ``starts`` (B, T): the place at which each token's document begins.
+            sinks: first tokens of each document that do not fade.
         """
-        return self._run(ids, starts, gates)
+        return self._run(ids, starts, gates, sinks)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states (N, hidden) to logits (N, vocabulary), by the model's own head."""
@@ -128,9 +130,12 @@ class Student:
         finally:
             del decoder.forward
 
-    def _run(self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates | None) -> Trace:
+    def _run(
+        self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates | None, sinks: int = 0
+    ) -> Trace:
         self._active, self._documents, self._collected = gates, PackedMask(starts), {}
         position = torch.arange(ids.shape[1], device=ids.device) - starts
+        self._lasting = (position < sinks)[..., None] if sinks else None
         out = self.model.get_decoder()(input_ids=ids, position_ids=position, use_cache=False)
         collected, self._collected = self._collected, None
         if gates is None:
@@ -152,6 +157,8 @@ class Student:
         if self._active is None:
             return None
         log_beta = self._active.log_beta(layer, x)
+        if self._lasting is not None:
+            log_beta = log_beta.masked_fill(self._lasting, 0.0)
         # None while a layer is recomputed
         if self._collected is not None:
             self._collected[layer] = log_beta

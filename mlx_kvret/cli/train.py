@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..training.config import TrainConfig
+from ..training.config import PAPER, TrainConfig
 
 EXAMPLES = """
 \b
@@ -20,6 +20,9 @@ Examples:
   mlx-kvret train ./model --data book.txt --data more.jsonl --kind rg --scope head --output run
   mlx-kvret train ./qwen3-4b-4bit --data chats.jsonl --length 8192 --output run  # on a Mac
   mlx-kvret train ./model --data chats.jsonl --output run --resume
+  mlx-kvret train ./model --data self --output run                       # the model writes the texts
+  mlx-kvret train ./model --data self --data book.txt --output run       # and goes on with yours
+  mlx-kvret train --output run --export gates-so-far                     # from a run that is not over
   accelerate launch --num_processes 4 "$(which mlx-kvret)" train ./model --data chats.jsonl --output run
 
 The output folder holds log.csv, plots.png, the run's last checkpoint and, at the end, the gates in its
@@ -28,25 +31,28 @@ folder "gates", ready for `mlx-kvret generate --gates run/gates`.
 
 
 def _setting(name: str, text: str, metavar: str | None = None) -> Any:
-    """An option for a field of TrainConfig, with its default."""
+    """An option for a field of TrainConfig; None if it was not given, so that a preset may speak."""
+    default = getattr(TrainConfig, name)
+    paper = f"; paper: {PAPER[name]:g}" if name in PAPER else ""
     return click.option(
         f"--{name.replace('_', '-')}",
-        default=getattr(TrainConfig, name),
-        show_default=True,
+        type=type(default),
         metavar=metavar,
-        help=text,
+        help=f"{text}  [default: {default}{paper}]",
     )
 
 
 @click.command("train", epilog=EXAMPLES)
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option(
     "--data",
     "files",
     multiple=True,
     metavar="FILE",
-    help="A .txt file (one document) or .jsonl file (per line an object with text or messages). Repeatable.",
+    help="A .txt file (one document) or .jsonl file (per line an object with text or messages); or self: "
+    "the model writes the texts, going on with those of other files if there are any. Repeatable.",
 )
+@click.option("--self-records", default=200, show_default=True, help="Texts to write for --data self.")
 @click.option(
     "--dataset",
     "datasets",
@@ -57,6 +63,18 @@ def _setting(name: str, text: str, metavar: str | None = None) -> Any:
 @click.option("--split", default="train", show_default=True, help="Which split of the data sets.")
 @click.option("--output", "folder", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the output folder.")
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path),
+    help="Only write the gates of the run's last checkpoint there.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["quick", "paper"]),
+    default="quick",
+    show_default=True,
+    help="Defaults that learn in minutes and hours, or the published ones, for days on long texts.",
+)
 @click.option("--skip-bad", is_flag=True, help="Leave out bad records instead of stopping; they are counted.")
 @_setting("kind", "Gates with three maps (rg10) or two (rg).", "[rg10|rg]")
 @_setting("width", "Inner width of the gates.")
@@ -70,12 +88,14 @@ def _setting(name: str, text: str, metavar: str | None = None) -> Any:
 @_setting("budget", "M, tokens per KV head of the capacity loss.")
 @_setting("scope", "Hold the budget over all heads (global) or in every head (head).", "[global|head]")
 @_setting("capacity_weight", "λ, weight of the capacity loss.")
+@_setting("tighten", "Share of the run in which the cache comes down to the budget.")
+@_setting("sinks", "First positions that never fade; the gates then ask for them in use.")
 @_setting("length", "Tokens of a sequence.")
 @_setting("batch", "Sequences per step, over all processes.")
 @click.option("--micro-batch", default=1, show_default=True, help="Sequences in the model at once.")
 @_setting("loss", "Learn from all tokens or from the assistant's only.", "[all|assistant]")
 @_setting("learning_rate", "Highest learning rate.")
-@_setting("warmup", "Share of the run with a rising rate.")
+@_setting("warmup", "Steps, or below 1 share of the run, with a rising rate.")
 @click.option("--epochs", type=int, help="Passes over the data.  [default: 1]")
 @click.option("--steps", type=int, help="Number of steps, instead of epochs.")
 @_setting("clip", "Largest norm of the gradient.")
@@ -98,8 +118,11 @@ def _setting(name: str, text: str, metavar: str | None = None) -> Any:
     help="Recompute layers in the backward pass: slower, far less memory.",
 )
 def command(
-    model: str,
+    model: str | None,
     files: tuple[str, ...],
+    self_records: int,
+    export: Path | None,
+    preset: str,
     datasets: tuple[str, ...],
     split: str,
     folder: Path,
@@ -115,18 +138,29 @@ def command(
     """Train retention gates for MODEL: folder or hub id of a transformers or mlx-lm model, or 'demo'.
 
     The model stays as it is. Gates learn to fade what it will not need: it must agree with its full self
-    within a budget. Defaults are the published settings.
+    within a budget.
     """
-    from ..errors import MissingDependencyError
+    from ..errors import ConfigError, MissingDependencyError
     from ..training.plots import plot_run
     from ..training.records import Records
     from ..training.run import RunOptions
 
-    if settings["shared_projection"] is None:
-        settings["shared_projection"] = settings["kind"] == "rg10"
+    if export is not None:
+        from ..training.run import export as write
+
+        click.echo(f"gates after step {write(folder, export)}: {export}")
+        return
+    if model is None:
+        raise ConfigError("there is no MODEL; give a folder or hub id of the model to train gates for")
+    given = {name: value for name, value in settings.items() if value is not None}
+    settings = (PAPER if preset == "paper" else {}) | given
+    if settings.get("kind") == "rg":
+        settings.setdefault("shared_projection", False)
     config = TrainConfig(**settings)
-    records = Records(files, datasets, split, skip_bad)
     chosen = _choose_backend(backend, model)
+    if "self" in files:
+        files = _own_words(model, chosen, files, folder, self_records, config, resume)
+    records = Records(files, datasets, split, skip_bad)
     if backend == "torch" and device == "auto":
         device = "cpu"
     engine = "mlx_kvret.training.on_mlx.engine" if chosen == "mlx" else "cuda_backend.training.engine"
@@ -164,3 +198,29 @@ def _choose_backend(backend: str, model: str) -> str:
     if torch_there and (several or sys.platform != "darwin"):
         return "torch"
     return choose_backend("auto")
+
+
+def _own_words(
+    model: str,
+    backend: str,
+    files: tuple[str, ...],
+    folder: Path,
+    count: int,
+    config: TrainConfig,
+    resume: bool,
+) -> tuple[str, ...]:
+    """The file of texts the model wrote, beside the run's folder; written first if it is not there."""
+    from tqdm import tqdm
+
+    from ..training.own_words import own_words
+    from ..training.records import Records
+
+    path = folder.with_name(f"{folder.name}-own-words.jsonl")
+    if not (resume and path.exists()):
+        others = tuple(name for name in files if name != "self")
+        texts = Records(others, (), "train", False) if others else None
+        seeds = [texts.read(index) for index in range(len(texts))] if texts else []
+        written = own_words(model, backend, seeds, path, count, config.length, config.seed, resume)
+        for _ in tqdm(written, f"writing {path.name}", count, unit="text", mininterval=1):
+            pass
+    return (str(path),)

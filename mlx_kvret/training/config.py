@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..core.config import ACTIVATIONS, GateConfig, Kind
+from ..core.config import ACTIVATIONS, EvictionDefaults, GateConfig, Kind, Scope
 from ..core.fingerprint import fingerprint, text_config
 from ..core.options import MAX_SEED, number, whole
 from ..errors import ConfigError
@@ -137,7 +137,13 @@ class TrainConfig:
             training_budget=self.budget,
             base_model=name,
             base_fingerprint=fingerprint(model),
+            eviction=self._eviction(),
         )
+
+    def _eviction(self) -> EvictionDefaults | None:
+        """What gates trained like this must be used with."""
+        scope: Scope | None = "head" if self.scope == "head" else None
+        return EvictionDefaults(sinks=self.sinks or None, scope=scope) if self.sinks or scope else None
 
     def slack(self, progress: float) -> float:
         """What the capacity loss lets pass at this share of the run: 1 is the full cache, 0 none above M."""

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 from tqdm import tqdm
 
 from .log import CsvLog
@@ -51,12 +52,16 @@ class Losses:
         return math.isfinite(self.loss)
 
 
+# seconds between two lines where there is no terminal
+EVERY = 30.0
+
+
 class Report:
-    """The bar on a terminal and the log, in the first process; silent in the others."""
+    """A bar on a terminal, else a line now and then, and the log; silent in all but the first process."""
 
     def __init__(self, path: Path, step: int, main: bool):
         self._log = CsvLog(path, step) if main else None
-        self._since = time.perf_counter()
+        self._since = self._shown = time.perf_counter()
         self._bar = tqdm(
             total=100.0,
             dynamic_ncols=True,
@@ -90,11 +95,21 @@ class Report:
                 "tokens_per_second": speed,
             }
         )
-        self._bar.n = 100 * progress
-        self._bar.set_postfix_str(
+        line = (
             f"step {step} KL {losses.kl:.3f} CE {losses.cross_entropy:.3f} capacity {losses.capacity:.3f} "
             f"cache {losses.soft_size:.1f} per head ({losses.soft_share:.0%}) {speed:,.0f} tok/s"
         )
+        self._bar.n = 100 * progress
+        self._bar.set_postfix_str(line)
+        if self._bar.disable and (now - self._shown > EVERY or progress >= 1):
+            self._shown = now
+            click.echo(f"{progress:6.1%} {line}", err=True)
+
+    def warn(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if self._log is not None:
+            self._bar.clear()
+            click.echo(f"warning: {text}", err=True)
 
     def __enter__(self) -> Report:
         return self

@@ -12,16 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import demo
-from ..core.checkpoint import read_json, save_gates
+from ..core.checkpoint import save_gates
 from ..core.config import GateConfig
-from ..core.files import whole_file
+from ..core.files import sweep, whole_file
 from ..core.fingerprint import fingerprint
+from ..core.model_folder import model_config
 from ..core.options import whole
 from ..core.tensors import Tensor
 from ..core.types import Floats
-from ..errors import ConfigError, DataError, TrainingError
+from ..errors import CheckpointError, ConfigError, DataError, TrainingError
 from ..hub import resolve
+from ..zoo.names import BASES
 from . import state
 from .config import TrainConfig
 from .documents import Document, document
@@ -64,10 +65,11 @@ class Base:
 
     @classmethod
     def find(cls, model: str | Path) -> Base:
-        """``model`` is a folder, a hub id, or ``"demo"`` for the model shipped with the package."""
-        folder = demo.MODEL if str(model) == "demo" else resolve(model)
+        """``model`` is a folder, a hub id, or a name known here (``"demo"``, ``"smollm2"``)."""
+        folder = resolve(model)
         local = folder == Path(model).expanduser()
-        return cls(folder.name if local else str(model), folder, read_json(folder / "config.json"))
+        name = BASES.get(str(model), folder.name if local else str(model))
+        return cls(name, folder, model_config(folder))
 
 
 class Engine(Protocol):
@@ -158,7 +160,7 @@ class Run:
             self._restore(*self._saved)
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
-            state.sweep(folder)
+            sweep(folder)
             if not self._saved:
                 self._save()
         if not (folder / GATES).exists():
@@ -233,6 +235,9 @@ class Run:
         self.step, self.tokens = values["step"], values["tokens"]
         self.losses = Losses(**values["losses"]) if values["losses"] else None
         self.packer.position = Position(*values["position"])
+        if self.packer.position.record > len(self.records):
+            raise CheckpointError(f"{self.options.folder / state.NAME} is damaged (record); start elsewhere")
+        state.check(self.options.folder, tensors, self.step, self.engine.gate_config)
         self.engine.restore(tensors, self.step)
 
     def _finish(self) -> None:
@@ -243,7 +248,6 @@ class Run:
         if batch := self.packer.batch():
             measured = self.engine.profile(batch)
             with whole_file(folder / PROFILE) as scratch:
-                scratch.chmod(0o644)
                 scratch.write_text(json.dumps(measured) + "\n")
         told = {
             "trained_with": {"mlx-kvret": version("mlx-kvret")} | self.engine.versions,

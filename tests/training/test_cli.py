@@ -1,6 +1,7 @@
 """The command line of training."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,8 +22,14 @@ def invoke(*arguments):
 
 
 def test_help_names_defaults_and_examples():
-    text = invoke("--help").stdout
-    for part in ("Examples:", "accelerate launch", "--skip-bad", "[default: 0.0002]", "default: shared"):
+    text = " ".join(invoke("--help").stdout.split())
+    for part in (
+        "Examples:",
+        "accelerate launch",
+        "--skip-bad",
+        "[default: 0.003; paper: 0.0002]",
+        "default: shared",
+    ):
         assert part in text
 
 
@@ -43,7 +50,7 @@ def test_trains(chats, tmp_path, kind, shared):
     assert "skipped 1 bad records, first: " in out.stderr
     checkpoint = load_gates(tmp_path / "run" / "gates")
     assert (checkpoint.config.kind, checkpoint.config.shared_projection) == (kind, shared)
-    assert checkpoint.config.bias_init == 18
+    assert checkpoint.config.bias_init == 10
 
 
 def test_bfloat16(chats, tmp_path):
@@ -91,3 +98,37 @@ def test_without_matplotlib_it_says_so(chats, tmp_path, monkeypatch):
     assert out.exit_code == 0, out.exception
     assert "no plots: plots need matplotlib" in out.stderr
     assert json.loads((tmp_path / "run" / "profile.json").read_text())["soft_size"]
+
+
+def test_a_run_that_is_not_over_gives_gates(chats, tmp_path):
+    run = tmp_path / "run"
+    out = invoke("demo", "--data", chats, "--output", run, *QUICK.split())
+    assert out.exit_code == 0, out.exception
+    shutil.rmtree(run / "gates")
+    out = invoke("--output", run, "--export", tmp_path / "now")
+    assert out.exit_code == 0, out.exception
+    assert "gates after step 1" in out.stdout
+    checkpoint = load_gates(tmp_path / "now")
+    assert checkpoint.provenance["unfinished"]
+    assert checkpoint.config.base_model == "demo"
+    out = invoke("--output", tmp_path / "nothing", "--export", tmp_path / "other")
+    assert isinstance(out.exception, ConfigError)
+
+
+def test_only_a_model_is_needed(tmp_path):
+    out = invoke(
+        "demo", "--data", "self", "--self-records", "3", "--output", tmp_path / "run", *QUICK.split()
+    )
+    assert out.exit_code == 0, out.exception
+    assert len((tmp_path / "run-own-words.jsonl").read_text().splitlines()) == 3
+    assert "100.0% step 1 KL" in out.stderr
+
+
+def test_presets(chats, tmp_path):
+    out = invoke(
+        *("demo", "--data", chats, "--output", tmp_path / "run", "--preset", "paper", "--bias", "12"),
+        *QUICK.split(),
+    )
+    assert out.exit_code == 0, out.exception
+    settings = load_gates(tmp_path / "run" / "gates").provenance["settings"]
+    assert (settings["bias"], settings["learning_rate"], settings["length"]) == (12, 2e-4, 64)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from mlx_kvret.errors import ConfigError
-from mlx_kvret.training.config import TrainConfig, differences
+from mlx_kvret.training.config import PAPER, TrainConfig, differences
 from mlx_kvret.training.schedule import rate
 
 
@@ -26,7 +26,9 @@ from mlx_kvret.training.schedule import rate
         ("learning_rate", float("nan"), "expected a number"),
         ("clip", -1.0, "above 0"),
         ("capacity_weight", -0.1, "at least 0"),
-        ("warmup", 1.0, "below 1"),
+        ("warmup", -1.0, "at least 0"),
+        ("tighten", 1.5, "from 0 to 1"),
+        ("sinks", -1, "at least 0"),
         ("budget", 16384, "nothing would ever be over the budget"),
     ],
 )
@@ -67,17 +69,49 @@ def test_gates_of_a_base_model():
     assert (gates.base_model, gates.base_fingerprint) == ("org/base", "hidden_size=8")
 
 
+def test_gates_say_what_they_were_trained_with():
+    def wishes(**settings):
+        eviction = TrainConfig(**settings).gates(1, 1, 8, {}, "").eviction
+        return eviction and eviction.options()
+
+    assert wishes() is None
+    assert wishes(sinks=4) == {"sinks": 4}
+    assert wishes(scope="head") == {"scope": "head"}
+
+
 def test_differences():
     one, other = TrainConfig().to_dict(), TrainConfig(batch=8, dtype="float32").to_dict()
     assert differences(one, one) == []
-    assert differences(other, one) == ["batch is 8, was 4", "dtype is 'float32', was 'auto'"]
+    assert differences(other, one) == ["batch is 8, was 1", "dtype is 'float32', was 'auto'"]
+
+
+def test_published_settings():
+    paper = TrainConfig(**PAPER)
+    assert (paper.bias, paper.learning_rate, paper.warmup, paper.batch, paper.width) == (
+        18,
+        2e-4,
+        0.03,
+        4,
+        512,
+    )
+    assert all(paper.slack(progress) == 0 for progress in (0, 0.5, 1))
+
+
+def test_the_room_shrinks_to_the_budget():
+    config = TrainConfig(tighten=0.5)
+    assert [config.slack(progress) for progress in (0, 0.25, 0.5, 1)] == [1, 0.5, 0, 0]
 
 
 def test_rate_rises_then_falls():
-    rates = [rate(progress / 100, 0.1) for progress in range(101)]
+    rates = [rate(progress / 100, 0.1, progress) for progress in range(101)]
     assert rates[5] == pytest.approx(0.5)
     assert max(rates) == rates[10] == 1
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0)
     assert all(a > b for a, b in pairwise(rates[10:]))
-    assert rate(0, 0) == 1
+    assert rate(0, 0, 0) == 1
+
+
+def test_a_rise_of_so_many_steps_however_long_the_run():
+    assert [rate(1e-6 * step, 10, step) for step in (0, 4, 9, 20)] == pytest.approx([0.05, 0.45, 0.95, 1])
+    assert rate(1.0, 10, 500) == pytest.approx(0)

@@ -1,15 +1,18 @@
 """Capacity and distillation against their definitions."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, softmax
 
 from cuda_backend.training.loss import active, capacity, distillation
+from mlx_kvret.training.on_mlx.loss import capacity as mlx_capacity
 
 
+@pytest.mark.parametrize("slack", [0.0, 0.4])
 @pytest.mark.parametrize("scope", ["global", "head"])
-def test_capacity_is_the_definition(scope):
+def test_capacity_is_the_definition(scope, slack):
     rng = np.random.default_rng(0)
     budget, heads = 3, 4
     position = np.array([[*range(6), *range(5), -1], [*range(12)]])
@@ -22,11 +25,15 @@ def test_capacity_is_the_definition(scope):
                 continue
             if scope == "global":
                 room = max((t - budget) * heads, 1)
-                total += max(0, (size[row, :, place].sum() - budget * heads) / room)
+                total += max(0, (size[row, :, place].sum() - budget * heads) / room - slack)
             else:
-                total += np.mean([max(0, (s - budget) / max(t - budget, 1)) for s in size[row, :, place]])
+                excess = [(s - budget) / max(t - budget, 1) - slack for s in size[row, :, place]]
+                total += np.mean([max(0, e) for e in excess])
     where = torch.from_numpy(position)
-    assert capacity(torch.from_numpy(size), where, budget, scope).item() == pytest.approx(total, rel=1e-5)
+    found = capacity(torch.from_numpy(size), where, budget, scope, slack)
+    assert found.item() == pytest.approx(total, rel=1e-5)
+    on_mlx = mlx_capacity(mx.array(size), mx.array(position), budget, scope, slack)
+    assert on_mlx.item() == pytest.approx(total, rel=1e-5)
     assert active(where, budget).sum() == 3 + 2 + 9
 
 

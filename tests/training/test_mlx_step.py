@@ -42,13 +42,12 @@ def both_gates(kind="rg10", bias=2.0):
     return ours, theirs
 
 
-def compare(student, scope="global", kind="rg10", micro_batch=1, tolerance=1e-4):
-    config = TrainConfig(**CONFIG.to_dict() | {"scope": scope})
+def compare(student, scope="global", kind="rg10", micro_batch=1, tolerance=1e-4, sinks=0, slack=0.0):
+    config = TrainConfig(**CONFIG.to_dict() | {"scope": scope, "sinks": sinks})
     ours, theirs = both_gates(kind)
-    losses, found = gradient(student, ours, packed(), config, micro_batch)
-    expected = torch_step.gradient(
-        TorchStudent(tiny_model("qwen3")), theirs, packed(), config, Single("cpu"), micro_batch
-    )
+    losses, found = gradient(student, ours, packed(), config, micro_batch, slack)
+    torch_student = TorchStudent(tiny_model("qwen3"))
+    expected = torch_step.gradient(torch_student, theirs, packed(), config, Single("cpu"), micro_batch, slack)
     assert vars(losses) == pytest.approx(vars(expected), rel=1e-4, abs=1e-7)
     found = {name: np.array(x) for name, x in tree_flatten(found)}
     right = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
@@ -63,6 +62,10 @@ def compare(student, scope="global", kind="rg10", micro_batch=1, tolerance=1e-4)
 )
 def test_gradients_equal_torch(saved, scope, kind, recompute):
     compare(Student(load_network(saved)[0], recompute), scope, kind)
+
+
+def test_sinks_and_slack(saved):
+    compare(Student(load_network(saved)[0]), sinks=2, slack=0.3)
 
 
 def test_micro_batches(saved):

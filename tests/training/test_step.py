@@ -49,6 +49,7 @@ def definition(model, gates, config):
 
     def bias(layer, _, args, kwargs):
         log_beta = gates.log_beta(layer, kwargs["hidden_states"])
+        log_beta = torch.cat([torch.zeros_like(log_beta[:, : config.sinks]), log_beta[:, config.sinks :]], 1)
         log_betas.append(log_beta.transpose(1, 2))
         place = torch.arange(log_beta.shape[1])
         age = place[:, None] - place
@@ -87,9 +88,9 @@ def definition(model, gates, config):
 
 
 @pytest.mark.parametrize("scope", ["global", "head"])
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_equals_the_definition(scope, micro_batch):
-    config = TrainConfig(scope=scope, budget=5, length=32, capacity_weight=0.7)
+@pytest.mark.parametrize("micro_batch, sinks", [(1, 0), (2, 0), (1, 2)])
+def test_equals_the_definition(scope, micro_batch, sinks):
+    config = TrainConfig(scope=scope, budget=5, length=32, capacity_weight=0.7, sinks=sinks)
     torch.manual_seed(0)
     gates = RetentionGates(GateConfig("rg10", LAYERS, HEADS, 32, width=16, bias_init=2.0))
     model = tiny_model("llama").requires_grad_(False)

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as mlx_cache
+import numpy as np
 
 from ...errors import UnsupportedModelError
 from ...gates import RetentionGates
@@ -31,11 +32,19 @@ class Entry:
     """Stands in for one layer's KV cache in one pass over packed documents.
 
     ``gates`` and ``layer`` (the gate's) are those of a competing layer of the student, else None; then
-    ``log_beta`` (B, T, H) is what the gate said. ``offset`` is the position of the first token.
+    ``log_beta`` (B, T, H) is what the gate said, 0 for the first ``sinks`` tokens of each document.
+    ``offset`` is the position of the first token.
     """
 
-    def __init__(self, mask: PackedMask, gates: RetentionGates | None, layer: int | None, offset: int = 0):
-        self.mask, self.gates, self.layer, self.offset = mask, gates, layer, offset
+    def __init__(
+        self,
+        mask: PackedMask,
+        gates: RetentionGates | None,
+        layer: int | None,
+        offset: int = 0,
+        sinks: int = 0,
+    ):
+        self.mask, self.gates, self.layer, self.offset, self.sinks = mask, gates, layer, offset, sinks
         self.log_beta: mx.array | None = None
 
     def gate_modules(self) -> list[nn.Module]:
@@ -47,7 +56,11 @@ class Entry:
 
     def observe(self, x: mx.array) -> None:
         if self.gates is not None and self.layer is not None:
-            self.log_beta = self.gates.log_beta(self.layer, x)
+            log_beta = self.gates.log_beta(self.layer, x)
+            if self.sinks:
+                position = np.arange(x.shape[1]) - self.mask.starts
+                log_beta = mx.where(mx.array(position < self.sinks)[..., None], 0.0, log_beta)
+            self.log_beta = log_beta
 
     def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Causal:
         return Causal(window_size or self.mask.window)
@@ -79,6 +92,7 @@ def entries_for(
     mask: PackedMask,
     gates: RetentionGates | None,
     offset: int = 0,
+    sinks: int = 0,
 ) -> list[Any]:
     """A model's stock cache with an entry in place of every KV cache; recurrent states begin anew.
 
@@ -95,7 +109,8 @@ def entries_for(
         if type(cache) is mlx_cache.RotatingKVCache:
             return Entry(replace(mask, window=cache.max_size), gates, None, offset)
         if type(cache) is mlx_cache.KVCache:
-            return Entry(mask, gates, places.index(place) if place in places else None, offset)
+            layer = places.index(place) if place in places else None
+            return Entry(mask, gates, layer, offset, sinks)
         raise UnsupportedModelError(
             f"a layer has a {type(cache).__name__}, which training on MLX does not follow; use another model"
         )

@@ -68,21 +68,22 @@ def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, -1, keepdims=True)
 
 
-def capacity(size: mx.array, position: mx.array, budget: int, scope: str) -> mx.array:
+def capacity(size: mx.array, position: mx.array, budget: int, scope: str, slack: float = 0.0) -> mx.array:
     """Sum of the hinge on the soft cache size over positions from M of a document on.
 
-    With N = L·H heads, global: ``max(0, (Σ_heads S_t - M·N) / max(t·N - M·N, 1))``. Per head: the mean over
-    heads of the same with N = 1.
+    With N = L·H heads, global: ``max(0, (Σ_heads S_t - M·N) / max(t·N - M·N, 1) - slack)``. Per head: the
+    mean over heads of the same with N = 1.
 
     Args:
         size: S (B, N, T) from :func:`.soft_size.soft_size`.
         position: t (B, T), 0-based within the document; negative where padded.
         budget: M.
         scope: ``"global"`` or ``"head"``.
+        slack: share of what lies between M and the full cache that costs nothing.
     """
     heads = 1
     if scope == "global":
         size, heads = size.sum(1, keepdims=True), size.shape[1]
     room = mx.maximum((position - budget) * heads, 1)[:, None]
-    excess = mx.maximum((size - budget * heads) / room, 0)
+    excess = mx.maximum((size - budget * heads) / room - slack, 0)
     return (excess.mean(1) * (position >= budget)).sum()

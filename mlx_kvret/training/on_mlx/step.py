@@ -20,9 +20,17 @@ from .student import Student
 
 
 def gradient(
-    student: Student, gates: RetentionGates, batch: Batch, config: TrainConfig, micro_batch: int
+    student: Student,
+    gates: RetentionGates,
+    batch: Batch,
+    config: TrainConfig,
+    micro_batch: int,
+    slack: float = 0.0,
 ) -> tuple[Losses, dict[str, Any]]:
-    """The mean losses of a batch and their gradient, a tree like the gates' parameters."""
+    """The mean losses of a batch and their gradient, a tree like the gates' parameters.
+
+    ``slack`` as in :func:`.loss.capacity`.
+    """
     learnt = max(int(batch.learn.sum()), 1)
     over = int((batch.position >= config.budget).sum())
     sums, total = mx.zeros(4), tree_map(mx.zeros_like, gates.trainable_parameters())
@@ -30,7 +38,7 @@ def gradient(
         rows = slice(first, first + micro_batch)
         if (batch.position[rows] < 0).all():
             continue
-        part, found = _micro_batch(student, gates, batch, rows, config, learnt, over)
+        part, found = _micro_batch(student, gates, batch, rows, config, learnt, over, slack)
         sums, total = sums + part, tree_map(mx.add, total, found)
         mx.eval(sums, total)
     entries = student.layers * student.kv_heads
@@ -46,6 +54,7 @@ def _micro_batch(
     config: TrainConfig,
     learnt: int,
     over: int,
+    slack: float,
 ) -> tuple[mx.array, dict[str, Any]]:
     """Sums over some rows (KL, cross-entropy, hinge of the capacity, soft size), and the gradient."""
     host, starts = batch.ids[rows], batch.starts[rows]
@@ -57,12 +66,12 @@ def _micro_batch(
     mx.eval(teacher)
 
     def loss() -> tuple[mx.array, mx.array]:
-        trace = student.learn(ids, starts, gates)
+        trace = student.learn(ids, starts, gates, config.sinks)
         assert trace.log_beta is not None
         hidden = trace.hidden.flatten(0, 1)[chosen]
         kl, ce = distillation(student.logits, hidden, teacher, target, student.vocabulary)
         size = soft_size(trace.log_beta, PackedMask(starts))
-        hinge = capacity(size, position, config.budget, config.scope)
+        hinge = capacity(size, position, config.budget, config.scope, slack)
         value = (kl + ce) / (2 * learnt) + config.capacity_weight * hinge / max(over, 1)
         return value, mx.stack([kl, ce, hinge, (size * (position >= 0)[:, None]).sum()])
 

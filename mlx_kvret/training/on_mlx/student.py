@@ -93,13 +93,14 @@ class Student:
         """Full attention. Arguments as in :meth:`learn`."""
         return self._run(ids, starts, None)
 
-    def learn(self, ids: mx.array, starts: Ints, gates: RetentionGates) -> Trace:
+    def learn(self, ids: mx.array, starts: Ints, gates: RetentionGates, sinks: int = 0) -> Trace:
         """Fading attention over packed documents, with a gradient for the gates.
 
         Args:
             ids: (B, T) tokens. ``starts`` (B, T): the place at which each token's document begins.
+            sinks: first tokens of each document that do not fade.
         """
-        return self._run(ids, starts, gates)
+        return self._run(ids, starts, gates, sinks)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Final hidden states (N, hidden) to logits (N, vocabulary), by the model's own head."""
@@ -110,12 +111,14 @@ class Student:
         finally:
             self._hidden = None
 
-    def _cache(self, starts: Ints, gates: RetentionGates | None, offset: int = 0) -> list[Any]:
+    def _cache(
+        self, starts: Ints, gates: RetentionGates | None, offset: int = 0, sinks: int = 0
+    ) -> list[Any]:
         stock = hooks.new_cache(self.model, self._made, EvictionConfig.create(policy="full"))
-        return entries_for(stock, self._layout.places, PackedMask(starts), gates, offset)
+        return entries_for(stock, self._layout.places, PackedMask(starts), gates, offset, sinks)
 
-    def _run(self, ids: mx.array, starts: Ints, gates: RetentionGates | None) -> Trace:
-        cache = self._cache(starts, gates)
+    def _run(self, ids: mx.array, starts: Ints, gates: RetentionGates | None, sinks: int = 0) -> Trace:
+        cache = self._cache(starts, gates, sinks=sinks)
         hidden = self._decode(ids, cache)
         found = [entry.log_beta for entry in entries_in(cache) if entry.log_beta is not None]
         if gates is None:
