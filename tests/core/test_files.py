@@ -1,6 +1,10 @@
 """Files and folders appear whole or not at all."""
 
 import errno
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -107,3 +111,91 @@ def test_home_and_relative_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert require_free("~/out") == require_free("out") == tmp_path / "out"
+
+
+@pytest.fixture
+def gone():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def left_behind(folder, name, process):
+    """What a writer of ``name`` leaves if it is killed as this process."""
+    with whole_file(folder / name) as scratch:
+        own = scratch.name
+    (folder / name).unlink()
+    return folder / own.replace(f"-{os.getpid()}-", f"-{process}-")
+
+
+@pytest.mark.parametrize("writer", [whole_file, whole_folder])
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path, gone, writer):
+    dead = [left_behind(tmp_path, name, gone) for name in ("a.json", "b")]
+    dead[0].write_text("half")
+    (dead[1] / "deep").mkdir(parents=True)
+    alive = left_behind(tmp_path, "a.json", os.getpid())
+    elsewhere = dead[0].with_name(re.sub(r"kvret-[0-9a-f]{12}", "kvret-0123456789ab", dead[0].name))
+    link = left_behind(tmp_path, "c", gone)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    link.symlink_to(tmp_path / "precious")
+    others = [alive, elsewhere, *(tmp_path / name for name in (".git", ".env", ".a.kvret-x.json", "a.kvret"))]
+    for other in others:
+        other.touch()
+    with writer(tmp_path / "new"):
+        pass
+    assert names(tmp_path) == sorted([*(path.name for path in others), "new", "precious"])
+    assert names(tmp_path / "precious") == ["file"]
+
+
+def test_modes_are_kept_and_private_files_private(tmp_path):
+    for mode in (0o600, 0o640, 0o444, 0o755):
+        (tmp_path / "old").touch()
+        (tmp_path / "old").chmod(mode)
+        with whole_file(tmp_path / "old") as scratch:
+            assert scratch.stat().st_mode & 0o077 == 0
+            scratch.write_text("new")
+        assert (tmp_path / "old").stat().st_mode & 0o777 == mode
+    with whole_file(tmp_path / "new", private=True) as scratch:
+        assert scratch.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_links_are_followed(tmp_path, there):
+    (tmp_path / "far").mkdir()
+    if there:
+        (tmp_path / "far" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "middle")
+    (tmp_path / "middle").symlink_to("far/file")
+    with whole_file(tmp_path / "link") as scratch:
+        assert scratch.parent == tmp_path / "far"
+        scratch.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "middle").is_symlink()
+    assert (tmp_path / "far" / "file").read_text() == "new" and names(tmp_path / "far") == ["file"]
+
+
+def test_an_empty_folder_behind_a_link_is_filled(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    with whole_folder(tmp_path / "link") as scratch:
+        (scratch / "a").touch()
+    assert (tmp_path / "link").is_symlink() and names(tmp_path / "far") == ["a"]
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "folder", "pipe", "loop"])
+def test_what_is_no_file_is_not_replaced(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match="cannot write"), whole_file(tmp_path / name):
+        pass
+    assert names(tmp_path) == ["folder", "loop", "pipe"]
+
+
+def test_long_names_in_other_scripts(tmp_path):
+    name = "語" * 80 + ".json"
+    with whole_file(tmp_path / name) as scratch:
+        scratch.write_text("x")
+    assert names(tmp_path) == [name]
