@@ -44,16 +44,23 @@ def document(record: Record, tokenizer: Any, loss: Loss) -> Document:
     return Document(np.asarray(ids, np.int32), learn, record.where)
 
 
+# fields of a message that a template may leave out without a word
+_SHOWN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
 def _chat(record: Record, tokenizer: Any, loss: Loss) -> tuple[list[int], Mask]:
     messages = record.messages or []
     if not tokenizer.chat_template:
         raise DataError(f"{record.where} has messages, but the model has no chat template; give text instead")
-    marked = loss == "assistant" and re.search(r"\{%-?\s*generation\b", tokenizer.chat_template)
+    marked = loss == "assistant" and re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template))
     try:
+        text = _rendered(record, tokenizer, messages)
+        _require_shown(record, tokenizer, text)
         if marked:
-            out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            out = tokenizer.apply_chat_template(
+                messages, tools=record.tools, return_dict=True, return_assistant_tokens_mask=True
+            )
             return out["input_ids"], np.asarray(out["assistant_masks"], bool)
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
         spans = _assistant_spans(record, tokenizer, text) if loss == "assistant" else []
     except DataError:
         raise
@@ -66,6 +73,34 @@ def _chat(record: Record, tokenizer: Any, loss: Loss) -> tuple[list[int], Mask]:
     return ids, _within(ids, out["offset_mapping"], spans, set(tokenizer.all_special_ids))
 
 
+def _rendered(record: Record, tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tools=record.tools, tokenize=False, **options)
+    return text
+
+
+def _require_shown(record: Record, tokenizer: Any, text: str) -> None:
+    """Refuse a record of which the template shows only a part: the rest would be dropped without a word."""
+    messages = record.messages or []
+    if record.tools and text == tokenizer.apply_chat_template(messages, tokenize=False):
+        raise DataError(
+            f"{record.where} has tools, and the model's chat template does not show them; remove the field, "
+            "or train a model that can call tools"
+        )
+    for field in _SHOWN:
+        if not any(message.get(field) for message in messages):
+            continue
+        without = [{name: value for name, value in m.items() if name != field} for m in messages]
+        try:
+            shown = text != _rendered(record, tokenizer, without)
+        except Exception:  # it needs the field, so it shows it
+            continue
+        if not shown:
+            raise DataError(
+                f"{record.where} has {field}, and the model's chat template does not show it; remove the "
+                "field"
+            )
+
+
 def _assistant_spans(record: Record, tokenizer: Any, text: str) -> list[tuple[int, int]]:
     """Where in the rendered chat the assistant's turns begin and their contents end."""
     messages, spans = record.messages or [], []
@@ -75,11 +110,7 @@ def _assistant_spans(record: Record, tokenizer: Any, text: str) -> list[tuple[in
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
             raise DataError(f"{record.where}: message {number} has no text to learn; use --loss all")
-        before = (
-            tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-            if number
-            else ""
-        )
+        before = _rendered(record, tokenizer, messages[:number], add_generation_prompt=True) if number else ""
         found = text.find(content.strip(), len(before))
         if not text.startswith(before) or found < 0:
             raise DataError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Sequence
+import math
 from pathlib import Path
 
 from ..core.files import whole_file
-from ..errors import TrainingError
+from ..core.reading import read_bytes
+from ..errors import CheckpointError, TrainingError
 
 COLUMNS = (
     "step", "progress", "learning_rate", "loss", "kl", "cross_entropy", "capacity", "soft_size", "soft_share",
@@ -27,7 +28,6 @@ class CsvLog:
         self.path = path
         kept = [row for row in read_log(path) if row["step"] <= step] if path.exists() else []
         with whole_file(path) as scratch, scratch.open("w", newline="") as file:
-            scratch.chmod(0o644)
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows({name: _short(row[name]) for name in COLUMNS} for row in kept)
@@ -51,11 +51,31 @@ class CsvLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log as numbers; a last line broken off by a crash is left out."""
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    whole: Sequence[list[str]] = [row for row in rows[1:] if len(row) == len(COLUMNS)]
-    return [dict(zip(COLUMNS, map(float, row), strict=True)) for row in whole]
+    """The lines of a log as numbers; a last line broken off by a crash is left out.
+
+    Raises:
+        CheckpointError: names the line that is damaged.
+    """
+    content = read_bytes(path)
+    try:
+        # a line without its end was broken off
+        lines = content.decode("utf-8").split("\n")[:-1]
+        rows = list(csv.reader(lines, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it, the run goes on without") from error
+    if rows and rows[0] != list(COLUMNS):
+        raise CheckpointError(f"{path} has columns of another release; remove it, the run goes on without")
+    return [_numbers(row, f"{path}:{number}") for number, row in enumerate(rows[1:], 2)]
+
+
+def _numbers(row: list[str], where: str) -> dict[str, float]:
+    try:
+        found = dict(zip(COLUMNS, map(float, row), strict=True))
+    except ValueError as error:
+        raise CheckpointError(f"{where} is damaged ({error}); remove the line") from error
+    if not all(map(math.isfinite, found.values())):
+        raise CheckpointError(f"{where} is damaged (not all of it are finite numbers); remove the line")
+    return found
 
 
 def _short(value: float) -> str:

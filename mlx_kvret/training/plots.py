@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ..core.checkpoint import read_json
 from ..core.files import whole_file
 from ..errors import MissingDependencyError
 from .log import read_log
@@ -26,7 +26,7 @@ def plot_run(folder: Path) -> Path:
             "plots need matplotlib; run `pip install 'mlx-kvret[plot]'`, then the same command with --resume"
         ) from error
     log = read_log(folder / "log.csv")
-    profile = json.loads((folder / "profile.json").read_text())
+    profile = read_json(folder / "profile.json")
     figure = Figure(figsize=(12, 8), layout="constrained")
     losses, cache, heads, kept = figure.subplots(2, 2).flat
     steps = [row["step"] for row in log]
@@ -45,7 +45,6 @@ def plot_run(folder: Path) -> Path:
     )
     with whole_file(folder / NAME) as scratch:
         figure.savefig(scratch, dpi=120, format="png")
-        scratch.chmod(0o644)
     return folder / NAME
 
 

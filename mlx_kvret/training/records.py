@@ -6,7 +6,6 @@ Every record is checked when a source is opened, so that a bad one is named befo
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from ..core.reading import parse_json
 from ..errors import ConfigError, DataError, MissingDependencyError
 
 MOST_BYTES = 32 << 20
@@ -21,11 +21,12 @@ MOST_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Record:
-    """A text, or a chat as a list of messages. ``where`` names its file and line."""
+    """A text, or a chat as a list of messages, with the tools it may call. ``where`` names file and line."""
 
     where: str
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 class Source(Protocol):
@@ -43,16 +44,40 @@ class Source(Protocol):
 Complain = Callable[[DataError], None]
 
 
+# fields of a record that say where it comes from, and nothing of what is in it
+ABOUT = frozenset((
+    "id", "uuid", "index", "idx", "key", "hash", "prompt_id", "conversation_id", "source", "origin",
+    "dataset", "url", "license", "meta", "metadata", "title", "author", "date", "timestamp", "language",
+    "lang", "split", "category", "num_turns", "turns", "token_count", "num_tokens", "model", "score",
+    "quality",
+))  # fmt: skip
+# fields of a message that chat templates know
+SAID = frozenset((
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking",
+))  # fmt: skip
+
+
 def check(data: object, where: str) -> Record:
-    """A record from a JSON value; DataError says what is wrong with it."""
+    """A record from a JSON value; DataError says what is wrong with it.
+
+    Every field is used, or says where a record comes from; what is neither is refused.
+    """
     if not isinstance(data, dict):
         raise DataError(f"{where} holds a {type(data).__name__}; expected an object with text or messages")
+    # columns that a row of a data set leaves out are None
+    data = {name: value for name, value in data.items() if value is not None}
     text, messages = data.get("text"), data.get("messages")
     if (text is None) == (messages is None):
         found = (
             "both text and messages" if text is not None else f"only {', '.join(map(str, data)) or 'nothing'}"
         )
         raise DataError(f"{where} has {found}; expected either text or messages")
+    known = {"text"} if text is not None else {"messages", "tools"}
+    if unknown := sorted(data.keys() - known - ABOUT):
+        raise DataError(
+            f"{where} has {', '.join(unknown)}, of which nothing would be learnt; remove it, or put what "
+            "only describes the record under meta"
+        )
     if text is not None:
         if not isinstance(text, str):
             raise DataError(f"{where}: text is a {type(text).__name__}; expected a string")
@@ -62,9 +87,32 @@ def check(data: object, where: str) -> Record:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages is {messages!r:.40}; expected a list of messages")
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}: message {number} is {message!r:.40}; expected an object with a role")
-    return Record(where, messages=messages)
+        _check_message(message, f"{where}: message {number}")
+    return Record(where, messages=messages, tools=_tools(data.get("tools"), where))
+
+
+def _check_message(message: object, where: str) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"{where} is {message!r:.40}; expected an object with a role")
+    given = {name for name, value in message.items() if value is not None}
+    if unknown := sorted(given - SAID - ABOUT):
+        raise DataError(f"{where} has {', '.join(unknown)}, which no chat template knows; remove it")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(f"{where} has a part that is no text ({kind!r:.40}); gates learn from text only")
+    if not isinstance(content, (str, list, type(None))):
+        raise DataError(f"{where}: content is a {type(content).__name__}; expected a text")
+
+
+def _tools(tools: object, where: str) -> list[dict[str, Any]] | None:
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: tools is {tools!r:.40}; expected a list of objects, one for each function")
+    return tools
 
 
 class TextFile:
@@ -114,8 +162,8 @@ class JsonLines:
     def _parse(self, line: bytes, number: int) -> Record:
         where = f"{self.name}:{number}"
         try:
-            return check(json.loads(_decode(line, where)), where)
-        except (ValueError, RecursionError) as error:
+            return check(parse_json(_decode(line, where)), where)
+        except ValueError as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{where} is not valid JSON ({error}); mend or remove the line") from error
@@ -163,11 +211,7 @@ class DataSet:
                 complain(error)
 
     def _record(self, index: int) -> Record:
-        row = self._rows[index]
-        # columns a row leaves out are None
-        return check(
-            {k: row[k] for k in ("text", "messages") if row.get(k) is not None}, f"{self.name}:{index}"
-        )
+        return check(self._rows[index], f"{self.name}:{index}")
 
     def __len__(self) -> int:
         return len(self._good)

@@ -90,3 +90,38 @@ def test_refuses_messages_without_a_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         learnt(tokenizer, CHAT)
+
+
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+CALLING = (
+    "{% if tools %}<s> {{ tools[0].function.name }} . {% endif %}"
+    "{% for m in messages %}<s> {{ m.content }} {% if m.tool_calls %}recall {% endif %}"
+    "{% if m.thinking %}{{ m.thinking }} {% endif %}. {% endfor %}"
+)
+
+
+def words(tokenizer, record):
+    return tokenizer.decode(document(record, tokenizer, "all").ids)
+
+
+def test_tools_reach_the_template(tokenizer):
+    chat, plain = [CHAT[0] | {"tool_calls": [1]}, CHAT[1] | {"thinking": "blue"}], CHAT[:2]
+    tokenizer.chat_template = CALLING
+    told = [
+        words(tokenizer, Record("f:1", messages=m, tools=t)) for m in (plain, chat) for t in (None, TOOLS)
+    ]
+    assert len(set(told)) == 4 and "recall ." in told[2] and "blue" in told[2]
+
+
+@pytest.mark.parametrize(
+    "record, field",
+    [
+        (Record("f:1", messages=CHAT, tools=TOOLS), "tools"),
+        (Record("f:1", messages=[CHAT[0], CHAT[1] | {"tool_calls": [1]}]), "tool_calls"),
+        (Record("f:1", messages=[CHAT[0], CHAT[1] | {"reasoning_content": "blue"}]), "reasoning_content"),
+    ],
+)
+@pytest.mark.parametrize("loss", ["all", "assistant"])
+def test_what_the_template_does_not_show_is_refused(tokenizer, record, field, loss):
+    with pytest.raises(DataError, match=rf"f:1 has {field}, and the model's chat template does not show"):
+        document(record, tokenizer, loss)

@@ -45,6 +45,19 @@ def test_all_sources_in_one_row(tmp_path):
         ('{"messages": []}', "expected a list of messages"),
         ('{"messages": [{"content": "a"}]}', "message 0 .* with a role"),
         (b'{"text": "\xff"}', "not UTF-8"),
+        ('{"text": "\\ud800"}', "half a character"),
+        ('{"messages": [{"role": "user", "content": "a\\udfff"}]}', "half a character"),
+        ('{"text": "a", "text": "b"}', "stands more than once"),
+        ('{"text": "a", "score": NaN}', "NaN is no number"),
+        ('{"text": "a", "id": ' + "9" * 400 + "}", "beyond the range"),
+        ('{"text": "a", "images": ["x"]}', "has images, of which nothing would be learnt"),
+        ('{"text": "a", "tools": []}', "has tools, of which"),
+        ('{"messages": [{"role": "user", "content": "a"}], "images": ["x"]}', "has images"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "[]"}', "expected a list of objects"),
+        ('{"messages": [{"role": "user", "content": "a", "images": [1]}]}', "message 0 has images"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}', "no text"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "no text"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "content is a int"),
     ],
 )
 def test_bad_lines_are_named_or_skipped(tmp_path, line, message):
@@ -55,6 +68,18 @@ def test_bad_lines_are_named_or_skipped(tmp_path, line, message):
     assert len(records) == 2
     assert records.read(1).where.endswith(":3")
     assert len(records.skipped) == 1
+
+
+def test_what_is_used_and_what_says_where_a_record_is_from(tmp_path):
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    said = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+    chat = {"messages": [said], "tools": tools, "id": 3, "meta": {"images": 1}, "images": None}
+    record = Records([write(tmp_path / "a.jsonl", json.dumps(chat))]).read(0)
+    assert record.tools == tools and record.messages == [said]
+    parts = [{"type": "text", "text": "hi"}]
+    chat = {"messages": [{"role": "user", "content": parts}], "tools": []}
+    record = Records([write(tmp_path / "a.jsonl", json.dumps(chat))]).read(0)
+    assert record.tools is None and record.messages[0]["content"] == parts
 
 
 def test_huge_records(tmp_path, monkeypatch):
