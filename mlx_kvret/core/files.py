@@ -54,11 +54,14 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_file(target: str | os.PathLike[str], private: bool = False) -> Iterator[Path]:
+def whole_file(
+    target: str | os.PathLike[str], private: bool = False, parents: bool = False
+) -> Iterator[Path]:
     """A scratch file beside ``target`` (same suffix) that replaces it when the block ends without an error.
 
     A symbolic link stays one: what it points to is replaced. A file that is there keeps its mode; a new one
-    can be read by all that the umask allows, a ``private`` one by its owner only.
+    can be read by all that the umask allows, a ``private`` one by its owner only. With ``parents`` folders
+    that are missing are made.
 
     Raises:
         ConfigError: the target cannot be written, or is something other than a file.
@@ -66,6 +69,8 @@ def whole_file(target: str | os.PathLike[str], private: bool = False) -> Iterato
     target = Path(target).expanduser().absolute()
     with _explained(target):
         target = _followed(target)
+        if parents:
+            target.parent.mkdir(parents=True, exist_ok=True)
         mode = _mode(target)
         sweep(target.parent)
         scratch = _scratch(target)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..core.files import whole_file
-from ..errors import ConfigError
+from ..core.options import number, of_type, whole
+from ..core.reading import exactly, read_json_value
+from ..errors import CheckpointError, ConfigError
 
 FORMAT, VERSION = "kvret-eval", 1
+_TEXTS = ("task", "budget", "method", "gates", "engine", "metric", "note")
+_COUNTS = ("length", "chunk", "untouched")
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,9 @@ class Results:
     def save(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         cells = {key: dataclasses.asdict(cell) for key, cell in self.cells.items()}
         head = {"format": FORMAT, "version": VERSION, "settings": self.settings, "gates": self.gates}
-        with whole_file(self.path) as scratch:
+        with whole_file(self.path, parents=True) as scratch:
             scratch.write_text(json.dumps(head | {"cells": cells}, indent=1) + "\n", encoding="utf-8")
 
     def __iter__(self) -> Iterator[Cell]:
@@ -111,18 +113,46 @@ def read_results(path: str | Path) -> Results:
     """
     path = Path(path).expanduser()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT or data["version"] != VERSION:
-            raise ConfigError(f"{path} is no results file of version {VERSION}; use another file")
-        cells = [Cell(**cell | {"scores": tuple(cell["scores"])}) for cell in data["cells"].values()]
-        whole = all(cell.scores and all(map(math.isfinite, cell.scores)) for cell in cells)
-        settings, gates = dict(data["settings"]), dict(data["gates"])
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is no results file ({error}); use another file") from error
-    if not whole:
-        raise ConfigError(f"{path} holds cells without scores; remove it and run again")
-    return Results(settings, gates, {cell.key: cell for cell in cells}, path)
+        data = read_json_value(path)
+    except CheckpointError as error:
+        raise ConfigError(f"{path} is no results file: {error}; use another file") from error
+    try:
+        of_type("it", data, dict, "an object")
+        if data.get("format") != FORMAT or not exactly(data.get("version"), VERSION):
+            raise ConfigError(f"no results of version {VERSION}")
+        for name in ("settings", "gates", "cells"):
+            of_type(name, data.get(name), dict, "an object")
+        for label, digest in data["gates"].items():
+            of_type(f"the digest of {label}", digest, str, "a text")
+        cells = {key: _cell(key, fields) for key, fields in data["cells"].items()}
+    except ConfigError as error:
+        raise ConfigError(f"{path} is no results file: {error}; use another file") from error
+    return Results(data["settings"], data["gates"], cells, path)
+
+
+def _cell(key: str, fields: Any) -> Cell:
+    """A cell of a file.
+
+    Raises:
+        ConfigError: names the cell and what is wrong with it.
+    """
+    try:
+        of_type("it", fields, dict, "an object")
+        scores = fields.get("scores")
+        if not isinstance(scores, list) or not scores:
+            raise ConfigError("it has no scores")
+        for score in scores:
+            number("a score", score, "a finite number")
+        for name in _TEXTS:
+            of_type(name, fields.get(name, ""), str, "a text")
+        for name in _COUNTS:
+            whole(name, fields.get(name, 0), 0)
+        for name in ("entries", "seconds"):
+            number(name, fields.get(name), "a number of at least 0", 0)
+        cell = Cell(**fields | {"scores": tuple(scores)})
+        if cell.key != key:
+            raise ConfigError(f"its fields are those of {cell.key!r}")
+    except (ConfigError, TypeError) as error:
+        # TypeError: missing or unknown fields
+        raise ConfigError(f"cell {key!r}: {error}") from error
+    return cell

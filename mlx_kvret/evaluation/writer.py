@@ -38,9 +38,14 @@ class Writer:
         if chat:
             if not getattr(tokenizer, "chat_template", None):
                 raise ConfigError("the tokenizer has no chat template; drop --chat")
-            shown = tokenizer.apply_chat_template(
-                [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-            )
+            try:
+                shown = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # templates are programs of the model's maker
+                raise ConfigError(
+                    f"the tokenizer's chat template refuses a user's text ({error}); drop --chat"
+                ) from error
             if shown.count(_MARK) != 1:
                 raise ConfigError(
                     "the tokenizer's chat template does not show the user's text once; drop --chat"

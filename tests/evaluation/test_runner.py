@@ -135,6 +135,40 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert read_results(path).cells == made.cells and read_results(path).gates == made.gates
 
 
+@pytest.mark.parametrize(
+    "edit,message",
+    [
+        (lambda data, cell: data.update(version=1.0), "no results of version 1"),
+        (lambda data, cell: data.update(settings=[]), r"settings is \[\]"),
+        (lambda data, cell: data.update(gates={"a/0": 3}), "digest of a/0 is 3"),
+        (lambda data, cell: data.update(cells=[1]), r"cells is \[1\]"),
+        (lambda data, cell: data["cells"].update(more=3), "cell 'more': it is 3"),
+        (lambda data, cell: cell.update(scores=[]), "cell .*: it has no scores"),
+        (lambda data, cell: cell.update(scores=[True]), "cell .*: a score is True"),
+        (lambda data, cell: cell.update(scores=["1"]), "cell .*: a score is '1'"),
+        (lambda data, cell: cell.update(scores=[math.nan]), "NaN is no number"),
+        (lambda data, cell: cell.update(entries=math.inf), "Infinity is no number"),
+        (lambda data, cell: cell.update(seconds=-1), "cell .*: seconds is -1"),
+        (lambda data, cell: cell.update(length=1.5), "cell .*: length is 1.5"),
+        (lambda data, cell: cell.update(length=10**400), "beyond the range"),
+        (lambda data, cell: cell.update(task=None), "cell .*: task is None"),
+        (lambda data, cell: cell.update(colour="red"), "cell .*colour"),
+        (lambda data, cell: cell.pop("engine"), "cell .*engine"),
+        (lambda data, cell: cell.update(budget="1/2"), "cell .*: its fields are those of"),
+    ],
+)
+def test_damaged_results_are_named_and_kept(tmp_path, edit, message):
+    path = tmp_path / "r.json"
+    run(Fake(), path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    edit(data, next(iter(data["cells"].values())))
+    path.write_text(json.dumps(data), encoding="utf-8")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=rf"r\.json is no results file: .*{message}"):
+        run(Fake(), path)
+    assert path.read_bytes() == before
+
+
 def test_what_cannot_be_run_is_refused_before_anything_is():
     engine = Fake()
     with pytest.raises(ConfigError, match="without gates"):
