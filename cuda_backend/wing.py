@@ -11,16 +11,16 @@ from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mlx_kvret import demo
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint, check_base
 from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.core.loading import check_loading, check_needless, unreadable_tokenizer
 from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.core.options import of_type
-from mlx_kvret.core.request import Sampling, eviction
+from mlx_kvret.core.request import Sampling, check_eviction, eviction, own_eviction
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import tensors_id
+from mlx_kvret.core.types import Array
 from mlx_kvret.errors import (
     CheckpointError,
     ConfigError,
@@ -29,6 +29,8 @@ from mlx_kvret.errors import (
     UnsupportedModelError,
 )
 from mlx_kvret.hub import resolve
+from mlx_kvret.zoo import auto
+from mlx_kvret.zoo.identity import Subject, is_norm
 
 from . import hooks, snapshots
 from .cache import BoundedCache
@@ -66,7 +68,7 @@ _MLX_ONLY = {
 
 def load(
     model: str | Path,
-    gates: str | Path | GateCheckpoint | None = None,
+    gates: str | Path | GateCheckpoint | None = auto.AUTO,
     *,
     revision: str | None = None,
     gates_revision: str | None = None,
@@ -75,6 +77,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    rope_length: int | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
     **unknown: Any,
@@ -84,11 +87,11 @@ def load(
     Args:
         device: where the model goes, ``"cpu"`` unless given.
         dtype: of the model: ``"auto"`` (as it was saved), ``"bfloat16"``, ``torch.float16``, ...
+        rope_length: tokens expected in all, for models whose RoPE depends on the length; their full length
+            unless given.
         attn_implementation, device_map, quantization_config: as transformers' ``from_pretrained`` has them.
     """
     check_loading(load, locals(), unknown, _MLX_ONLY)
-    if str(model) == "demo":
-        model, gates = demo.MODEL, demo.GATES if gates is None else gates
     check_versions()
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map both say where the model goes; give one of them")
@@ -100,12 +103,15 @@ def load(
         "quantization_config": quantization_config,
     }
     folder = resolve(model, "model", revision, trust_remote_code)
-    checkpoint = None if gates is None else read_gates(gates, gates_revision)
+    checkpoint = gates if gates is None or gates == auto.AUTO else read_gates(gates, gates_revision)
     given = {name: value for name, value in options.items() if value is not None}
     network: Any = load_model(folder, trust_remote_code=trust_remote_code, **given)
     if device_map is None:
         network.to(where)
-    return attach(network, checkpoint), read_tokenizer(folder, trust_remote_code, tokenizer_config)
+    if rope_length is not None:
+        vars(network)["_kvret_rope_length"] = rope_length
+    tokenizer = read_tokenizer(folder, trust_remote_code, tokenizer_config)
+    return _attach_any(network, checkpoint, (str(model), str(folder)), {}), tokenizer
 
 
 def read_tokenizer(
@@ -176,7 +182,7 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     model_config(folder)
     try:
         options = {"trust_remote_code": False} | options
-        network, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         if out_of_memory(error):
             raise
@@ -187,6 +193,7 @@ def load_model(folder: Path, **options: Any) -> PreTrainedModel:
         raise MissingDependencyError(f"transformers cannot load {folder}: {error}") from error
     except Exception as error:  # model files take a config at its word
         raise UnsupportedModelError(f"transformers cannot load {folder}: {error}") from error
+    network, report = loaded
     # transformers fills them with random numbers and says so in a warning
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
@@ -206,17 +213,58 @@ def read_gates(gates: str | Path | GateCheckpoint, revision: str | None = None) 
     return load_any(resolve(gates, "gates", revision))
 
 
-def attach(model: PreTrainedModel, gates: str | Path | GateCheckpoint | None = None) -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel, gates: str | Path | GateCheckpoint | None = auto.AUTO, **options: Any
+) -> PreTrainedModel:
     """As :func:`mlx_kvret.attach`."""
-    checkpoint = None if gates is None else read_gates(gates)
+    check_eviction(options)
+    # transformers sets it to what the model was loaded by, whatever its file says
+    return _attach_any(model, gates, (str(model.name_or_path),) if model.name_or_path else (), options)
+
+
+def _attach_any(
+    model: PreTrainedModel,
+    gates: str | Path | GateCheckpoint | None,
+    names: tuple[str, ...],
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    """Attach with the gates that were given, or those that are known for a model of these names."""
+    if gates != auto.AUTO:
+        return _attach(model, None if gates is None else read_gates(gates), options)
+    if options.get("policy", "learned") != "learned":
+        return _attach(model, None, options)
+    subject = Subject(model.config.to_dict(), names, lambda: _norms(model))
+    attached: PreTrainedModel = auto.attach_best(
+        subject, read_gates, lambda checkpoint: _attach(model, checkpoint, options)
+    )
+    return attached
+
+
+def _norms(model: PreTrainedModel) -> dict[str, Array]:
+    """The norms' weights by name, float32."""
+    return {
+        name: weight.detach().float().cpu().numpy()
+        for name, weight in model.named_parameters()
+        if is_norm(name) and weight.ndim == 1
+    }
+
+
+def _attach(
+    model: PreTrainedModel, checkpoint: GateCheckpoint | None, options: dict[str, Any]
+) -> PreTrainedModel:
     config = model.config.to_dict()
     owner, made = {"model": fingerprint(config)}, None
     if checkpoint is not None:
         check_base(checkpoint.config, config)
         made = from_checkpoint(checkpoint)
         owner["gates"] = tensors_id(checkpoint.tensors)
+    if (before := hooks.attachment(model)) is not None:
+        # a refusal leaves the model as it was
+        if made is not None:
+            before.layout.check_gates(made)
+        own_eviction(before.layout.shape, None if made is None else made.config, options)
     hooks.remove(model)
-    hooks.install(model, made, owner)
+    hooks.install(model, made, owner, options)
     return model
 
 
@@ -230,8 +278,13 @@ def make_cache(
     model: PreTrainedModel, budget: int | str | None = None, buffer: int | None = None, **options: Any
 ) -> BoundedCache:
     """As :func:`mlx_kvret.make_cache`."""
-    attached = hooks.attachment(model) or hooks.attachment(attach(model))
+    attached = hooks.attachment(model)
+    if attached is None:
+        learned = options.get("policy", "learned") == "learned"
+        attached = hooks.attachment(attach(model, auto.AUTO if learned else None))
     assert attached is not None
+    if budget is None and buffer is None and not options:
+        return hooks.new_cache(model, attached, attached.eviction)
     config = eviction(attached.layout.shape, budget, buffer, gates=attached.gate_config, **options)
     return hooks.new_cache(model, attached, config)
 

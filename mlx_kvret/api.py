@@ -24,14 +24,17 @@ _NEEDS = {
 
 
 def load(
-    model: str | Path, gates: str | Path | None = None, *, backend: Backend = "auto", **options: Any
+    model: str | Path, gates: Any = "auto", *, backend: Backend = "auto", **options: Any
 ) -> tuple[Any, Any]:
     """A model ready to generate within a budget, and its tokenizer.
 
     Args:
-        model: a model folder, a hub id (``org/name``), or ``"demo"`` for the model shipped with the package.
-        gates: a gate folder or hub id in any form; None for none (the demo brings its own). Without gates
-            only policies that need none work.
+        model: a model folder, a hub id (``org/name``), or a name known here: ``"demo"``, shipped with the
+            package, or ``"smollm2"``, a real model (once ``mlx-kvret get smollm2`` has fetched it).
+        gates: a gate folder or hub id in any form, or a ``GateCheckpoint``; None for none, with which only
+            policies that need none work. ``"auto"`` takes those that are known for the model, shipped here or
+            released and fetched from the hub, if it surely is their base or a copy in other bits. What is
+            taken, or why nothing is, goes to the log ``mlx_kvret``.
         backend: ``"mlx"``, ``"cuda"``, ``"torch"`` (CPU), or ``"auto"``: MLX on Apple Silicon, CUDA where
             torch sees a GPU, else whichever is installed, MLX first.
         revision, gates_revision: branch, tag or commit of a hub repository, main unless given.
@@ -49,16 +52,16 @@ def load(
     return _wing(choose_backend(backend)).load(model, gates, **_device(backend, options))
 
 
-def attach(model: Any, gates: Any = None, **options: Any) -> Any:
+def attach(model: Any, gates: Any = "auto", **options: Any) -> Any:
     """Hook a model that was loaded by mlx-lm or transformers; returns the same model.
 
     From then on mlx-lm's own functions, and transformers' ``model.generate``, use a bounded cache where they
     are not given another one: made with these options, or the defaults.
 
     Args:
-        gates: a folder, a hub id, a :class:`~mlx_kvret.core.checkpoint.GateCheckpoint`, or None for policies
-            that need none. Without gates and options nothing says how to bound a cache: mlx-lm's functions
-            and ``model.generate`` are then refused until they are given one from :func:`make_cache`.
+        gates: as of :func:`load`. Without gates and options nothing says how to bound a cache: mlx-lm's
+            functions and ``model.generate`` are then refused until they are given one from
+            :func:`make_cache`.
         options: ``budget``, ``buffer`` and the others of :func:`make_cache`, whose defaults they are too.
 
     Raises:
@@ -115,7 +118,8 @@ def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
 
 def stream_generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Iterator[Any]:
     """As :func:`generate`, by token: mlx-lm's response fields, ``seen``, ``entries`` and ``cache_nbytes``."""
-    yield from wing_of(model).stream_generate(model, tokenizer, prompt, **options)
+    found: Iterator[Any] = wing_of(model).stream_generate(model, tokenizer, prompt, **options)
+    return found
 
 
 def save_cache(model: Any, cache: Any, path: str | Path, notes: dict[str, str] | None = None) -> None:

@@ -29,6 +29,9 @@ def resolve(
 ) -> Path:
     """The local folder of a model or of gates, downloaded first if ``name`` is a hub id ``org/name``.
 
+    Names known here come first: ``demo`` and ``smollm2``, models and gates (a folder of that name is
+    ``./demo``). Then local folders, then the hub.
+
     The hub's own settings hold: ``HF_HUB_OFFLINE=1`` uses the local cache only, ``HF_HOME`` moves it.
 
     Args:
@@ -40,6 +43,10 @@ def resolve(
         MissingDependencyError: huggingface_hub is not installed.
     """
     of_type(f"the {what}", name, (str, os.PathLike), "a folder or a hub id (org/name)")
+    if (known := _known(str(name), what)) is not None:
+        if revision is not None:
+            raise ConfigError(f"revision {revision} is of a hub repository, {name} is known here; drop it")
+        return known
     folder = os.path.expanduser(name)
     if revision is not None and os.path.exists(folder):
         raise ConfigError(
@@ -67,6 +74,13 @@ def resolve(
     except Exception as error:  # which errors of its HTTP library come through depends on the release
         wanted = f"{name} at revision {revision}" if revision else f"{name}"
         raise ConfigError(f"{wanted} is no local folder, and as a hub id: {_advice(error)}") from error
+
+
+def _known(name: str, what: str) -> Path | None:
+    """The folder of a model, or of shipped gates, that is known by name."""
+    from .zoo import known, names
+
+    return names.model_folder(name) if what == "model" else known.shipped(name) if what == "gates" else None
 
 
 def _advice(error: Exception) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import load_model, load_tokenizer
 
-from . import demo, hooks, rope, snapshots
+from . import hooks, rope, snapshots
 from .adapters import add_adapter
 from .cache import BoundedCache
 from .core.budget import CacheShape
@@ -23,11 +25,14 @@ from .core.model_folder import model_config as stored_config
 from .core.request import Sampling, check_eviction, eviction, own_eviction
 from .core.snapshot import read_snapshot, write_snapshot
 from .core.tensors import tensors_id
+from .core.types import Array
 from .errors import CheckpointError, KVRetError, UnsupportedModelError
 from .gates import RetentionGates, from_checkpoint, to_tensor
 from .generation import generate, stream_generate
 from .hub import resolve
 from .sampling import sampler_of
+from .zoo import auto
+from .zoo.identity import Subject, is_norm
 
 __all__ = [
     "attach",
@@ -57,7 +62,7 @@ _TORCH_ONLY = {
 
 def load(
     model: str | Path,
-    gates: str | Path | GateCheckpoint | None = None,
+    gates: str | Path | GateCheckpoint | None = auto.AUTO,
     *,
     revision: str | None = None,
     gates_revision: str | None = None,
@@ -81,11 +86,10 @@ def load(
         strict: refuse weights that do not match the model.
     """
     check_loading(load, locals(), unknown, _TORCH_ONLY)
-    if str(model) == "demo":
-        model, gates = demo.MODEL, demo.GATES if gates is None else gates
     folder = resolve(model, "model", revision, trust_remote_code)
     adapter = None if adapter_path is None else resolve(adapter_path, "adapter")
-    checkpoint = None if gates is None else read_gates(gates, gates_revision)
+    searched = gates == auto.AUTO
+    checkpoint = None if gates is None or searched else read_gates(gates, gates_revision)
     options: dict[str, Any] = {"lazy": lazy, "strict": strict, "trust_remote_code": trust_remote_code}
     if get_model_classes is not None:
         options["get_model_classes"] = get_model_classes
@@ -93,7 +97,10 @@ def load(
     if adapter is not None:
         add_adapter(network, adapter)
     tokenizer = read_tokenizer(folder, config, trust_remote_code, tokenizer_config or {})
-    _attach(network, checkpoint, config)
+    if searched:
+        _attach_best(network, config, (str(model), str(folder)), changed=adapter is not None)
+    else:
+        _attach(network, checkpoint, config)
     return network, tokenizer
 
 
@@ -170,13 +177,18 @@ def read_gates(
     return load_mlx_gates(folder)
 
 
-def attach(model: nn.Module, gates: str | Path | GateCheckpoint | None = None, **options: Any) -> nn.Module:
+def attach(
+    model: nn.Module, gates: str | Path | GateCheckpoint | None = auto.AUTO, **options: Any
+) -> nn.Module:
     """As :func:`mlx_kvret.attach`."""
     check_eviction(options)
     args = getattr(model, "args", None)
     config = {name: value for name, value in vars(args).items() if value is not None} if args else {}
     rope.check(model)
-    return _attach(model, None if gates is None else read_gates(gates), config, options)
+    if gates == auto.AUTO and options.get("policy", "learned") == "learned":
+        return _attach_best(model, config, (), options)
+    checkpoint = None if gates is None or gates == auto.AUTO else read_gates(gates)
+    return _attach(model, checkpoint, config, options)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -189,7 +201,10 @@ def make_cache(
     model: nn.Module, budget: int | str | None = None, buffer: int | None = None, **options: Any
 ) -> BoundedCache:
     """As :func:`mlx_kvret.make_cache`."""
-    attached = hooks.attachment(model) or hooks.attachment(attach(model))
+    attached = hooks.attachment(model)
+    if attached is None:
+        learned = options.get("policy", "learned") == "learned"
+        attached = hooks.attachment(attach(model, auto.AUTO if learned else None))
     assert attached is not None
     if budget is None and buffer is None and not options:
         return hooks.new_cache(model, attached, attached.eviction)
@@ -237,6 +252,28 @@ def load_cache(model: nn.Module, path: str | Path) -> tuple[BoundedCache, dict[s
     """As :func:`mlx_kvret.load_cache`."""
     snapshot = read_snapshot(path)
     return hooks.reopened_cache(model, snapshot), snapshot.notes
+
+
+def _attach_best(
+    model: nn.Module,
+    config: dict[str, Any],
+    names: tuple[str, ...],
+    options: dict[str, Any] | None = None,
+    changed: bool = False,
+) -> nn.Module:
+    """Attach with the gates that are known for the model, if there are any."""
+    subject = Subject(config, names, lambda: _norms(model), changed)
+    return auto.attach_best(subject, read_gates, lambda gates: _attach(model, gates, config, options))
+
+
+def _norms(model: nn.Module) -> dict[str, Array]:
+    """The norms' weights by name, float32."""
+    weights: Any = tree_flatten(model.parameters())
+    return {
+        name: np.array(array.astype(mx.float32))
+        for name, array in weights
+        if is_norm(name) and array.ndim == 1
+    }
 
 
 def _attach(

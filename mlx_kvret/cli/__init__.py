@@ -11,6 +11,7 @@ try:
     import click
 
     from .ending import ended, explained, leaving_at_once
+    from .notices import notices
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 
@@ -20,6 +21,7 @@ _COMMANDS = {
     "train": "Train retention gates for a model.",
     "eval": "Compare eviction policies on generated tasks.",
     "convert": "Convert gates from one form to another.",
+    "get": "Fetch a real model to try, or released gates.",
     "info": "What a model or a gate folder is, and what a budget costs.",
 }
 
@@ -57,7 +59,7 @@ class _Commands(click.Group):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with explained():
+        with explained(), notices():
             return super().invoke(ctx)
 
 
@@ -70,6 +72,9 @@ def main() -> None:
     Try it without a download:
       mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64
       mlx-kvret chat --model demo --budget 64
+    and with a real model of 93 MB:
+      mlx-kvret get smollm2
+      mlx-kvret chat --model smollm2 --budget 256
     """
 
 

@@ -10,12 +10,12 @@ METHODS = ("full", "learned", "recent", "random", "knorm", "keydiff")
 
 
 @click.command("eval")
-@click.option("--model", required=True, help="Model folder, hub id (org/name), or 'demo'.")
+@click.option("--model", required=True, help="Model folder, hub id (org/name), or a name: demo, smollm2.")
 @click.option(
     "--gates",
     multiple=True,
     metavar="[LABEL=]FOLDER",
-    help="Gates, repeatable. Several are training "
+    help="Gates, repeatable; without any those known for the model. Several are training "
     "seeds of one method; labels a/0, a/1, b/0 tell kinds a and b apart.",
 )
 @click.option(

@@ -21,7 +21,7 @@ LENGTHS = (4096, 32768, 131072)
 def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> None:
     """What a model or a gate folder is, and what a budget costs.
 
-    NAME is a folder, a hub id, or 'demo'.
+    NAME is a folder, a hub id, or a name: demo, smollm2. The gates that are known for a model are shown.
 
     \b
     Examples:
@@ -29,7 +29,6 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
       mlx-kvret info ./my-gates
       mlx-kvret info mlx-community/Qwen3-4B-4bit --budget 1024 --budget 256MB --context 32768
     """
-    from .. import demo
     from ..core.budget import parse_budget
     from ..core.config import MOST_TOKENS
     from ..core.options import whole
@@ -39,16 +38,15 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
         whole("--context", length, 1, MOST_TOKENS)
     for text in budget:
         parse_budget(text)
-    folder = demo.MODEL if name == "demo" else resolve(name)
+    folder = resolve(name)
     shown = False
     if any((folder / file).exists() for file in ("kvret.json", "trimkv_weights.pth")):
         show_gates(folder)
         shown = True
     elif (folder / "config.json").exists():
-        show_model(folder, budget or ("256", "1024", "4096"), context or LENGTHS)
+        config = show_model(folder, budget or ("256", "1024", "4096"), context or LENGTHS)
         shown = True
-        if name == "demo":
-            show_gates(demo.GATES)
+        show_known_gates(folder, config, name)
     if not shown:
         raise CheckpointError(
             f"{folder} is neither a model (config.json) nor gates (kvret.json); check the path"
@@ -58,11 +56,10 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
 
 def show_gates(folder: Path) -> None:
     from converters import detect, load_any
-    from converters.mlx_form import load_mlx
 
-    form = detect(folder)
-    checkpoint = load_mlx(folder) if form == "mlx" else load_any(folder)
+    form, checkpoint = detect(folder), load_any(folder)
     config = checkpoint.config
+    wishes = (config.eviction.to_dict() if config.eviction else {}).items()
     size = sum(t.bits.nbytes for t in checkpoint.tensors.values())
     rows: dict[str, Any] = {
         "gates": f"{folder} ({form} form, {size / 1e6:.2f} MB)",
@@ -74,6 +71,7 @@ def show_gates(folder: Path) -> None:
         "trained for": f"M = {config.training_budget} tokens per head"
         if config.training_budget
         else "unknown",
+        "used with": ", ".join(f"{key} = {value}" for key, value in wishes) or "no options of their own",
     }
     rows |= {
         key: value for key, value in checkpoint.provenance.items() if not isinstance(value, (dict, list))
@@ -81,7 +79,24 @@ def show_gates(folder: Path) -> None:
     _table(rows)
 
 
-def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...]) -> None:
+def show_known_gates(folder: Path, config: dict[str, Any], name: str) -> None:
+    """What ``--gates auto`` would do with a model, and other gates that are known for its shape."""
+    from ..zoo import auto, identity
+
+    found = auto.matches(identity.of_folder(folder, config, name))
+    click.echo("\ngates that are known for it")
+    if not found:
+        click.echo(f"  none; train some, or choose a policy that needs none: {auto.FREE}")
+    for place, match in enumerate(found):
+        taken = place == 0 and match.sure
+        click.echo(f"  {'taken by itself' if taken else f'--gates {match.entry.gates}'}: {match}")
+    if found and found[0].sure and found[0].entry.folder:
+        click.echo()
+        show_gates(found[0].entry.folder)
+
+
+def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, Any]:
+    """What a model is and what budgets cost; returns its config."""
     from ..core.request import eviction
     from ..wing import cache_shape
 
@@ -100,6 +115,7 @@ def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...])
         shares = "".join(f"{size / shape.full_nbytes(n):>14.1%}" for n in lengths)
         click.echo(f"  {budget:<10}{plan.budget:>10,}{size / 1e6:>10.1f} MB{shares}")
     click.echo("  full" + " " * 29 + "".join(f"{shape.full_nbytes(n) / 1e6:>11,.1f} MB" for n in lengths))
+    return config
 
 
 def show_backends() -> None:

@@ -18,8 +18,10 @@ def model_options(function: F) -> F:
     for option in (
         click.option("--backend", default="auto", show_default=True,
                      type=click.Choice(["auto", "mlx", "cuda", "torch"]), help="What runs the model."),
-        click.option("--gates", help="Folder or hub id of the retention gates (the demo brings its own)."),
-        click.option("--model", required=True, help="Model folder, hub id (org/name), or 'demo'."),
+        click.option("--gates", default="auto", show_default=True,
+                     help="Folder or hub id of the retention gates; auto: those known for the model; none."),
+        click.option("--model", required=True,
+                     help="Model folder, hub id (org/name), or a name: demo, smollm2."),
     ):  # fmt: skip
         function = option(function)
     return function

@@ -26,7 +26,10 @@ def load(options: dict[str, Any]) -> tuple[Any, Any]:
     with leaving_at_once():
         from ..api import load
 
-        return load(options.pop("model"), options.pop("gates"), backend=options.pop("backend"))
+        gates = options.pop("gates")
+        return load(
+            options.pop("model"), None if gates == "none" else gates, backend=options.pop("backend")
+        )
 
 
 def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def check_loading(
     for name, value in given.items():
         if value is not None and name in _KINDS:
             of_type(name, value, *_KINDS[name])
-    if given.get("gates_revision") is not None and not isinstance(given.get("gates"), (str, Path)):
+    named = isinstance(given.get("gates"), (str, Path)) and given.get("gates") != "auto"
+    if given.get("gates_revision") is not None and not named:
         raise ConfigError("gates_revision is given, and no gates from the hub; drop it, or give their hub id")
     if given.get("rope_length") is not None:
         whole("rope_length", given["rope_length"], 1)

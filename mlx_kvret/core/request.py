@@ -15,7 +15,8 @@ from .options import MAX_SEED, all_callable, check_known, number, short, whole
 
 EVICTION = tuple(field.name for field in dataclasses.fields(EvictionConfig))
 NO_GATES = (
-    "this model has no retention gates; load it with gates, or choose a policy that needs none (recent, "
+    "this model has no retention gates; load it with gates (`mlx-kvret info MODEL` names those that are "
+    "known for it, `mlx-kvret train` makes some), or choose a policy that needs none (recent, "
     "knorm, keydiff, random, full), for the model's own caches too: attach(model, policy='recent')"
 )
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.checkpoint import GateCheckpoint, read_json
+from ..core.checkpoint import GateCheckpoint
 from ..core.fingerprint import fingerprint
+from ..core.model_folder import model_config
 from ..core.options import whole
 from ..core.tensors import tensors_id
 from ..errors import ConfigError, MissingDependencyError
+from ..hub import resolve
 from .chunks import Pace
 from .engine import Engine, PublicEngine
 from .methods import REFERENCES, Method
@@ -54,8 +56,9 @@ def open_bench(
     """Load a model and its gates for these methods.
 
     Args:
-        model: folder, hub id, or ``"demo"``, which brings gates.
+        model: folder, hub id, or a name known here (``"demo"``).
         gates: ``FOLDER`` or ``LABEL=FOLDER``; labels ``a/0``, ``a/1`` are training seeds of one kind ``a``.
+            Without any those that are known for the model.
         backend: of :func:`mlx_kvret.load`, or ``"reference"`` for all methods. Methods that look at attention
             get the reference engine beside any backend.
         chunk, buffer: tokens read at a time (M/2 unless given), and B (M/8 unless given).
@@ -72,11 +75,11 @@ def open_bench(
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     whole("batch", batch, 1)
     Pace(chunk, buffer)
-    found = load_gate_sets(model, gates) if any(method.learned for method in methods) else {}
+    config = model_config(resolve(model))
+    found = load_gate_sets(model, gates, config) if any(method.learned for method in methods) else {}
     engines: list[Engine] = []
     tokenizer: Any = None
     looking = look or backend == "reference" or any(method.policy in REFERENCES for method in methods)
-    config = read_json(_folder(model) / "config.json")
     for checkpoint in found.values():
         # before gigabytes of weights are read
         checkpoint.check_model(config)
@@ -92,8 +95,10 @@ def open_bench(
     return Bench(engines, tokenizer, found, settings)
 
 
-def load_gate_sets(model: str | Path, gates: Sequence[str]) -> dict[str, GateCheckpoint]:
-    """Gate checkpoints by label.
+def load_gate_sets(
+    model: str | Path, gates: Sequence[str], config: dict[str, Any]
+) -> dict[str, GateCheckpoint]:
+    """Gate checkpoints by label; without any given those that are known for the model, if there are.
 
     Raises:
         ConfigError: two of the same label.
@@ -101,11 +106,11 @@ def load_gate_sets(model: str | Path, gates: Sequence[str]) -> dict[str, GateChe
     """
     from converters import load_any
 
-    from .. import demo
-    from ..hub import resolve
+    from ..zoo import auto, identity
 
-    if not gates and str(model) == "demo":
-        return {"demo": load_any(demo.GATES)}
+    if not gates:
+        known = auto.choose(identity.of_folder(resolve(model), config, str(model)))
+        return {} if known is None else {known[0]: load_any(known[1])}
     found: dict[str, GateCheckpoint] = {}
     for text in gates:
         label, given, folder = text.rpartition("=")
@@ -116,26 +121,19 @@ def load_gate_sets(model: str | Path, gates: Sequence[str]) -> dict[str, GateChe
     return found
 
 
-def _folder(model: str | Path) -> Path:
-    from .. import demo
-    from ..hub import resolve
-
-    return demo.MODEL if str(model) == "demo" else resolve(model)
-
-
 def _load(model: str | Path, backend: str, dtype: str) -> tuple[Any, Any]:
     """A model without gates and its tokenizer."""
     from ..api import attach, choose_backend, detach, load
 
     if choose_backend(backend) != "mlx":
-        return load(model, backend=backend, dtype=dtype)  # type: ignore[arg-type]
-    network, tokenizer = load(model, backend="mlx")
+        return load(model, None, backend=backend, dtype=dtype)  # type: ignore[arg-type]
+    network, tokenizer = load(model, None, backend="mlx")
     if dtype != "auto":
         import mlx.core as mx
 
         # what a cache takes is measured when it is hooked
         detach(network).set_dtype(getattr(mx, dtype))
-        attach(network)
+        attach(network, None)
     return network, tokenizer
 
 
@@ -145,13 +143,13 @@ def _reference(model: str | Path, chunk: int | None, buffer: int | None, batch: 
             f"the reference engine needs {' and '.join(missing)}; run `pip install 'mlx-kvret[torch]'`"
         )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cuda_backend.wing import load_model, read_tokenizer
 
     from .reference import ReferenceEngine
 
-    folder = _folder(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    folder = resolve(model)
+    network: Any = load_model(folder, dtype=dtype)
+    tokenizer = read_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return ReferenceEngine(network.to(device), tokenizer, chunk, buffer, batch)

@@ -23,8 +23,8 @@ class BoundedLM(TemplateLM):
     Prompts are never cut off on the left: that they may be long is what the cache is for.
 
     Args:
-        model: folder, hub id or ``"demo"``.
-        gates: a gate folder or hub id.
+        model: folder, hub id, or a name known here (``"demo"``).
+        gates: as of :func:`mlx_kvret.load`.
         budget: M, tokens per KV head.
         method: as of ``mlx-kvret eval``: ``learned``, ``learned:threshold=1e-6``, ``recent``, ``full``, …
         backend, chunk, buffer: as of ``mlx-kvret eval``; prompts are read in chunks of half the budget.
@@ -36,7 +36,7 @@ class BoundedLM(TemplateLM):
     def __init__(
         self,
         model: str,
-        gates: str | None = None,
+        gates: str | None = "auto",
         budget: int = 1024,
         method: str = "learned",
         backend: str = "auto",
