@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -18,6 +19,8 @@ from cuda_backend.gates import from_checkpoint
 from cuda_backend.training import engine
 from cuda_backend.training.engine import train
 from mlx_kvret.core.checkpoint import load_gates
+from mlx_kvret.core.files import whole_file
+from mlx_kvret.core.tensors import Tensor, read_file, write_tensors
 from mlx_kvret.demo import MODEL
 from mlx_kvret.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
 from mlx_kvret.training import state
@@ -169,13 +172,22 @@ def _lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_what_a_killed_writer_left_is_removed(chats, tmp_path):
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(chats, tmp_path):
     folder = tmp_path / "run"
     run(folder, chats)
-    (folder / ".training.x1.safetensors").write_bytes(b"half")
-    (folder / ".gates.y2").mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with whole_file(folder / "own.safetensors") as scratch:
+        mine = scratch.name
+    left = mine.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    (folder / left).write_bytes(b"half")
+    (folder / left.replace(".safetensors", "")).mkdir()
+    others = (".git", ".env", ".training.x1.safetensors", mine)
+    (folder / ".git").mkdir()
+    for name in others[1:]:
+        (folder / name).write_bytes(b"theirs")
     run(folder, chats, resume=True)
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == sorted(others)
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -230,6 +242,82 @@ def test_refuses_a_damaged_checkpoint(finished, chats, tmp_path):
     (tmp_path / state.NAME).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="is damaged"):
         run(tmp_path, chats, resume=True)
+    (tmp_path / state.NAME).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        run(tmp_path, chats, resume=True)
+
+
+BIAS = "shared.bias"
+
+
+def tensor(name, values, dtype="F32"):
+    return lambda tensors, header: tensors.update({name: Tensor.of(np.asarray(values), dtype)})
+
+
+def value(**fields):
+    return lambda tensors, header: header["values"].update(fields)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        tensor(f"gates.{BIAS}", [np.nan, 0]),
+        tensor(f"gates.{BIAS}", [0, 0, 0]),
+        tensor(f"gates.{BIAS}", [0, 0], "F16"),
+        tensor("gates.more", [0]),
+        tensor(f"mean.{BIAS}", [[0, 0]]),
+        tensor(f"mean.{BIAS}", [np.inf, 0]),
+        tensor(f"square.{BIAS}", [-1, 0]),
+        tensor(f"square.{BIAS}", [np.nan, 0]),
+        lambda tensors, header: tensors.pop(f"square.{BIAS}"),
+        lambda tensors, header: tensors.pop(f"gates.{BIAS}"),
+        tensor("random.torch", [0] * 5, "U8"),
+        tensor("random.torch", [255] * 5056, "U8"),
+        tensor("random.torch", [0.5], "F32"),
+        value(step=-1),
+        value(step=2.0),
+        value(step=True),
+        value(tokens=None),
+        value(losses={"kl": 1}),
+        value(losses=[1]),
+        value(position=[0, 0]),
+        value(position=[0, 0, 0, 2]),
+        value(position=[0, -1, 0, 0]),
+        value(position=[0, 10**18, 0, 0]),
+        value(position="abcd"),
+        lambda tensors, header: header.update(version=True),
+        lambda tensors, header: header.update(values=[1]),
+        lambda tensors, header: header.update(run=[1]),
+    ],
+)
+def test_refuses_a_checkpoint_that_no_run_wrote(finished, chats, tmp_path, edit):
+    """What the checksum does not tell: it is right here."""
+    tensors, metadata = read_file(finished / state.NAME)
+    header = json.loads(metadata["kvret-training"])
+    edit(tensors, header)
+    write_tensors(tmp_path / state.NAME, tensors, {"kvret-training": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=r"checkpoint|damaged|version"):
+        run(tmp_path, chats, resume=True)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("1,2,3\n", r"log.csv:3 is damaged"),
+        (",".join(["x"] * len(COLUMNS)) + "\n", r"log.csv:3 is damaged"),
+        (",".join(["nan"] * len(COLUMNS)) + "\n", r"log.csv:3 is damaged .*finite"),
+        ('"\n', r"log.csv is damaged"),
+        ("1,2,3", None),
+    ],
+)
+def test_a_damaged_log_is_named(finished, tmp_path, line, message):
+    lines = (finished / "log.csv").read_text().splitlines(keepends=True)[:2]
+    (tmp_path / "log.csv").write_text("".join([*lines, line]))
+    if message is None:
+        assert len(read_log(tmp_path / "log.csv")) == 1
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            read_log(tmp_path / "log.csv")
 
 
 @pytest.mark.parametrize("option", ["micro_batch", "save_every"])
