@@ -7,13 +7,14 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from mlx_kvret.core.absent import Absent
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CacheError, UnsupportedFeatureError
 
@@ -117,8 +118,10 @@ class BoundedKVCache(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether a pass can be taken back: for who announced it, and does so before the next pass."""
-        return self.record_past
+        """Whether a rollback leaves no trace: of the last pass, for who announced it; else of all tokens."""
+        waiting = self.shared.recents[self.layer].length
+        undecided = self.get_seq_length() == waiting and self.shared.schedule.next(waiting, waiting) is None
+        return self.record_past or undecided
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest ``-tokens_to_remove`` tokens.
@@ -126,40 +129,40 @@ class BoundedKVCache(CacheLayerMixin):
         Raises:
             UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
         """
-        recent, count = self.shared.recents[self.layer], abs(tokens_to_remove)
-        if tokens_to_remove > 0 or count > recent.length:
-            raise UnsupportedFeatureError(
-                f"cannot crop by {tokens_to_remove}: give minus the number of tokens to take back, at most "
-                f"{recent.length}, for older ones have been through a compaction; or make a new cache"
-            )
+        count = self.to_crop(tokens_to_remove)
         if count:
+            recent = self.shared.recents[self.layer]
             recent.cut(recent.length - count)
             self.shared.seen[self.layer] -= count
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> NoReturn:
-        _refuse("beam search", "use num_beams=1")
+    def to_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens :meth:`crop` would take back. Raises as that does."""
+        # a number that transformers has counted on the device
+        removed, length = int(tokens_to_remove), self.shared.recents[self.layer].length
+        if removed > 0 or -removed > length:
+            raise UnsupportedFeatureError(
+                f"cannot crop by {removed}: give minus the number of tokens to take back, at most {length}, "
+                "for older ones have been through a compaction; or make a new cache"
+            )
+        return -removed
 
-    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
-        _refuse("repeating a batch", "give the cache as many sequences as are to be generated")
+    reorder_cache, offload, prefetch, reset = (Absent() for _ in range(4))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> NoReturn:
-        _refuse("selecting sequences of a batch", "run them with caches of their own")
 
-    def offload(self) -> NoReturn:
-        _refuse("offloading", "lower the budget instead")
-
-    prefetch = offload
-
-    def reset(self) -> NoReturn:
-        _refuse("resetting one layer", "make a new cache")
+def _unbounded(cache: BoundedCache) -> bool:
+    return cache.shared is None
 
 
 class BoundedCache(Cache):
     """A cache for ``past_key_values``: one layer object per layer, and figures over all of them.
 
     Competing layers are :class:`BoundedKVCache`; sliding-window and state-space layers keep their own kind.
-    ``shared`` is None if nothing is ever evicted (policy ``"full"``).
+    ``shared`` is None if nothing is ever evicted (policy ``"full"``); else what cannot be done is absent.
     """
+
+    reorder_cache, offload, prefetch, reset, batch_repeat_interleave, batch_select_indices = (
+        Absent(unless=_unbounded) for _ in range(6)
+    )
 
     def __init__(self, layers: list[Any], shared: Bounded | None, competing: list[Any]) -> None:
         super().__init__(layers=layers)
@@ -196,6 +199,15 @@ class BoundedCache(Cache):
             # state-space layers change their states in place
             self._broken = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._stock())
         self._before = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest ``-tokens_to_remove`` tokens in all layers, or in none."""
+        bounded = [layer for layer in self.layers if isinstance(layer, BoundedKVCache)]
+        for layer in bounded:
+            layer.to_crop(tokens_to_remove)
+        # others refuse before they change anything
+        for layer in [*self._stock(), *bounded]:
+            layer.crop(tokens_to_remove)
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -247,17 +259,17 @@ class BoundedCache(Cache):
         return BoundedCache(layers, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
 
 
-def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """The cache under the name the model's forward knows: ``cache`` since transformers 5.24."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: cache}
+def cache_name(model: nn.Module) -> str:
+    """How the model's forward calls its cache: ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """The cache under the name the model's forward knows."""
+    return {cache_name(model): cache}
 
 
 def _tensors(values: dict[str, Any]) -> list[torch.Tensor]:
     """Tensors held by a stock layer, also those in its dictionaries of states."""
     nested = [v for value in values.values() if isinstance(value, dict) for v in value.values()]
     return [v for v in [*values.values(), *nested] if isinstance(v, torch.Tensor)]
-
-
-def _refuse(what: str, instead: str) -> NoReturn:
-    raise UnsupportedFeatureError(f"{what} does not work with a bounded cache; {instead}")

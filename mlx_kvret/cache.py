@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar, NoReturn
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_cache
@@ -13,9 +13,15 @@ import numpy as np
 
 from .attention import LayerView, attend
 from .bounded import Bounded
+from .core.absent import Absent
+from .core.passes import Passes
+from .core.state import State
 from .core.types import Ints
-from .errors import CacheError, UnsupportedFeatureError, UnsupportedModelError
+from .errors import CacheError, ModelMismatchError, UnsupportedFeatureError, UnsupportedModelError
 from .saved import Loaded, layer_state
+
+# what the layers share whose forward pass is under way
+running: ContextVar[Bounded | None] = ContextVar("kvret_running", default=None)
 
 
 class BoundedKVCache(mlx_cache._BaseCache):
@@ -27,9 +33,6 @@ class BoundedKVCache(mlx_cache._BaseCache):
     models that compute on the fetched keys (latent attention): they get heads padded to equal length.
     """
 
-    # by id of the keys they returned: layers that share another's keys have no cache of their own
-    _owners: ClassVar[weakref.WeakValueDictionary[int, BoundedKVCache]] = weakref.WeakValueDictionary()
-
     def __init__(self, shared: Bounded, layer: int, padded: bool = False) -> None:
         self.shared, self.layer, self.padded = shared, layer, padded
 
@@ -40,8 +43,12 @@ class BoundedKVCache(mlx_cache._BaseCache):
 
     @classmethod
     def owner_of(cls, keys: Any) -> BoundedKVCache | None:
-        """The cache whose last :meth:`update_and_fetch` returned exactly this array."""
-        owner = cls._owners.get(id(keys))
+        """The cache whose :meth:`update_and_fetch` returned exactly this array in the pass under way.
+
+        Layers that share another's keys have no cache of their own.
+        """
+        shared = running.get()
+        owner: BoundedKVCache | None = None if shared is None else shared.fetchers.get(id(keys))
         return owner if owner is not None and owner.fetched and owner.fetched[0] is keys else None
 
     @property
@@ -50,15 +57,14 @@ class BoundedKVCache(mlx_cache._BaseCache):
 
     @property
     def fetched(self) -> tuple[mx.array, mx.array] | None:
-        """What :meth:`update_and_fetch` returned last, or would have returned if not ``padded``."""
+        """What :meth:`update_and_fetch` returned in this pass, or would have returned if not ``padded``."""
         return self.shared.recents[self.layer].fetched
 
     def observe(self, x: mx.array) -> None:
-        """Take in the layer's attention input (1, T, hidden); the first layer's begins a forward pass."""
+        """Take in the layer's attention input (1, T, hidden)."""
+        self._check_pass()
         if x.shape[0] != 1:
             _refuse(f"a batch of {x.shape[0]} sequences", "run one sequence at a time")
-        if self.layer == 0:
-            self.shared.settle()
         self.shared.recents[self.layer].observe(x[0])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -67,12 +73,13 @@ class BoundedKVCache(mlx_cache._BaseCache):
         Returns the rectangle (1, H, r, D), from which :func:`mlx_kvret.attention.attend` goes on to the pool,
         or, if ``padded``, all visible entries (1, H, W + r, D), W being the longest head of all layers.
         """
+        self._check_pass()
         recent = self.shared.recents[self.layer]
         recent.append(keys, values)
         self.shared.seen[self.layer] += keys.shape[2]
         fetched = recent.fetch()
         if not self.padded or self._width() == 0:
-            self._owners[id(fetched[0])] = self
+            self.shared.fetchers[id(fetched[0])] = self
             return fetched
         old_keys, old_values, _ = self.view().kept(0, keys.shape[1], self._width())
         return (
@@ -92,7 +99,7 @@ class BoundedKVCache(mlx_cache._BaseCache):
         """mlx-lm's ``scaled_dot_product_attention`` for this cache; (1, Hq, T, D) to (1, Hq, T, Dv)."""
         fetched = self.fetched
         if not self.padded and fetched and keys is fetched[0] and values is fetched[1]:
-            causal = isinstance(mask, str) or any(mask is made for _, made in self.shared.masks)
+            causal = isinstance(mask, str) or any(mask is made for made in self.shared.masks)
             if mask is None or causal:
                 return attend(queries, self.view(), scale, causal, sinks)
         elif self.padded and isinstance(mask, mx.array):
@@ -125,6 +132,7 @@ class BoundedKVCache(mlx_cache._BaseCache):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """mlx-lm's mask for N new tokens, as if every layer held the same entries, all of them visible."""
+        self._check_pass()
         if window_size is not None:
             raise UnsupportedModelError(
                 f"this model masks a window of {window_size} tokens over a cache of all tokens, which has no "
@@ -134,12 +142,19 @@ class BoundedKVCache(mlx_cache._BaseCache):
             return None
         if not (self.padded or return_array):
             return "causal"
-        self.shared.settle()
         recent = self.shared.recents[self.layer].length
         places = mx.arange(-self._width() if self.padded else 0, recent + N)
         mask = places <= recent + mx.arange(N)[:, None]
-        self.shared.masks.append((self.offset, mask))
+        self.shared.masks.append(mask)
         return mask
+
+    def _check_pass(self) -> None:
+        if running.get() is not self.shared:
+            raise ModelMismatchError(
+                "a bounded cache was given to a model that is not attached, or to a part of one; attach the "
+                "model it was made for with mlx_kvret.attach(model, gates) and call the whole model, or give "
+                "this one a cache of its own"
+            )
 
     # -------------------------------------------------- prompt files and trimming
 
@@ -168,6 +183,7 @@ class BoundedKVCache(mlx_cache._BaseCache):
         :meth:`trim` takes back the newest ones at any time, and speculative decoding is answered in
         :mod:`mlx_kvret.hosts`.
         """
+        self.shared.passes.repair()
         waiting = self.shared.recents[self.layer].length
         return self.offset == waiting and self.shared.schedule.next(self.offset, waiting) is None
 
@@ -177,25 +193,18 @@ class BoundedKVCache(mlx_cache._BaseCache):
         Raises:
             UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
         """
+        self.shared.passes.repair()
         recent, n = self.shared.recents[self.layer], min(n, self.offset)
         if n > recent.length:
             raise UnsupportedFeatureError(
                 f"cannot take back {n} tokens: all but the newest {recent.length} have been through a "
                 "compaction; make a new cache and read the prompt again"
             )
-        recent.trim(n)
-        self.shared.seen[self.layer] -= n
+        twin, seen = copy.copy(recent), list(self.shared.seen)
+        twin.trim(n)
+        seen[self.layer] -= n
+        self.shared.put(State([(recent, vars(twin)), (self.shared, {"seen": seen})]))
         return n
-
-
-class _Absent:
-    """A method of a base class that is not there."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._text = f"{owner.__name__} has no {name}"
-
-    def __get__(self, instance: Any, owner: type) -> NoReturn:
-        raise AttributeError(self._text)
 
 
 class BoundedCacheList(mlx_cache.CacheList):
@@ -204,7 +213,7 @@ class BoundedCacheList(mlx_cache.CacheList):
     Hosts ask the list, not its entries, which methods there are.
     """
 
-    merge, extract, filter, extend, prepare, finalize = (_Absent() for _ in range(6))
+    merge, extract, filter, extend, prepare, finalize = (Absent() for _ in range(6))
 
 
 class BoundedCache(list[Any]):
@@ -217,10 +226,24 @@ class BoundedCache(list[Any]):
     def __init__(self, entries: Iterable[Any], shared: Bounded | None, competing: list[Any]) -> None:
         super().__init__(entries)
         self.shared, self.competing = shared, competing
+        self.passes = Passes() if shared is None else shared.passes
+        self._identity = ""
+
+    @property
+    def identity(self) -> str:
+        """The model and gates it belongs to."""
+        return self._identity if self.shared is None else self.shared.identity
+
+    @identity.setter
+    def identity(self, identity: str) -> None:
+        if self.shared is not None:
+            self.shared.identity = identity
+        self._identity = identity
 
     @property
     def seen(self) -> int:
         """Tokens seen so far."""
+        self.passes.repair()
         return int(self.competing[0].offset)
 
     @property
@@ -234,6 +257,7 @@ class BoundedCache(list[Any]):
         """Entries before a compaction that is due; unlike ``entries`` this leaves all tokens trimmable."""
         if self.shared is not None:
             return self.shared.unsettled_entries
+        self.passes.repair()
         return sum(c.offset * c.keys.shape[1] for c in self.competing if c.keys is not None)
 
     @property
@@ -245,24 +269,30 @@ class BoundedCache(list[Any]):
     @property
     def unsettled_nbytes(self) -> int:
         """Bytes before a compaction that is due."""
+        self.passes.repair()
         return sum(c.nbytes for c in self)
 
     def settle(self) -> None:
         """Carry out a compaction that is due now instead of before the next forward pass."""
         if self.shared is not None:
             self.shared.settle()
+        self.passes.check()
 
     def kept_positions(self) -> list[list[Ints]]:
         """For each competing layer, for each KV head, the sorted positions of its entries."""
         if self.shared is not None:
             return self.shared.kept_positions()
+        self.passes.check()
         heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
         return [[np.arange(c.offset)] * n for c, n in zip(self.competing, heads, strict=True)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
+        self.settle()
         entries = copy.deepcopy(list(self), memo)
         # memo maps each old entry to its copy
-        return BoundedCache(entries, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+        twin = BoundedCache(entries, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+        twin.identity = self.identity
+        return twin
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
