@@ -23,7 +23,7 @@ from .engine import PublicEngine
 from .methods import Method, budget_tokens, parse_method
 from .runner import Grid
 from .samples import Question, Sample
-from .tasks import make_samples
+from .tasks import has_length, make_samples, metric
 
 BINS = 16
 
@@ -66,6 +66,21 @@ def diagnose(engine: Any, samples: Sequence[Sample], method: Method, budget: int
         found.append(np.stack(watch.found))
     shares = np.mean(held, 0)
     return Diagnosis(np.mean(mass, 0), np.mean(found, 0), shares.mean(-1), shares)
+
+
+def check_diagnosis(grid: Grid) -> None:
+    """Refuse tasks that do not say which positions are useful, before anything is run.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if wrong := [
+        task for task in grid.tasks if metric(task) == "nll" or not has_length(task) or "turn" in task
+    ]:
+        raise ConfigError(
+            f"the diagnosis needs one-turn tasks that know the useful positions, which {', '.join(wrong)} "
+            "does not; choose another task, or drop --diagnose"
+        )
 
 
 class _Watch:

@@ -24,6 +24,7 @@ class Entry:
 
     ``scores`` (gates, samples); ``mean`` over all; ``sample_error`` and ``seed_error`` are standard errors
     over samples (of their means over gates) and over gates (of their means over samples; 0 for a single one).
+    ``chunk``, ``untouched`` and ``notes`` are those of the cells.
     """
 
     task: str
@@ -33,6 +34,9 @@ class Entry:
     metric: str
     scores: Floats
     entries: float
+    chunk: int = 0
+    untouched: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -52,11 +56,16 @@ class Entry:
         return math.hypot(self.sample_error, self.seed_error)
 
     @property
+    def mark(self) -> str:
+        """Behind figures of gates that were used other than they were validated."""
+        return " †" if self.notes else ""
+
+    @property
     def text(self) -> str:
         """``0.953 ± 0.004``, or the perplexity where the metric is nats per token."""
         scale = math.exp(self.mean) if self.metric == "nll" else 1.0
         shown = scale if self.metric == "nll" else self.mean
-        return _with_error(f"{shown:.3f}", self.error * scale, 3)
+        return _with_error(f"{shown:.3f}", self.error * scale, 3) + self.mark
 
     def ahead(self, other: Entry) -> tuple[float, float]:
         """How much better than another entry at the same place, sample by sample, and its standard error."""
@@ -82,10 +91,16 @@ class Gain:
     metric: str
     mean: float
     error: float
+    mark: str = ""
 
     @property
-    def text(self) -> str:
-        return _with_error(f"{self.mean:+.4f}", self.error, 4)
+    def shown(self) -> str:
+        """``+0.0034 ± 0.0010``: nats above the other's, or the score above the other's."""
+        likelihood, digits = self.metric == "nll", 4 if self.metric == "nll" else 3
+        return (
+            _with_error(f"{-self.mean if likelihood else self.mean:+.{digits}f}", self.error, digits)
+            + self.mark
+        )
 
 
 def gains(found: Sequence[Entry], other: str) -> list[Gain]:
@@ -97,7 +112,7 @@ def gains(found: Sequence[Entry], other: str) -> list[Gain]:
         against = by_place.get((entry.task, entry.length, budget, other))
         if against is not None and against is not entry and entry.budget != FULL:
             place = entry.task, entry.length, entry.budget, entry.method, other, entry.metric
-            told.append(Gain(*place, *entry.ahead(against)))
+            told.append(Gain(*place, *entry.ahead(against), entry.mark))
     return told
 
 
@@ -122,6 +137,9 @@ def entries(results: Iterable[Cell]) -> list[Entry]:
             *(task, length, budget, f"{method} ({family})" if family else method, cells[0].metric),
             np.array([cell.scores for cell in cells]),
             float(np.mean([cell.entries for cell in cells])),
+            max(cell.chunk for cell in cells),
+            max(cell.untouched for cell in cells),
+            tuple(dict.fromkeys(cell.note for cell in cells if cell.note)),
         )
         for (task, length, budget, method, family), cells in groups.items()
     ]
@@ -148,7 +166,8 @@ def losses(found: Sequence[Entry], deviations: float = 2.0) -> list[str]:
             gain, error = ours.ahead(theirs)
             # a single sample has no error; then every difference is told
             if gain < -deviations * (0.0 if math.isnan(error) else error):
-                worse.append((gain, f"{theirs.method} {theirs.text} ({gain:+.3f} ± {error:.3f})"))
+                told_gain = _with_error(f"{gain:+.3f}", error, 3)
+                worse.append((gain, f"{theirs.method} {theirs.text} ({told_gain})"))
         if worse:
             gain, most = min(worse)
             place = f"{ours.task}, {ours.length} tokens, budget {ours.budget}"
@@ -160,16 +179,28 @@ def losses(found: Sequence[Entry], deviations: float = 2.0) -> list[str]:
 def table(found: Sequence[Entry], task: str, length: int) -> str:
     """Methods down, budgets across, as Markdown."""
     here = [e for e in found if (e.task, e.length) == (task, length)]
-    budgets = sorted({e.budget for e in here} - {FULL}, key=_tokens, reverse=True)
-    by_place = {(e.method, e.budget): e for e in here}
-    methods = list(dict.fromkeys(e.method for e in here))
+    # the full cache is the same at every budget
+    return _grid({(e.method, e.budget): e.text for e in here})
+
+
+def paired_table(found: Sequence[Entry], task: str, length: int, other: str) -> str:
+    """Differences to method ``other``, paired over samples, as Markdown; "" if there are none.
+
+    Of likelihoods it shows nats per token above the other's, of which fewer are better, else scores.
+    """
+    here = [gain for gain in gains(found, other) if (gain.task, gain.length) == (task, length)]
+    return _grid({(gain.method, gain.budget): gain.shown for gain in here}) if here else ""
+
+
+def _grid(texts: dict[tuple[str, str], str]) -> str:
+    budgets = sorted({budget for _, budget in texts} - {FULL}, key=_tokens, reverse=True)
     rows = ["| " + " | ".join(["method", *budgets]) + " |", "|---" * (len(budgets) + 1) + "|"]
-    for method in methods:
-        full = by_place.get((method, FULL))
-        cells = [full or by_place.get((method, budget)) for budget in budgets or [FULL]]
-        rows.append("| " + " | ".join([method, *(e.text if e else "–" for e in cells)]) + " |")
     if not budgets:
-        rows[:2] = ["| method | all entries |", "|---|---|"]
+        rows = ["| method | all entries |", "|---|---|"]
+    for method in dict.fromkeys(method for method, _ in texts):
+        full = texts.get((method, FULL))
+        cells = [full or texts.get((method, budget), "–") for budget in budgets or [FULL]]
+        rows.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(rows)
 
 
@@ -194,11 +225,47 @@ def markdown(results: Results, title: str = "Evaluation") -> str:
             "Nowhere in these tables by more than two standard errors, compared with the full cache and with "
             "every policy but the oracle."
         ]
+    lines += _remarks(found, results.settings)
     for task, length in dict.fromkeys((e.task, e.length) for e in found):
-        name = "perplexity" if any(e.task == task and e.metric == "nll" for e in found) else "accuracy"
+        likelihood = any(e.task == task and e.metric == "nll" for e in found)
         where = f"{length:,} tokens" if length else "texts as they are"
+        name = "perplexity" if likelihood else "accuracy"
         lines += ["", f"## {task}, {where}: {name}", "", table(found, task, length)]
+        unit = "Nats per token" if likelihood else "Score"
+        for other in _yardsticks(found, task, length):
+            if paired := paired_table(found, task, length, other):
+                lines += ["", f"{unit} above that of {other}, paired over samples:", "", paired]
     return "\n".join(lines) + "\n"
+
+
+def _yardsticks(found: Sequence[Entry], task: str, length: int) -> list[str]:
+    """What every method is compared with: the full cache, and the first learned method."""
+    names = [e.method for e in found if (e.task, e.length) == (task, length)]
+    full = [e.method for e in found if (e.task, e.length, e.budget) == (task, length, FULL)]
+    return [*full[:1], *[name for name in names if name.startswith("learned")][:1]]
+
+
+def _remarks(found: Sequence[Entry], settings: dict[str, Any]) -> list[str]:
+    """What a reader must know not to be misled."""
+    lines = []
+    chunks = sorted({e.chunk for e in found if e.budget != FULL and e.chunk})
+    if chunks:
+        told = ", ".join(map(str, chunks))
+        lines.append(f"Texts were read in chunks of {told} tokens, alike for all methods at a budget.")
+    if sinks := settings.get("sinks"):
+        lines.append(
+            f"Policies without gates protect at least {sinks} sinks where the budget has room for them, "
+            "as the learned ones do."
+        )
+    for e in found:
+        place = f"{e.task}, {e.length} tokens, budget {e.budget}, {e.method}"
+        if e.untouched:
+            lines.append(
+                f"{place}: in {e.untouched} of {e.scores.shape[1]} samples nothing was evicted before the "
+                "last thing scored."
+            )
+        lines += [f"† {place}: not used as its gates were validated ({note})." for note in e.notes]
+    return [text for line in lines for text in ("", line)]
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -212,10 +279,21 @@ def summary(results: Results) -> dict[str, Any]:
             "gates": len(e.scores),
             "samples": e.scores.shape[1],
             "entries_per_head": e.entries,
+            "chunk": e.chunk,
+            "untouched": e.untouched,
+            "notes": list(e.notes),
         }
         for e in entries(results)
     ]
-    return {"settings": results.settings, "rows": rows}
+    found = entries(results)
+    pairs = [gain for other in dict.fromkeys(_all_yardsticks(found)) for gain in gains(found, other)]
+    paired = [{**vars(gain), "error": _number(gain.error)} for gain in pairs]
+    return {"settings": results.settings, "rows": rows, "paired": paired}
+
+
+def _all_yardsticks(found: Sequence[Entry]) -> list[str]:
+    places = dict.fromkeys((e.task, e.length) for e in found)
+    return [name for place in places for name in _yardsticks(found, *place)]
 
 
 def _number(value: float) -> float | None:

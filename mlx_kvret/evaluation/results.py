@@ -55,12 +55,13 @@ def cell_key(task: str, length: int, budget: str, method: str, gates: str) -> st
 
 @dataclass
 class Results:
-    """Cells by key, and the settings that must be the same for all of them."""
+    """Cells by key, the settings that must be the same for all of them, and the options of the last run."""
 
     settings: dict[str, Any]
     gates: dict[str, str] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)
     path: Path | None = None
+    run: dict[str, Any] = field(default_factory=dict)
 
     def add(self, cell: Cell) -> None:
         """Take in a cell and write the file."""
@@ -72,6 +73,7 @@ class Results:
             return
         cells = {key: dataclasses.asdict(cell) for key, cell in self.cells.items()}
         head = {"format": FORMAT, "version": VERSION, "settings": self.settings, "gates": self.gates}
+        head["run"] = self.run
         with whole_file(self.path, parents=True) as scratch:
             scratch.write_text(json.dumps(head | {"cells": cells}, indent=1) + "\n", encoding="utf-8")
 
@@ -122,12 +124,13 @@ def read_results(path: str | Path) -> Results:
             raise ConfigError(f"no results of version {VERSION}")
         for name in ("settings", "gates", "cells"):
             of_type(name, data.get(name), dict, "an object")
+        of_type("run", data.setdefault("run", {}), dict, "an object")
         for label, digest in data["gates"].items():
             of_type(f"the digest of {label}", digest, str, "a text")
         cells = {key: _cell(key, fields) for key, fields in data["cells"].items()}
     except ConfigError as error:
         raise ConfigError(f"{path} is no results file: {error}; use another file") from error
-    return Results(data["settings"], data["gates"], cells, path)
+    return Results(data["settings"], data["gates"], cells, path, data["run"])
 
 
 def _cell(key: str, fields: Any) -> Cell:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import zlib
 from collections.abc import Sequence
@@ -96,6 +97,11 @@ def make_samples(
     if not samples:
         raise ConfigError(f"{file} has no records")
     return samples
+
+
+def digests(data: Sequence[Path]) -> dict[str, str]:
+    """What text files hold, by path, for settings that must not change."""
+    return {str(p): hashlib.sha256(p.expanduser().read_bytes()).hexdigest()[:16] for p in data}
 
 
 def _generators(name: str, length: int, count: int, seed: int) -> list[np.random.Generator]:
