@@ -41,6 +41,10 @@ class CacheError(KVRetError, RuntimeError):
     """A cache was used in a way that would break its invariants."""
 
 
+class OutOfMemoryError(CacheError, MemoryError):
+    """A forward pass does not fit into memory; the cache is as it was before it."""
+
+
 class KernelError(KVRetError, RuntimeError):
     """A kernel cannot be built or run on this machine."""
 

@@ -14,22 +14,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as mlx_cache
+import numpy as np
+from mlx.utils import tree_flatten
 
 from . import hosts
 from .cache import BoundedCache, BoundedKVCache
 from .core.config import EvictionConfig, GateConfig
+from .core.fingerprint import check_identity, identity
 from .core.machine import check_fits
 from .core.request import NO_GATES, own_eviction
 from .core.snapshot import Snapshot
 from .dispatch import Namespace, User, give_back, take_over
 from .errors import (
     ConfigError,
-    ModelMismatchError,
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
+from .forward import leaves, run
 from .gates import RetentionGates
 from .memory import free_bytes
 from .probe import Layout, probe
@@ -63,6 +67,13 @@ class Attachment:
     owner: dict[str, str]
     namespaces: Namespaces
     eviction: EvictionConfig
+    _identity: str = ""
+
+    def identity(self, model: nn.Module) -> str:
+        """Which model, with which gates, may use a cache made here: of the same config and weights."""
+        if not self._identity:
+            self._identity = identity(self.owner, _weights(model))
+        return self._identity
 
     @property
     def gate_config(self) -> GateConfig | None:
@@ -135,7 +146,9 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
     if config.policy == "learned" and made.gates is None:
         raise ConfigError(NO_GATES)
     check_fits(made.layout.shape, config, free_bytes())
-    return made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
+    cache = made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
+    cache.identity = made.identity(model)
+    return cache
 
 
 def checked_cache(model: nn.Module, cache: list[Any]) -> BoundedCache:
@@ -152,10 +165,26 @@ def checked_cache(model: nn.Module, cache: list[Any]) -> BoundedCache:
             "make the cache with mlx_kvret.make_cache(model)"
         )
     if not isinstance(cache, BoundedCache):
-        return made.layout.reopened(cache, made.gates, made.owner)
-    if cache.shared is not None and cache.shared.owner != made.owner:
-        raise ModelMismatchError("the cache belongs to another model or other gates; make one for this model")
+        cache = made.layout.reopened(cache, made.gates, made.owner)
+        cache.identity = made.identity(model)
+    cache.passes.check()
+    check_identity(made.identity(model), cache.identity)
     return cache
+
+
+def _identity_of(cache: list[Any]) -> str | None:
+    """That of a bounded cache, or of the entries of one; None for a stock cache."""
+    if isinstance(cache, BoundedCache):
+        return cache.identity
+    return next((part.shared.identity for part in leaves(cache) if isinstance(part, BoundedKVCache)), None)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """A few values of every weight."""
+    flat: Any = tree_flatten(model.parameters())
+    parts = [weight.reshape(-1)[:: max(1, weight.size // 8)].astype(mx.float32) for _, weight in flat]
+    values = np.split(np.array(mx.concatenate(parts)), np.cumsum([part.size for part in parts])[:-1])
+    return zip([name for name, _ in flat], values, strict=True)
 
 
 def reopened_cache(model: nn.Module, snapshot: Snapshot) -> BoundedCache:
@@ -163,7 +192,9 @@ def reopened_cache(model: nn.Module, snapshot: Snapshot) -> BoundedCache:
     made = attachment(model)
     if made is None:
         raise ConfigError("the model is not attached; call mlx_kvret.attach(model, gates) first")
-    return reopen(snapshot, made, _stock_cache(model))
+    cache = reopen(snapshot, made, _stock_cache(model))
+    cache.identity = made.identity(model)
+    return cache
 
 
 def _stock_cache(model: nn.Module) -> list[Any]:
@@ -287,11 +318,24 @@ def _swap_model(model: nn.Module, made: Attachment) -> None:
     @functools.wraps(cls.__call__)
     def call(self: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("cache", args[0] if args else None)
-        if isinstance(cache, list):
-            mine: Attachment = self.__dict__["_kvret"]
-            _dispatch(mine.namespaces)
-            mine.layout.join(cache, mine.gates, mine.owner)
-        return cls.__call__(self, inputs, *args, **kwargs)
+        if not isinstance(cache, list):
+            return cls.__call__(self, inputs, *args, **kwargs)
+        mine: Attachment = self.__dict__["_kvret"]
+        _dispatch(mine.namespaces)
+        joined = mine.layout.join(cache, mine.gates, mine.owner)
+        if joined is not None:
+            joined.identity = mine.identity(self)
+        found = _identity_of(cache)
+        if found is None:
+            return cls.__call__(self, inputs, *args, **kwargs)
+        check_identity(mine.identity(self), found)
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
+        tokens = max(a.shape[1] for a in (inputs, *given) if a is not None and a.ndim > 1)
+
+        def forward(count: int) -> Any:
+            return cls.__call__(self, inputs if count == tokens else inputs[:, :count], *args, **kwargs)
+
+        return run(cache, tokens, forward, sliced=not given)
 
     hooked = type(
         cls.__name__, (cls,), {"make_cache": make_cache, "__call__": call, "__module__": cls.__module__}

@@ -73,7 +73,9 @@ class Pool:
     """Slots of ``groups`` groups of ``size`` heads, ``capacity`` tokens per head in each.
 
     ``keys`` (slots, Dk), ``values`` (slots, Dv), ``retention`` (slots,) float32, ``position`` (slots,) int32
-    and ``owner`` (slots,) int32, the flat head, or ``heads`` where the slot is free.
+    and ``owner`` (slots,) int32, the flat head, or ``heads`` where the slot is free. Attributes get new values
+    and are never changed in place, so a shallow copy is a pool of its own; MLX writes where the old values
+    stand once nobody holds them.
     """
 
     def __init__(self, groups: int, size: int) -> None:
@@ -98,7 +100,6 @@ class Pool:
             wide = mx.full((self.groups, added + old.shape[1], old.shape[-1]), fill, old.dtype)
             wide[:, added:] = old
             setattr(self, name, wide.reshape((-1, old.shape[-1]) if name in ("keys", "values") else (-1,)))
-            mx.eval(getattr(self, name))
         self.capacity = capacity
         self._index()
 
@@ -142,15 +143,15 @@ class Pool:
         spill = mx.zeros((self.groups, 1), mx.bool_)
         self.owner = mx.where(mx.concatenate([keep, spill], axis=1).reshape(-1), self.owner, free)
         slots = slots.reshape(-1)
-        self.owner[slots] = mx.where(survives, head, free).reshape(-1)
-        self.retention[slots] = retention.reshape(-1)
-        self.position[slots] = position.reshape(-1)
+        self.owner = _scattered(self.owner, slots, mx.where(survives, head, free).reshape(-1))
+        self.retention = _scattered(self.retention, slots, retention.reshape(-1))
+        self.position = _scattered(self.position, slots, position.reshape(-1))
         self._index()
 
     def fill(self, slots: mx.array, keys: mx.array, values: mx.array) -> None:
         """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place where MLX can."""
-        self.keys[slots] = keys
-        self.values[slots] = values
+        self.keys = _scattered(self.keys, slots, keys)
+        self.values = _scattered(self.values, slots, values)
 
     def _index(self) -> None:
         if kernels.enabled() and self.capacity and self.heads <= score_select.MAX_HEADS:
@@ -176,3 +177,9 @@ class Pool:
         if self.capacity == 0:
             return 0
         return sum(a.nbytes for a in self.arrays()) + self.lookup.nbytes
+
+
+def _scattered(array: mx.array, slots: mx.array, new: mx.array) -> mx.array:
+    array = array[...]  # an array of its own on the same values
+    array[slots] = new
+    return array

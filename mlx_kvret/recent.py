@@ -14,6 +14,9 @@ class Recent:
 
     Gates are deferred: their inputs wait until ``defer`` tokens have come, then one call serves them all, so
     that a decoded token does not pay for reading the gates' weights.
+
+    Attributes get new values and are never changed in place, arrays too, so that whoever holds the old ones can
+    go back to them. MLX writes where the old values stand once nobody does.
     """
 
     def __init__(self, buffer: int, defer: int, gate: Callable[[mx.array], mx.array] | None) -> None:
@@ -40,7 +43,7 @@ class Recent:
         """Take in the attention inputs (T, hidden) of tokens whose keys come next."""
         if self._gate is None:
             return
-        self._inputs.append(x)
+        self._inputs = [*self._inputs, x]
         if sum(len(x) for x in self._inputs) >= self._defer:
             self._run_gate()
 
@@ -52,8 +55,8 @@ class Recent:
             room = max(end, min(self._buffer, -(-end // STEP) * STEP))
             self._keys = _widened(self._keys, self.length, keys, room)
             self._values = _widened(self._values, self.length, values, room)
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
+        self._keys = _written(self._keys, self.length, keys)
+        self._values = _written(self._values, self.length, values)
         self.length = end
 
     def fetch(self) -> tuple[mx.array, mx.array]:
@@ -107,9 +110,9 @@ class Recent:
     def _run_gate(self) -> None:
         if self._inputs and self._gate:
             x = self._inputs[0] if len(self._inputs) == 1 else mx.concatenate(self._inputs)
-            self._log_beta.append(self._gate(x).T)
-            self._fresh.append(self._log_beta[-1])
-        self._inputs = []
+            scored = self._gate(x).T
+            # at once: what was scored no longer waits
+            vars(self).update(_log_beta=[*self._log_beta, scored], _fresh=[*self._fresh, scored], _inputs=[])
 
     def arrays(self) -> list[mx.array]:
         """Everything to be counted or evaluated."""
@@ -120,6 +123,12 @@ class Recent:
 def _widened(old: mx.array | None, length: int, new: mx.array, room: int) -> mx.array:
     wide = mx.zeros((*new.shape[:2], room - length, new.shape[3]), new.dtype)
     return wide if old is None or length == 0 else mx.concatenate([old[:, :, :length], wide], axis=2)
+
+
+def _written(wide: mx.array, start: int, new: mx.array) -> mx.array:
+    wide = wide[...]  # an array of its own on the same values
+    wide[:, :, start : start + new.shape[2]] = new
+    return wide
 
 
 def _shortened(parts: list[mx.array], count: int, axis: int) -> tuple[list[mx.array], int]:

@@ -8,7 +8,12 @@ what a missing ``head_dim`` means is known to the model's class only (Gemma 3: 2
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any
+
+from ..errors import ModelMismatchError
+from .types import Floats
 
 FIELDS = (
     "hidden_size",
@@ -41,6 +46,30 @@ def differences(found: str, expected: str) -> list[str]:
         for name in theirs
         if name in ours and theirs[name] != ours[name]
     ]
+
+
+def identity(owner: dict[str, str], weights: Iterable[tuple[str, Floats]]) -> str:
+    """Which model a cache in memory belongs to, its gates and a few values of every one of its weights.
+
+    Caches in files know the ``owner`` only, for they move between copies in other types.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted((name, values.tobytes()) for name, values in weights):
+        digest.update(name.encode() + b"\0" + values)
+    return f"{sorted(owner.items())} {digest.hexdigest()}"
+
+
+def check_identity(model: str, cache: str) -> None:
+    """Refuse a cache of another model.
+
+    Raises:
+        ModelMismatchError: the two identities differ.
+    """
+    if model != cache:
+        raise ModelMismatchError(
+            "the cache belongs to another model, or to this one with other gates or weights; make one for this "
+            "model with mlx_kvret.make_cache"
+        )
 
 
 def _rope_theta(config: dict[str, Any]) -> Any:
