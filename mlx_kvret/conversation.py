@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .core.plain import plain
@@ -195,8 +195,12 @@ class Transcript:
         if self._begun is None:
             return turn
         begun, read = self._begun
-        if turn.ids[:read] == begun.ids[:read] and len(turn.ids) > read:
-            return replace(turn, start=read)
+        same = max(read - begun.head, 0)
+        rest = turn.ids[turn.head + same :]
+        if rest and turn.ids[turn.head :][:same] == begun.ids[begun.head :][:same]:
+            # the text begins as what was read of the last one
+            ids, shift = begun.ids[: begun.head + same] + rest, begun.head - turn.head
+            return Turn(text, ids, begun.head, turn.tail + shift, start=read)
         closed = self._closed()
         turn = closed._plan(text)
         vars(self).update(vars(closed))
@@ -261,15 +265,15 @@ class Transcript:
         if not found:
             raise ConfigError("the model's chat template does not show the user's message; mend the template")
         ids = self._encode(anchor, whole, before, text, after)
-        probed = self.template.encode_after(anchor, probe)
-        head = _common(ids, probed)
-        tail = len(ids) - min(_common(ids[::-1], probed[::-1]), len(ids) - head)
+        opening = self.template.encode_after(anchor, before)
+        ending = self.template.encode_after(_USER, after)
+        head = _common(ids, opening)
+        tail = len(ids) - min(_common(ids[::-1], ending[::-1]), len(ids) - head)
         if not first and self._stop is not None:
-            closing = self.template.encode_after(anchor, before)
             # the model has closed its answer itself, if not quite as the template would
-            done = closing.index(self._stop) + 1 if self._stop in closing else 0
-            if ids[:done] == closing[:done]:
-                ids, head, tail = ids[done:], max(head - done, 0), tail - done
+            done = opening.index(self._stop) + 1 if self._stop in opening else 0
+            if done <= head:
+                ids, head, tail = ids[done:], head - done, tail - done
         owed = self._owed
         return Turn(text, owed + ids, len(owed) + head, len(owed) + tail)
 
@@ -315,9 +319,18 @@ class Transcript:
 
     def notes(self) -> dict[str, str]:
         """What :meth:`resumed` needs, as texts to be saved beside the cache."""
-        closed = self._closed()
-        state = {"context": closed.context, "owed": closed._owed, "stop": closed._stop}
-        return {"messages": json.dumps(closed.messages), "tokens": json.dumps(state)}
+        state: dict[str, Any] = {
+            "context": self.context,
+            "owed": self._owed,
+            "stop": self._stop,
+            "begun": None,
+        }
+        if self._begun is not None:
+            turn, read = self._begun
+            state["begun"] = {
+                "text": turn.text, "ids": turn.ids, "head": turn.head, "tail": turn.tail, "read": read
+            }  # fmt: skip
+        return {"messages": json.dumps(self.messages), "tokens": json.dumps(state)}
 
     @classmethod
     def resumed(cls, tokenizer: Any, notes: Mapping[str, str], seen: int) -> Transcript:
@@ -325,40 +338,52 @@ class Transcript:
 
         Raises:
             CheckpointError: the notes are not a conversation's, are damaged, or of another cache.
+            ConfigError: the tokenizer's chat template does not take the conversation's system message.
         """
         if "messages" not in notes or "tokens" not in notes:
-            raise CheckpointError(
-                "the file holds a cache but no conversation; give one that /save has written"
-            )
+            raise CheckpointError("the file holds a cache but no conversation; give one that /save wrote")
+        found = cls(tokenizer)
         try:
-            messages, state = json.loads(notes["messages"]), json.loads(notes["tokens"])
-            context, owed, stop = state["context"], state["owed"], state["stop"]
+            found._restore(json.loads(notes["messages"]), json.loads(notes["tokens"]))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError("the conversation beside the cache is damaged; save it again") from error
-        _check_saved(messages, [context, owed, [] if stop is None else [stop]])
-        if len(context) != seen:
+        if len(found) != seen:
             raise CheckpointError(
-                f"the conversation beside the cache has {len(context)} tokens, not {seen}; save it again"
+                f"the conversation beside the cache has {len(found)} tokens, not {seen}; save it again"
             )
-        found = cls(tokenizer)
-        found.messages, found.context, found._owed, found._stop = messages, context, owed, stop
         found._check_system()
         return found
 
+    def _restore(self, messages: Any, state: Any) -> None:
+        """Take over what was saved; a ValueError, TypeError or KeyError if it is not that."""
+        begun = state["begun"]
+        if begun is not None:
+            turn = Turn(_text(begun["text"]), _ids(begun["ids"]), begun["head"], begun["tail"])
+            read, size = begun["read"], len(turn.ids)
+            _ids([turn.head, turn.tail, read])
+            if not (turn.head <= turn.tail <= size and 0 < read <= size):
+                raise ValueError("a turn that was broken off ends before it begins")
+            self._begun = turn, read
+        self.messages = [{"role": _text(m["role"]), "content": _text(m["content"])} for m in messages]
+        turns = [m["role"] for m in self.messages[self.system is not None :]]
+        if turns != ["user", "assistant"] * (len(turns) // 2):
+            raise ValueError("the roles do not take turns")
+        self.context, self._owed = _ids(state["context"]), _ids(state["owed"])
+        self._stop = None if state["stop"] is None else _ids([state["stop"]])[0]
+        if bool(turns) != bool(self.context):
+            raise ValueError("messages without tokens, or tokens without messages")
 
-def _check_saved(messages: Any, ids: list[Any]) -> None:
-    whole = all(isinstance(row, list) and all(type(i) is int and 0 <= i < 2**31 for i in row) for row in ids)
-    texts = isinstance(messages, list) and all(
-        isinstance(m, dict)
-        and m.keys() == {"role", "content"}
-        and all(isinstance(v, str) for v in m.values())
-        for m in messages
-    )
-    roles = [m["role"] for m in messages] if texts else []
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    alternate = turns == ["user", "assistant"] * (len(turns) // 2)
-    if not (whole and texts and alternate and bool(turns) == bool(ids[0])):
-        raise CheckpointError("the conversation beside the cache is damaged; save it again")
+
+def _ids(found: Any) -> list[int]:
+    if not isinstance(found, list) or not all(type(i) is int and 0 <= i < 2**31 for i in found):
+        raise ValueError("no token ids")
+    return found
+
+
+def _text(found: Any) -> str:
+    if not isinstance(found, str):
+        raise ValueError("no text")
+    return found
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -94,23 +94,43 @@ BAD_NOTES = {
     "no JSON": {"messages": "[", "tokens": "{"},
     "deep": {"messages": "[" * 100_000, "tokens": "{}"},
     "a list for an object": {"messages": "[]", "tokens": "[]"},
-    "a number for messages": {"messages": "7", "tokens": '{"context": [], "owed": [], "stop": null}'},
-    "a number for a message": {"messages": "[7]", "tokens": '{"context": [], "owed": [], "stop": null}'},
+    "a number for messages": {
+        "messages": "7",
+        "tokens": '{"context": [], "owed": [], "stop": null, "begun": null}',
+    },
+    "a number for a message": {
+        "messages": "[7]",
+        "tokens": '{"context": [], "owed": [], "stop": null, "begun": null}',
+    },
     "no text": {
         "messages": '[{"role": "user", "content": null}, {"role": "assistant", "content": ""}]',
-        "tokens": '{"context": [1], "owed": [], "stop": null}',
+        "tokens": '{"context": [1], "owed": [], "stop": null, "begun": null}',
     },
     "a turn alone": {
         "messages": '[{"role": "user", "content": "hi"}]',
-        "tokens": '{"context": [1], "owed": [], "stop": null}',
+        "tokens": '{"context": [1], "owed": [], "stop": null, "begun": null}',
     },
-    "text for ids": {"messages": "[]", "tokens": '{"context": "abc", "owed": [], "stop": null}'},
-    "fractions for ids": {"messages": "[]", "tokens": '{"context": [1.5], "owed": [], "stop": null}'},
-    "huge ids": {"messages": "[]", "tokens": '{"context": [], "owed": [1e400], "stop": null}'},
-    "true for an id": {"messages": "[]", "tokens": '{"context": [], "owed": [], "stop": true}'},
+    "text for ids": {
+        "messages": "[]",
+        "tokens": '{"context": "abc", "owed": [], "stop": null, "begun": null}',
+    },
+    "fractions for ids": {
+        "messages": "[]",
+        "tokens": '{"context": [1.5], "owed": [], "stop": null, "begun": null}',
+    },
+    "huge ids": {"messages": "[]", "tokens": '{"context": [], "owed": [1e400], "stop": null, "begun": null}'},
+    "true for an id": {
+        "messages": "[]",
+        "tokens": '{"context": [], "owed": [], "stop": true, "begun": null}',
+    },
+    "a turn that ends before it begins": {
+        "messages": "[]",
+        "tokens": '{"context": [], "owed": [], "stop": null,'
+        ' "begun": {"text": "", "ids": [1], "head": 2, "tail": 1, "read": 1}}',
+    },
     "another length": {
         "messages": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]',
-        "tokens": '{"context": [1, 2], "owed": [], "stop": null}',
+        "tokens": '{"context": [1, 2], "owed": [], "stop": null, "begun": null}',
     },
 }
 

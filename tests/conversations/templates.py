@@ -4,6 +4,7 @@ What each does to a conversation is said beside it; none is a copy.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 _TURN = "{{ '<|im_start|>' ~ m.role ~ '\\n' ~ %s ~ '<|im_end|>\\n' }}"
@@ -101,15 +102,47 @@ WORDS = (
 
 PLAIN = "{% for m in messages %}" + _TURN % "m.content" + "{% endfor %}" + _OPEN
 
-# name: template, the token that ends an answer, what opens and closes a turn, what stands once at the start
+
+@dataclass(frozen=True)
+class Family:
+    """A template, the token that ends an answer, and how a conversation looks."""
+
+    template: str
+    stop: str
+    opens: str
+    closes: str
+    # what stands once, in the opening: unless there is a system message, or always
+    once: str = ""
+    always: bool = False
+    begin: bool = False
+    # a question and its answer share one opening and one closing
+    pairs: bool = False
+    # turns in front of the first message, and whether a system message is one
+    preambles: int = 0
+    system_turn: bool = True
+    # messages are shown as they are
+    exact: bool = False
+
+
 FAMILIES = {
-    "smollm2": (SMOLLM2, "<|im_end|>", "<|im_start|>", "<|im_end|>"),
-    "qwen3": (QWEN3, "<|im_end|>", "<|im_start|>", "<|im_end|>"),
-    "llama3": (LLAMA3, "<|eot_id|>", "<|start_header_id|>", "<|eot_id|>"),
-    "gemma3": (GEMMA3, "<end_of_turn>", "<start_of_turn>", "<end_of_turn>"),
-    "gpt-oss": (GPT_OSS, "<|return|>", "<|start|>", "<|end|>"),
-    "mistral": (MISTRAL, "</s>", "[INST]", "[/INST]"),
-}
+    "plain": Family(PLAIN, "<|im_end|>", "<|im_start|>", "<|im_end|>", exact=True),
+    "smollm2": Family(
+        SMOLLM2, "<|im_end|>", "<|im_start|>", "<|im_end|>", "You are a small helper.", exact=True
+    ),
+    "qwen3": Family(QWEN3, "<|im_end|>", "<|im_start|>", "<|im_end|>"),
+    "llama3": Family(
+        LLAMA3, "<|eot_id|>", "<|start_header_id|>", "<|eot_id|>", "Today: ", always=True, begin=True,
+        preambles=1, system_turn=False,
+    ),
+    "gemma3": Family(
+        GEMMA3, "<end_of_turn>", "<start_of_turn>", "<end_of_turn>", begin=True, system_turn=False
+    ),
+    "gpt-oss": Family(
+        GPT_OSS, "<|return|>", "<|start|>", "<|end|>", "Today: ", always=True, preambles=1
+    ),
+    "mistral": Family(MISTRAL, "</s>", "[INST]", "</s>", begin=True, pairs=True, system_turn=False),
+    "words": Family(WORDS, "</s>", "USER:", "</s>", pairs=True, exact=True),
+}  # fmt: skip
 CONTROL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>",
