@@ -106,16 +106,31 @@ def stream_generate(
         "prompt_progress_callback": prompt_progress_callback,
     }
     check_generation(given, asked)
-    listed = prompt_ids(tokenizer, prompt, cache is None, vocabulary(model))
-    ids = torch.tensor([listed], device=model.device)
     if cache is None:
         from .wing import make_cache
 
         cache = make_cache(model, **evict)
+    listed = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
+    ids = torch.tensor([listed], device=model.device)
     reader: Any = TokenIds() if tokenizer is None else tokenizer
-    stops, text = stop_tokens(model, reader), _Text(reader)
     choose = _Choice(sampler or sampler_of(asked), logits_processors or (), ids)
+    return _responses(
+        model, reader, ids, cache, choose, max_tokens, prefill_step_size, prompt_progress_callback
+    )
 
+
+def _responses(
+    model: PreTrainedModel,
+    reader: Any,
+    ids: torch.Tensor,
+    cache: BoundedCache,
+    choose: _Choice,
+    max_tokens: int,
+    prefill_step_size: int,
+    prompt_progress_callback: Callable[[int, int], None] | None,
+) -> Iterator[Response]:
+    """The loop; what was asked has been checked."""
+    stops, text = stop_tokens(model, reader), _Text(reader)
     with torch.no_grad(), explained(model, cache, ids, prefill_step_size):
         start = time.perf_counter()
         step = decoder_step(model, cache)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -51,7 +49,6 @@ __all__ = [
     "stream_generate",
 ]
 
-NEEDED = {"torch": "2.6", "transformers": "5.20"}
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -92,7 +89,6 @@ def load(
         attn_implementation, device_map, quantization_config: as transformers' ``from_pretrained`` has them.
     """
     check_loading(load, locals(), unknown, _MLX_ONLY)
-    check_versions()
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map both say where the model goes; give one of them")
     where = checked_device("cpu" if device is None else device)
@@ -155,20 +151,6 @@ def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ConfigError(f"dtype is {dtype!r}; expected auto, float32, bfloat16, float16 or one of torch's")
     return dtype if dtype == "auto" else found  # type: ignore[return-value]
-
-
-def check_versions() -> None:
-    """Refuse a torch or transformers that is too old.
-
-    Raises:
-        MissingDependencyError: names what was found and the command that mends it.
-    """
-    for name, least in NEEDED.items():
-        found = metadata.version(name)
-        if Version(found) < Version(least):
-            raise MissingDependencyError(
-                f"{name} is {found}, expected at least {least}; run `pip install -U '{name}>={least}'`"
-            )
 
 
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +30,8 @@ def add_adapter(model: nn.Module, folder: Path) -> None:
         )
     try:
         load_adapters(model, str(folder))
-        missing = _adapted(model) - mx.load(str(weights)).keys()
+        stored: Any = mx.load(str(weights))
+        missing = _adapted(model) - stored.keys()
     except Exception as error:  # its configuration is read without a check
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from .core.installed import APPLE_SILICON, PACKAGES, command_for, driver_there, installed, missing
 from .errors import ConfigError, MissingDependencyError
 
 Backend = Literal["auto", "mlx", "cuda", "torch"]
-_NEEDS = {
-    "mlx": (
-        ("mlx", "mlx_lm"),
-        "pip install 'mlx[cpu]' mlx-lm" if sys.platform == "linux" else "pip install mlx-lm",
-    ),
-    "cuda": (("torch", "transformers"), "pip install 'mlx-kvret[cuda]'"),
-    "torch": (("torch", "transformers"), "pip install 'mlx-kvret[torch]'"),
-}
 
 
 def load(
@@ -143,41 +133,43 @@ def load_cache(model: Any, path: str | Path) -> tuple[Any, dict[str, str]]:
 
 def backends() -> dict[str, str]:
     """Each backend and ``"ok"``, or what is missing and the command that mends it."""
-    found = {}
-    for name, (packages, command) in _NEEDS.items():
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
-        found[name] = f"{', '.join(missing)} not installed; run `{command}`" if missing else "ok"
-    if found["cuda"] == "ok" and not _sees_gpu():
-        found["cuda"] = "torch sees no GPU; use backend torch for the CPU"
-    return found
+    return {name: _state(name) for name in PACKAGES}
+
+
+def _state(backend: str) -> str:
+    if lacking := missing(backend):
+        return f"{', '.join(lacking)} not installed; run `{command_for(backend)}`"
+    if backend == "cuda" and not _sees_gpu():
+        return "torch sees no GPU; use backend torch for the CPU"
+    return "ok"
 
 
 def choose_backend(backend: str) -> str:
     """The backend that ``"auto"`` means here; a given one is checked.
 
+    torch is imported only where it may have a GPU.
+
     Raises:
         ConfigError: no such backend, or no GPU for ``"cuda"``.
         MissingDependencyError: what it needs is not installed.
     """
-    if backend != "auto" and backend not in _NEEDS:
-        raise ConfigError(f"backend is {backend!r}; expected auto, {', '.join(_NEEDS)}")
-    found = backends()
-    if backend != "auto":
-        if found[backend] == "ok":
-            return backend
-        if "not installed" in found[backend]:
-            raise MissingDependencyError(f"backend {backend}: {found[backend]}")
-        raise ConfigError(f"backend {backend}: {found[backend]}")
-    apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    for name in ("mlx", "cuda", "torch") if apple else ("cuda", "mlx", "torch"):
-        if found[name] == "ok":
-            return name
-    raise MissingDependencyError(
-        f"no backend is installed: {found['mlx']}, or {_NEEDS['torch'][1]!r} for torch"
-    )
+    if backend == "auto":
+        for name in ("mlx", "cuda", "torch") if APPLE_SILICON else ("cuda", "mlx", "torch"):
+            if _state(name) == "ok":
+                return name
+        raise MissingDependencyError(
+            f"no backend is installed; run `{command_for('mlx')}` for MLX, or `{command_for('torch')}`"
+        )
+    if backend not in PACKAGES:
+        raise ConfigError(f"backend is {backend!r}; expected auto, {', '.join(PACKAGES)}")
+    if (state := _state(backend)) == "ok":
+        return backend
+    raise (MissingDependencyError if missing(backend) else ConfigError)(f"backend {backend}: {state}")
 
 
 def _sees_gpu() -> bool:
+    if not driver_there():
+        return False
     import torch
 
     return bool(torch.cuda.is_available())
@@ -191,7 +183,16 @@ def _device(backend: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wing(backend: str) -> Any:
-    return importlib.import_module("mlx_kvret.wing" if backend == "mlx" else "cuda_backend.wing")
+    if backend == "mlx":
+        return importlib.import_module("mlx_kvret.wing")
+    # before anything of theirs is imported, which may be there under another name
+    importlib.import_module("cuda_backend.versions").check_versions()
+    return importlib.import_module("cuda_backend.wing")
+
+
+def any_wing() -> Any:
+    """The wing of whatever is installed, for questions that every one of them answers alike."""
+    return _wing("mlx" if installed("mlx") else choose_backend("auto"))
 
 
 def wing_of(model: Any) -> Any:

@@ -104,20 +104,21 @@ def stream_generate(
         check_ids(ids, vocabulary(draft_model), "the draft model")
         held = [*cache, *make_prompt_cache(draft_model)]
     reader: Any = TokenIds() if tokenizer is None else tokenizer
-    stream: Any = mlx_lm.stream_generate(
-        model,
-        reader,
-        mx.array(ids),
-        max_tokens=max_tokens,
-        draft_model=draft_model,
-        prompt_cache=held,
-        **options,
-    )
+    rest = {"max_tokens": max_tokens, "draft_model": draft_model, "prompt_cache": held, **options}
+    return _responses(model, reader, ids, cache, rest)
+
+
+def _responses(
+    model: nn.Module, reader: Any, ids: list[int], cache: BoundedCache, options: dict[str, Any]
+) -> Iterator[Response]:
+    """mlx-lm's loop; what was asked has been checked."""
+    alone = options["draft_model"] is None
+    stream: Any = mlx_lm.stream_generate(model, reader, mx.array(ids), **options)
     for response in stream:
         fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
         if response.finish_reason is not None:
             stream.close()  # a draft model's last tokens are taken back
-        if draft_model is None or response.finish_reason is not None:
+        if alone or response.finish_reason is not None:
             cache.settle()
         yield Response(
             **fields, seen=cache.seen, entries=cache.unsettled_entries, cache_nbytes=cache.unsettled_nbytes

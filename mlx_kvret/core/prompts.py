@@ -148,7 +148,7 @@ def _plain(found: Any) -> Sequence[Any]:
         raise ConfigError(f"the prompt's token ids cannot be read ({error}); {FORMS}") from error
     if not _is_row(values):
         raise ConfigError(f"the prompt is {_named(found)}; {FORMS}")
-    return values  # type: ignore[no-any-return]
+    return values
 
 
 def _is_row(item: Any) -> bool:

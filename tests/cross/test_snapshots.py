@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from rounding import assert_near
 
 import cuda_backend.snapshots as torch_snapshots
 import mlx_kvret
@@ -33,7 +34,8 @@ def step(wings: Wings, caches: tuple[Any, Any], part: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         ours = wings.torch(torch.from_numpy(part)[None], cache=caches[0]).logits[0, -1].numpy()
     theirs = np.array(wings.mlx(mx.array(part)[None], cache=caches[1])[0, -1])
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    # an angle of RoPE is rounded at the size of its position
+    assert_near(ours, theirs, 2000)
     return ours
 
 
@@ -55,7 +57,7 @@ def test_a_snapshot_crosses_the_wings(family: str, tokens: int, tmp_path: Path) 
         assert kept(swapped[0]) == kept(swapped[1]) == kept(caches[0])
         for token in IDS[tokens : tokens + 12]:
             expected = step(wings, caches, np.array([token]))
-            np.testing.assert_allclose(step(wings, swapped, np.array([token])), expected, rtol=0, atol=1e-4)
+            assert_near(step(wings, swapped, np.array([token])), expected, 2000)
             assert kept(swapped[0]) == kept(swapped[1]) == kept(caches[0])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda.tiny import checkpoint, tiny_model
 from mlx_lm.utils import load_model
+from rounding import assert_near
 
 import mlx_kvret.gates as mlx_gates
 import mlx_kvret.hooks as mlx_hooks
@@ -66,7 +67,8 @@ def test_both_wings_keep_the_same_entries(family: str, tmp_path: Path) -> None:
     before: set[tuple[int, int, int]] = set()
     compactions = 0
     for ours, theirs in wings.steps(caches, CHUNKS):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+        # an angle of RoPE is rounded at the size of its position
+        assert_near(ours, theirs, 2 * TOKENS)
         now = kept(caches[0])
         assert now == kept(caches[1])
         compactions += not before <= now

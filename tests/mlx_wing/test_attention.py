@@ -5,6 +5,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from rounding import assert_near
 
 from mlx_kvret.attention import LayerView, attend
 from mlx_kvret.pool import Pool
@@ -77,8 +78,8 @@ def compare(
     expected = dense(
         as_numpy(q[0]), kept, *arrays, dim**-0.5, causal, None if null is None else as_numpy(null)
     )
-    tolerance = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}[dtype]
-    np.testing.assert_allclose(as_numpy(found[0]), expected, atol=tolerance)
+    roundings = 64 if dtype == mx.float32 else 4
+    assert_near(as_numpy(found[0]), expected, roundings, dtype=str(dtype).rpartition(".")[2])
 
 
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_near
 
 from mlx_kvret.core import policies, retention
 from mlx_kvret.core.config import EvictionConfig
@@ -66,7 +67,9 @@ def test_retention_scores(lookahead):
     position = rng.integers(0, 10_000, 500).astype(np.int32)
     found = retention_score(mx.array(log_beta), mx.array(position), 10_000, lookahead)
     expected = retention.retention_score(log_beta, position, 10_000, lookahead)
-    np.testing.assert_allclose(np.array(found), expected, rtol=2e-6, atol=1e-6)
+    # age·log β and the log of a sum, which may cancel
+    age = (10_001 - position) * np.abs(log_beta).astype(np.float64)
+    assert_near(found, expected, 16, np.where(np.isfinite(age), age, 0) + np.log(lookahead) + 1)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
@@ -75,4 +78,5 @@ def test_keydiff_ignores_free_slots(dtype):
     keys, head = mx.array(rng.normal(size=(1, 40, 8))).astype(dtype), rng.integers(0, 4, (1, 40))
     found = np.array(keydiff_score(keys, mx.array(head.astype(np.int32)), 3))[head < 3]
     real = np.array(keys.astype(mx.float32))[head < 3]
-    np.testing.assert_allclose(found, policies.keydiff_score(real, head[head < 3], 3), atol=1e-5)
+    # cosines: of unit vectors, however small they are
+    assert_near(found, policies.keydiff_score(real, head[head < 3], 3), 64, 1)

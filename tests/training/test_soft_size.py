@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_near, assert_norm_near
 
 from cuda_backend.kernels import soft_size as forms
 from cuda_backend.kernels.soft_size import naive_soft_size, soft_size
+from training.attention_terms import soft_size_terms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_triton_kernel runs it in its own process")
@@ -62,17 +64,18 @@ def test_value_and_gradient_equal_naive(kernel, batch, heads, tokens, cuts):
     log_beta, starts = inputs(batch, heads, tokens, cuts)
     weight = torch.randn(log_beta.shape, generator=torch.Generator().manual_seed(0))
     found, expected = soft_size(log_beta, starts, kernel), naive_soft_size(log_beta.double(), starts)
-    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
+    terms = soft_size_terms(log_beta.detach(), starts, weight)
+    assert_near(found, expected, 16, terms[0])
     (mine,) = torch.autograd.grad((found * weight).sum(), log_beta)
     (right,) = torch.autograd.grad((expected * weight).sum(), log_beta)
-    assert (mine - right).norm() <= 1e-5 * right.norm() + 1e-7
+    assert_norm_near(mine, right, 1e-5, terms[1])
 
 
 def test_blocks_of_the_torch_form(monkeypatch):
     log_beta, starts = inputs(2, 3, 50, (20,))
     whole = soft_size(log_beta, starts)
     monkeypatch.setattr(forms, "BLOCK_ELEMENTS", 7 * 2 * 3 * 50)
-    assert torch.allclose(soft_size(log_beta, starts), whole, rtol=1e-6)
+    assert_near(soft_size(log_beta, starts), whole, 16, whole)
 
 
 @either_form
@@ -81,10 +84,11 @@ def test_strided_input_and_expanded_gradient(kernel):
     turned = log_beta.detach().transpose(1, 2).requires_grad_()
     starts = torch.zeros(1, 40, dtype=torch.long)
     found = soft_size(turned, starts, kernel)
-    assert torch.allclose(found, naive_soft_size(turned, starts), rtol=1e-5)
+    terms = soft_size_terms(turned.detach(), starts, torch.ones_like(found))
+    assert_near(found, naive_soft_size(turned, starts), 16, terms[0])
     found.sum().backward()
     (right,) = torch.autograd.grad(naive_soft_size(turned, starts).sum(), turned)
-    assert torch.allclose(turned.grad, right, rtol=1e-4, atol=1e-5)
+    assert_near(turned.grad, right, 16, terms[1])
 
 
 @given(st.lists(st.floats(-50, 0, width=32), min_size=1, max_size=40), st.integers(0, 39))
