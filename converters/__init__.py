@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_kvret.core.checkpoint import (
     CONFIG_FILE,
@@ -21,16 +21,15 @@ from mlx_kvret.core.checkpoint import (
     save_gates,
 )
 from mlx_kvret.core.files import require_free
+from mlx_kvret.core.installed import command_for, installed
 from mlx_kvret.core.model_folder import model_config
-from mlx_kvret.errors import CheckpointError, ConfigError, UnsupportedModelError
+from mlx_kvret.errors import CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
 
 from . import torch_form, trimkv
 from .casting import cast
 
 if TYPE_CHECKING:
-    from mlx_kvret.gates import RetentionGates
-
-    from .agreement import Agreement
+    from .agreement import Agreement, Gates
 
 __all__ = ["FORMS", "Conversion", "convert", "detect", "load_any"]
 
@@ -103,9 +102,18 @@ def load_any(folder: str | os.PathLike[str]) -> GateCheckpoint:
         return load_gates(folder)
     if form == "torch":
         return torch_form.load_torch(folder)
+    _need_mlx()
     from .mlx_form import load_mlx
 
     return load_mlx(folder)
+
+
+def _need_mlx() -> None:
+    if not installed("mlx"):
+        raise MissingDependencyError(
+            f"gates in the mlx form are read and written by mlx; run `{command_for('mlx')}`, or convert them "
+            "to shared where it is installed"
+        )
 
 
 def convert(
@@ -133,7 +141,7 @@ def convert(
         ConfigError: an option that cannot work or has no effect, or ``dst`` cannot be written.
         CheckpointError: ``src`` or ``model`` cannot be used.
         ModelMismatchError: the gates belong to another base model than ``model``.
-        MissingDependencyError: writing a trimkv folder needs torch.
+        MissingDependencyError: the mlx form needs mlx, writing a trimkv folder needs torch.
     """
     if to not in FORMS:
         raise ConfigError(f"cannot convert to {to!r}; expected one of {', '.join(FORMS)}")
@@ -150,6 +158,7 @@ def convert(
     result = source if dtype is None else cast(source, dtype)
     changed = bits is not None or _changed(source, result)
     if to == "mlx":
+        _need_mlx()
         from . import mlx_form
 
         gates = mlx_form.to_mlx(result, bits)
@@ -181,7 +190,7 @@ def _changed(source: GateCheckpoint, result: GateCheckpoint) -> bool:
 
 def _agreement(
     source: GateCheckpoint,
-    gates: RetentionGates,
+    gates: Gates,
     model: str | os.PathLike[str] | None,
     prompt: str | None,
 ) -> Agreement:
@@ -189,11 +198,9 @@ def _agreement(
 
     reference, why = _gates(source), "no base model was given"
     if model is not None:
-        from .prompt import prompt_inputs
-
         try:
-            inputs = prompt_inputs(model, reference, prompt)
-        except (CheckpointError, ConfigError, UnsupportedModelError) as error:
+            inputs = _prompt_inputs(model, reference, prompt)
+        except (CheckpointError, ConfigError, UnsupportedModelError, MissingDependencyError) as error:
             if prompt is not None:
                 raise
             why = str(error)
@@ -202,10 +209,30 @@ def _agreement(
     return agreement(reference, gates, synthetic_inputs(source.config), f"synthetic inputs, no prompt: {why}")
 
 
-def _gates(checkpoint: GateCheckpoint) -> RetentionGates:
-    from mlx_kvret.gates import from_checkpoint
+def _prompt_inputs(model: str | os.PathLike[str], gates: Gates, prompt: str | None) -> dict[int, Any]:
+    if not installed("mlx"):
+        raise MissingDependencyError(
+            f"reading a prompt in a base model needs mlx; run `{command_for('mlx')}`"
+        )
+    from .prompt import prompt_inputs
 
-    return from_checkpoint(checkpoint)
+    return prompt_inputs(model, gates, prompt)  # type: ignore[arg-type]
+
+
+def _gates(checkpoint: GateCheckpoint) -> Gates:
+    """Gates that run, on MLX if it is installed."""
+    if installed("mlx"):
+        from mlx_kvret.gates import from_checkpoint
+
+        return from_checkpoint(checkpoint)
+    if not installed("torch"):
+        raise MissingDependencyError(
+            "a conversion that changes values is measured by running the gates, which needs mlx or torch; "
+            f"run `{command_for('mlx')}` or `{command_for('torch')}`"
+        )
+    from cuda_backend.gates import from_checkpoint as from_checkpoint_on_torch
+
+    return from_checkpoint_on_torch(checkpoint)
 
 
 def _notes(source: GateCheckpoint) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_kvret.core.config import EvictionConfig, GateConfig, Scope
@@ -13,10 +13,18 @@ from mlx_kvret.core.eviction import select
 from mlx_kvret.core.retention import retention_score
 from mlx_kvret.core.types import Array, Floats, Mask
 from mlx_kvret.errors import ConfigError
-from mlx_kvret.gates import RetentionGates
 
 FRACTIONS = (2, 4, 8)
 TOKENS = 512
+
+
+class Gates(Protocol):
+    """Gates that run, on either backend."""
+
+    config: GateConfig
+
+    def log_beta(self, layer: int, x: Any) -> Any:
+        """log β (T, H) of attention inputs (T, hidden)."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,9 @@ class Agreement:
 
 
 def agreement(
-    reference: RetentionGates,
-    other: RetentionGates,
-    inputs: Iterable[tuple[int, Array | mx.array]],
+    reference: Gates,
+    other: Gates,
+    inputs: Iterable[tuple[int, Array | Any]],
     what: str,
 ) -> Agreement:
     """Agreement of one compaction at 1/2, 1/4 and 1/8 of the tokens.
@@ -82,12 +90,24 @@ def synthetic_inputs(config: GateConfig, tokens: int = TOKENS, seed: int = 0) ->
         yield layer, x / np.sqrt((x * x).mean(-1, keepdims=True))
 
 
-def _log_beta(both: tuple[RetentionGates, RetentionGates], layer: int, x: Array | mx.array) -> Floats:
+def _log_beta(both: tuple[Gates, Gates], layer: int, x: Array | Any) -> Floats:
     """(2, H, T): log β of one layer by the two sets of gates."""
     hidden = both[0].config.hidden_size
     if x.ndim != 2 or x.shape[1] != hidden:
         raise ConfigError(f"inputs of layer {layer} have shape {tuple(x.shape)}; expected (tokens, {hidden})")
-    return np.stack([np.array(gates.log_beta(layer, mx.array(x))).T for gates in both])
+    return np.stack([_run(gates, layer, x).T for gates in both])
+
+
+def _run(gates: Gates, layer: int, x: Array | Any) -> Floats:
+    if "torch" in {cls.__module__.partition(".")[0] for cls in type(gates).__mro__}:
+        import torch
+
+        with torch.no_grad():
+            found: Floats = gates.log_beta(layer, torch.from_numpy(np.asarray(x))).numpy()
+        return found
+    import mlx.core as mx
+
+    return np.array(gates.log_beta(layer, mx.array(x)))
 
 
 def _kept(log_beta: Floats, budget: int, scope: Scope) -> Mask:

@@ -44,7 +44,7 @@ class Several:
             from accelerate import Accelerator
         except ImportError as error:
             raise MissingDependencyError(
-                "more than one process needs accelerate; run `pip install 'mlx-kvret[accelerate]'`"
+                "more than one process needs accelerate; run `pip install 'mlx-kvret[train]'`"
             ) from error
         self._accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
         self.index, self.count = self._accelerator.process_index, self._accelerator.num_processes

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..errors import CheckpointError
+from .ending import leaving_at_once, one_line
 
 LENGTHS = (4096, 32768, 131072)
 
@@ -18,6 +19,7 @@ LENGTHS = (4096, 32768, 131072)
     "--budget", multiple=True, help="Budget to price, repeatable: 1024, 256MB.  [default: 256, 1024, 4096]"
 )
 @click.option("--context", type=int, multiple=True, help="Context length to compare with, repeatable.")
+@leaving_at_once()
 def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> None:
     """What a model or a gate folder is, and what a budget costs.
 
@@ -89,7 +91,8 @@ def show_known_gates(folder: Path, config: dict[str, Any], name: str) -> None:
         click.echo(f"  none; train some, or choose a policy that needs none: {auto.FREE}")
     for place, match in enumerate(found):
         taken = place == 0 and match.sure
-        click.echo(f"  {'taken by itself' if taken else f'--gates {match.entry.gates}'}: {match}")
+        how = "taken by itself" if taken else f"--gates {match.entry.gates}"
+        click.echo(f"  {one_line(how)}: {one_line(match)}")
     if found and found[0].sure and found[0].entry.folder:
         click.echo()
         show_gates(found[0].entry.folder)
@@ -97,10 +100,10 @@ def show_known_gates(folder: Path, config: dict[str, Any], name: str) -> None:
 
 def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, Any]:
     """What a model is and what budgets cost; returns its config."""
+    from ..api import any_wing
     from ..core.request import eviction
-    from ..wing import cache_shape
 
-    config, shape = cache_shape(folder)
+    config, shape = any_wing().cache_shape(folder)
     chosen = [(budget, eviction(shape, budget)) for budget in budgets]
     _table({
         "model": f"{folder} ({config.get('model_type', 'type unknown')})",
@@ -133,4 +136,5 @@ def show_backends() -> None:
 def _table(rows: dict[str, Any]) -> None:
     width = max(map(len, rows)) + 2
     for key, value in rows.items():
-        click.echo(f"  {key:<{width}}{value}")
+        # what files say is one line each, and no command to the terminal
+        click.echo(f"  {one_line(key):<{width}}{one_line(value)}")

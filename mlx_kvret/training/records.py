@@ -187,7 +187,7 @@ class DataSet:
             import datasets
         except ImportError as error:
             raise MissingDependencyError(
-                f"reading the data set {name} needs datasets; run `pip install 'mlx-kvret[datasets]'`"
+                f"reading the data set {name} needs datasets; run `pip install 'mlx-kvret[data]'`"
             ) from error
         try:
             if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():

@@ -11,7 +11,7 @@ import torch
 
 import mlx_kvret
 from cuda_backend import cache as cache_module
-from cuda_backend import wing
+from cuda_backend import versions, wing
 from cuda_backend.kernels import dispatch
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import save_gates
@@ -118,8 +118,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wing.metadata, "version", lambda name: {"torch": "2.13.0+cpu"}.get(name, "5.3.1"))
-    with pytest.raises(MissingDependencyError, match=r"transformers is 5\.3\.1, expected at least 5\.20"):
+    monkeypatch.setattr(versions.metadata, "version", lambda name: {"torch": "2.13.0+cpu"}.get(name, "5.3.1"))
+    with pytest.raises(MissingDependencyError, match=r"transformers is 5\.3\.1, expected at least 5\.17"):
         mlx_kvret.load("demo", backend="torch")
 
 
