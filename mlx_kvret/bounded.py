@@ -37,7 +37,8 @@ class Bounded:
 
     Changes are decided upon first and then put in place, whole or not at all: those of a forward pass by
     :mod:`mlx_kvret.forward`, all others by :meth:`put`. ``in_flight`` says that MLX has been asked for arrays
-    and has not answered yet; what it fails at then is garbage, and is reported once, to whoever evaluates next.
+    and has not answered yet; what it fails at then is garbage, and is reported once, to whoever evaluates
+    next.
     """
 
     def __init__(
@@ -119,13 +120,17 @@ class Bounded:
         state.put()
         self._decided = None
 
-    def take_back(self, count: int) -> None:
-        """Forget the newest ``count`` tokens of every layer, which no compaction has decided upon."""
-        copies = [copy.copy(recent) for recent in self.recents]
-        for recent in copies:
-            recent.trim(count)
+    def take_back(self, count: int, others: Sequence[Any] = ()) -> None:
+        """Forget the newest ``count`` tokens of every layer, which no compaction has decided upon.
+
+        ``others`` are entries of the same cache that do not compete.
+        """
+        changed = [*self.recents, *others]
+        copies = [copy.copy(one) for one in changed]
+        for one in copies:
+            one.trim(count)
         seen = [seen - count for seen in self.seen]
-        self.put(State([*zip(self.recents, map(vars, copies), strict=True), (self, {"seen": seen})]))
+        self.put(State([*zip(changed, map(vars, copies), strict=True), (self, {"seen": seen})]))
 
     def confirm(self) -> None:
         """Wait for what is in flight.

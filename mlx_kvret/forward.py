@@ -35,8 +35,8 @@ Forward = Callable[[int], Any]
 def run(cache: list[Any], tokens: int, forward: Forward, sliced: bool) -> Any:
     """What ``forward(tokens)`` returns, which reads as many tokens into the entries of ``cache``.
 
-    After any exception the cache is as it was, or refuses to go on. ``sliced`` says whether ``forward`` can be
-    asked for fewer tokens, as is tried to find out how many fit.
+    After any exception the cache is as it was, or refuses to go on. ``sliced`` says whether ``forward`` can
+    be asked for fewer tokens, as is tried to find out how many fit.
 
     Raises:
         OutOfMemoryError: names a number of tokens that fits.

@@ -19,6 +19,7 @@ from .cache import BoundedCache
 from .core.prompts import check_ids, prompt_ids
 from .core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
 from .errors import ConfigError, UnsupportedFeatureError
+from .loops import Text
 from .sampling import sampler_of
 
 CACHE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
@@ -114,15 +115,28 @@ def _responses(
     """mlx-lm's loop; what was asked has been checked."""
     alone = options["draft_model"] is None
     stream: Any = mlx_lm.stream_generate(model, reader, mx.array(ids), **options)
-    for response in stream:
-        fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
-        if response.finish_reason is not None:
-            stream.close()  # a draft model's last tokens are taken back
-        if alone or response.finish_reason is not None:
-            cache.settle()
-        yield Response(
-            **fields, seen=cache.seen, entries=cache.unsettled_entries, cache_nbytes=cache.unsettled_nbytes
-        )
+    text, given, count = Text(model, cache, len(ids)), list[int](), 0
+    try:
+        for response in stream:
+            given.append(response.token)
+            fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
+            if response.finish_reason is not None:
+                stream.close()
+                text.end(given)  # of drafts the last one has not been fed
+            if alone or response.finish_reason is not None:
+                cache.settle()
+            made = Response(
+                **fields,
+                seen=cache.seen,
+                entries=cache.unsettled_entries,
+                cache_nbytes=cache.unsettled_nbytes,
+            )
+            # nothing comes between this and giving it out
+            count += 1
+            yield made
+    finally:
+        stream.close()
+        text.end(given[:count])
 
 
 def _loop_options(draft: bool) -> tuple[set[str], dict[str, str]]:

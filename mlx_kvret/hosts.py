@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx_lm
 
+from . import loops
 from .cache import BoundedKVCache
 from .dispatch import User, give_back, take_over
 from .errors import CacheError, MissingDependencyError, UnsupportedFeatureError
@@ -79,6 +80,8 @@ def refuse_batches(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 REPLACED = {
+    "generate_step": loops.alone,
+    "speculative_generate_step": loops.with_drafts,
     "can_trim_prompt_cache": can_take_back,
     "trim_prompt_cache": take_back,
     "maybe_quantize_kv_cache": refuse_bits,

@@ -73,9 +73,9 @@ class Pool:
     """Slots of ``groups`` groups of ``size`` heads, ``capacity`` tokens per head in each.
 
     ``keys`` (slots, Dk), ``values`` (slots, Dv), ``retention`` (slots,) float32, ``position`` (slots,) int32
-    and ``owner`` (slots,) int32, the flat head, or ``heads`` where the slot is free. Attributes get new values
-    and are never changed in place, so a shallow copy is a pool of its own; MLX writes where the old values
-    stand once nobody holds them.
+    and ``owner`` (slots,) int32, the flat head, or ``heads`` where the slot is free. Attributes get new
+    values and are never changed in place, so a shallow copy is a pool of its own; MLX writes where the old
+    values stand once nobody holds them.
     """
 
     def __init__(self, groups: int, size: int) -> None:

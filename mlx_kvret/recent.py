@@ -15,8 +15,8 @@ class Recent:
     Gates are deferred: their inputs wait until ``defer`` tokens have come, then one call serves them all, so
     that a decoded token does not pay for reading the gates' weights.
 
-    Attributes get new values and are never changed in place, arrays too, so that whoever holds the old ones can
-    go back to them. MLX writes where the old values stand once nobody does.
+    Attributes get new values and are never changed in place, arrays too, so that whoever holds the old ones
+    can go back to them. MLX writes where the old values stand once nobody does.
     """
 
     def __init__(self, buffer: int, defer: int, gate: Callable[[mx.array], mx.array] | None) -> None:

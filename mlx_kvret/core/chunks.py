@@ -8,7 +8,10 @@ from ..errors import OutOfMemoryError
 
 
 def largest_chunk(tokens: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest of tokens/2, tokens/4, … that ``fits``, found by trying; None if not even one token does."""
+    """The largest of tokens/2, tokens/4, … that ``fits``, found by trying.
+
+    None if not even one token does.
+    """
     while tokens > 1:
         tokens //= 2
         if fits(tokens):

@@ -67,8 +67,8 @@ def check_identity(model: str, cache: str) -> None:
     """
     if model != cache:
         raise ModelMismatchError(
-            "the cache belongs to another model, or to this one with other gates or weights; make one for this "
-            "model with mlx_kvret.make_cache"
+            "the cache belongs to another model, or to this one with other gates or weights; make one for "
+            "this model with mlx_kvret.make_cache"
         )
 
 

@@ -1,7 +1,7 @@
 """Forward passes as transactions: all of a pass's tokens are in the cache afterwards, or none.
 
-A pass is begun with what undoes it, and committed by one assignment. Until then whatever ends it, an interrupt
-at any point included, leaves the undoing to whoever comes next, if it could not be done at once.
+A pass is begun with what undoes it, and committed by one assignment. Until then whatever ends it, an
+interrupt at any point included, leaves the undoing to whoever comes next, if it could not be done at once.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from ..errors import CacheError
 from .state import State
 
 UNDER_WAY = (
-    "a forward pass is under way in this cache; look at it when the pass is over, and give every thread a cache "
-    "of its own"
+    "a forward pass is under way in this cache; look at it when the pass is over, and give every thread a "
+    "cache of its own"
 )
 
 
 class Passes:
     """What is known of a cache's passes: the one under way, and whether the cache can go on.
 
-    ``open`` is the state to go back to while a pass is under way, ``running`` whether its end is still to come.
-    ``lost`` says why the cache cannot go on.
+    ``open`` is the state to go back to while a pass is under way, ``running`` whether its end is still to
+    come. ``lost`` says why the cache cannot go on.
     """
 
     def __init__(self) -> None:

@@ -11,9 +11,9 @@ Values = dict[str, Any]
 class State:
     """Attributes of several objects, to be put in place together.
 
-    Taken before a change it undoes what was broken off; made of copies it carries out what was decided. Either
-    may be broken off itself, by an interrupt say, and is then done again: the end is the same. So attributes
-    must be replaced by new values, never changed in place.
+    Taken before a change it undoes what was broken off; made of copies it carries out what was decided.
+    Either may be broken off itself, by an interrupt say, and is then done again: the end is the same. So
+    attributes must be replaced by new values, never changed in place.
     """
 
     def __init__(self, held: Iterable[tuple[Any, Values]]) -> None:
