@@ -1,0 +1,124 @@
+"""Damaged files of every form, read in a process that may die or hang: what became of each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Job = tuple[str, int, int]
+TESTS = Path(__file__).parents[1]
+# seconds of processor time a case may take, and of the clock until the process counts as hanging
+SLOW, HANGS, STARTS = 2.0, 30.0, 300.0
+GOOD = ("same", "other", "refused")
+
+
+@dataclass
+class Outcome:
+    """How the cases of one form ended, and what was wrong with which."""
+
+    form: str
+    counts: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def cases(self) -> int:
+        return self.counts.total()
+
+    def add(self, told: dict[str, Any]) -> None:
+        """Take in what the worker tells of a case."""
+        kind, how = told["outcome"].split()[0].rstrip(":"), told["how"]
+        if told["seconds"] > SLOW:
+            self.fault("hang", told["end"], f"{how}: {told['seconds']:.1f} s of the processor")
+        elif kind in GOOD:
+            self.counts[kind] += 1
+        else:
+            self.fault(kind, told["end"], f"{how}: {told['outcome']}")
+
+    def fault(self, kind: str, number: int, what: str) -> None:
+        self.counts[kind] += 1
+        self.faults.append(f"{self.form}, case {number}: {kind}, {what}")
+
+
+def run(jobs: Iterable[tuple[str, int, int]], seconds: float | None = None) -> dict[str, Outcome]:
+    """Cases by form, from a first up to a last; fewer where ``seconds`` are over."""
+    left, outcomes = list(jobs), dict[str, Outcome]()
+    ends = None if seconds is None else time.monotonic() + seconds
+    while left and (ends is None or time.monotonic() < ends):
+        left = _some(outcomes, left, ends)
+    return outcomes
+
+
+def _some(outcomes: dict[str, Outcome], jobs: list[Job], ends: float | None) -> list[Job]:
+    """Cases until the process ends; returns what is left."""
+    command = [sys.executable, "-m", "fuzz.worker", json.dumps(jobs)]
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, env=os.environ | {"PYTHONPATH": paths}
+        )
+        running: tuple[str, int] | None = None
+        try:
+            for line in _lines(process):
+                if line is None:
+                    break
+                told = json.loads(line)
+                outcome = outcomes.setdefault(told["form"], Outcome(told["form"]))
+                if "begin" in told:
+                    running = told["form"], told["begin"]
+                    continue
+                outcome.add(told)
+                running, jobs = None, _after(jobs, told["form"], told["end"])
+                if ends is not None and time.monotonic() > ends:
+                    return jobs
+            hangs = process.poll() is None and not _ended(process)
+            if running is not None:
+                what = f"no answer in {HANGS:.0f} s" if hangs else f"ended with {process.returncode}"
+                outcomes[running[0]].fault("hang" if hangs else "crash", running[1], what)
+                return _after(jobs, *running)
+            if jobs:
+                errors.seek(0)
+                told = errors.read().decode(errors="replace")[-3000:]
+                raise RuntimeError(f"no case of {jobs[0][0]} could be run: {told}")
+            return jobs
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _after(jobs: list[Job], form: str, number: int) -> list[Job]:
+    """What is left behind a case."""
+    place = next(i for i, job in enumerate(jobs) if job[0] == form)
+    _, _, last = jobs[place]
+    return [(form, number + 1, last)] * (number + 1 < last) + jobs[place + 1 :]
+
+
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+    return process.returncode is not None
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes | None]:
+    """Lines of the process's output; None where it is silent for too long."""
+    assert process.stdout is not None
+    waiting, limit = b"", STARTS
+    while select.select([process.stdout], [], [], limit)[0]:
+        content = os.read(process.stdout.fileno(), 1 << 16)
+        if not content:
+            return
+        *lines, waiting = (waiting + content).split(b"\n")
+        yield from lines
+        # another form's sound files are made between two lines
+        limit = STARTS if lines and b'"end"' in lines[-1] else HANGS
+    yield None
