@@ -16,13 +16,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[2] / "tests"
-sys.path.append(str(TESTS))
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from fuzz.forms import FORMS
 from fuzz.harness import run
 
 LONG = ("model", "weights", "shape", "tokenizer", "cache", "prompt", "gates trimkv")
-PART = 250
+PART = 1000
 
 
 def shares(cases: int) -> dict[str, int]:
