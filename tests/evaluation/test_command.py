@@ -88,3 +88,89 @@ def test_mistakes_are_one_line(extra, message):
     # after what was said of the gates that were chosen
     *said, told = done.stderr.splitlines()
     assert told.startswith("error: ") and message in told and all(line.startswith("gates: ") for line in said)
+
+
+def test_text_files_are_a_task_with_nats_above_the_full_cache(tmp_path):
+    path = tmp_path / "r.json"
+    options = ["--data", STORY, "--method", "full", "--method", "learned", "--method", "recent"]
+    done = call(*options, "--out", path, "--length", "200", "--dtype", "float32", "--backend", "mlx")
+    assert done.exit_code == 0, done.output
+    assert "## text, 200 tokens: perplexity" in done.output
+    assert "Nats per token above that of full, paired over samples:" in done.output
+    assert "Nats per token above that of learned, paired over samples:" in done.output
+    assert "nan" not in done.output and "in chunks of 12 tokens, alike for all methods" in done.output
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert list(data["settings"]["data"]) == [str(STORY)] and data["settings"]["dtype"] == "float32"
+    assert {cell["chunk"] for cell in data["cells"].values() if cell["method"] != "full"} == {12}
+    # one sample: no error, and no figure that is none
+    one = call(*options, "--samples", "1", "--length", "200", "--backend", "mlx")
+    assert one.exit_code == 0 and "nan" not in one.output and "± 0.0" not in one.output
+
+
+def test_an_interrupted_run_goes_on_by_its_file(tmp_path, monkeypatch):
+    from mlx_kvret.evaluation.engine import PublicEngine
+
+    whole, path = tmp_path / "whole.json", tmp_path / "r.json"
+    options = ["--method", "full", "--method", "recent", "--method", "knorm", "--backend", "mlx"]
+    assert call(*options, "--out", whole).exit_code == 0
+    run, asked = PublicEngine.run, []
+
+    def breaks(self, samples, method, budget):
+        asked.append(method.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return run(self, samples, method, budget)
+
+    monkeypatch.setattr(PublicEngine, "run", breaks)
+    stopped = call(*options, "--out", path)
+    assert stopped.exit_code != 0
+    assert f"1 cells are kept; go on with `mlx-kvret eval --resume {path}`" in stopped.stderr
+    done = CliRunner().invoke(main, ["eval", "--resume", str(path), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert asked == ["full", "recent", "recent", "knorm"]
+    cells = [json.loads(p.read_text(encoding="utf-8"))["cells"] for p in (whole, path)]
+    scores = [{key: cell["scores"] for key, cell in found.items()} for found in cells]
+    assert scores[0] == scores[1]
+    refused = CliRunner().invoke(main, ["eval", "--resume", str(path), "--samples", "9", "--out", "x"])
+    assert refused.exit_code == 1 and "so --out, --samples has no effect" in refused.stderr
+    assert CliRunner().invoke(main, ["eval"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "extra,message",
+    [
+        (
+            ["--chunk", "512", "--task", f"perplexity:{STORY}"],
+            "nothing would be evicted before the last token",
+        ),
+        (["--buffer", "180"], "nothing would be evicted before the last token"),
+        (["--task", "text"], "give some with --data FILE"),
+        (["--data", "missing.txt"], "missing.txt is not a file"),
+        (["--data", STORY, "--task", "facts"], "text files were given, which only task text reads"),
+        (["--data", STORY, "--diagnose", "d.json"], "the diagnosis needs one-turn tasks"),
+    ],
+)
+def test_what_would_mislead_is_refused_before_anything_is_run(extra, message, monkeypatch):
+    from mlx_kvret.evaluation.engine import PublicEngine
+
+    monkeypatch.setattr(PublicEngine, "run", lambda *_: pytest.fail("a cell was run"))
+    done = call(*extra, "--method", "full", "--method", "recent", "--backend", "mlx")
+    assert done.exit_code == 1 and message in done.stderr
+
+
+def test_gates_used_other_than_validated_are_marked(tmp_path):
+    import dataclasses
+
+    from mlx_kvret.core.checkpoint import load_gates, save_gates
+    from mlx_kvret.core.config import EvictionDefaults
+
+    found = load_gates(GATES)
+    wishes = dataclasses.replace(found.config, eviction=EvictionDefaults(sinks=6))
+    save_gates(tmp_path / "gates", wishes, found.tensors)
+    methods = [part for name in ("learned", "learned:sinks=0", "recent") for part in ("--method", name)]
+    done = call("--gates", tmp_path / "gates", *methods, "--backend", "mlx")
+    assert done.exit_code == 0, done.output
+    rows = {line.split(" | ")[0]: line for line in done.output.splitlines() if line.startswith("| ")}
+    assert "†" in rows["| learned:sinks=0"] and "†" not in rows["| learned"] + rows["| recent"]
+    assert "learned:sinks=0: not used as its gates were validated (sinks 0, validated with 6)" in done.output
+    assert "Policies without gates protect at least 6 sinks" in done.output
