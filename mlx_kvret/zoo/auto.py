@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import demo
 from ..errors import CheckpointError, ConfigError, MissingDependencyError, ModelMismatchError
 from ..hub import resolve
 from .identity import Subject
@@ -72,7 +73,8 @@ def choose(subject: Subject) -> tuple[str, Path] | None:
             FREE,
         )
         return None
-    _LOG.info("gates: %s", best)
+    # who asks for the demo asks for its gates
+    _LOG.log(logging.DEBUG if folder == demo.GATES else logging.INFO, "gates: %s", best)
     return best.entry.label, folder
 
 

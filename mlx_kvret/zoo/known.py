@@ -64,7 +64,7 @@ _PHI3 = Base("microsoft/Phi-3-mini-128k-instruct", _shape(3072, 32, 32, 32, 96, 
 _VL_8B = Base("Qwen/Qwen3-VL-8B-Thinking", _shape(4096, 36, 32, 8, 128, 12288, "5e+06"))
 _VL_4B = Base("Qwen/Qwen3-VL-4B-Instruct", _shape(2560, 36, 32, 8, 128, 9728, "5e+06"))
 _SMOLLM2 = Base(BASES[SMOLLM2], _shape(576, 30, 9, 3, 64, 1536, "100000"), "a696f22fc49a86b5")
-_DEMO = Base(BASES["demo"], _shape(64, 3, 4, 2, 32, 128, "1e+06"), "1c28644cabbb78f8")
+_DEMO = Base(BASES["demo"], _shape(64, 3, 4, 2, 32, 128, "1e+06"))
 
 RELEASED = (
     Entry(_QWEN3_1_7B, "ngocbh/TrimKV-Qwen3-1.7B-Math", _MATHS),
