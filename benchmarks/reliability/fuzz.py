@@ -1,4 +1,4 @@
-"""100,000 damaged files of every form, read in processes that may die: tests/fuzz at length.
+"""100,000 damaged files of every form, read in processes that may die: tests/damage at length.
 
     python benchmarks/reliability/fuzz.py [--cases 100000] [--state fuzz.json] [--seconds 3600]
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
-from fuzz.forms import FORMS
-from fuzz.harness import run
+from damage.forms import FORMS
+from damage.harness import run
 
 LONG = ("model", "weights", "shape", "tokenizer", "cache", "prompt", "gates trimkv")
 PART = 1000

@@ -61,7 +61,7 @@ def run(jobs: Iterable[tuple[str, int, int]], seconds: float | None = None) -> d
 
 def _some(outcomes: dict[str, Outcome], jobs: list[Job], ends: float | None) -> list[Job]:
     """Cases until the process ends; returns what is left."""
-    command = [sys.executable, "-m", "fuzz.worker", json.dumps(jobs)]
+    command = [sys.executable, "-m", "damage.worker", json.dumps(jobs)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(

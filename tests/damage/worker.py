@@ -1,6 +1,6 @@
 """Runs cases in a process of its own and tells of each on standard output; see :mod:`.harness`.
 
-python -m fuzz.worker FORM FIRST LAST
+python -m damage.worker FORM FIRST LAST
 """
 
 from __future__ import annotations
