@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import hosts
+from .agreement import check_agreement
 from .cache import BoundedCache, BoundedKVCache
 from .core.config import EvictionConfig, GateConfig
 from .core.fingerprint import check_identity, identity
@@ -95,8 +96,11 @@ def install(
     gates: RetentionGates | None,
     owner: dict[str, str],
     options: dict[str, Any] | None = None,
+    compute: bool = True,
 ) -> Attachment:
     """Hook a model that is not hooked yet; ``options`` are those of the caches it makes itself.
+
+    Its logits are compared with its own unless ``compute`` is False.
 
     Raises:
         ConfigError: ``options`` cannot work.
@@ -124,6 +128,13 @@ def install(
         raise
     made = Attachment(layout, gates, owner, namespaces, own)
     _swap_model(model, made)
+    if compute:
+        try:
+            stock, bounded = functools.partial(_stock_cache, model), functools.partial(new_cache, model, made)
+            check_agreement(model, layout, stock, bounded, name)
+        except BaseException:
+            remove(model)
+            raise
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,16 @@ class Layout:
         if shared is None:
             raise ConfigError("cache is no bounded cache; make it with mlx_kvret.make_cache(model)")
         return BoundedCache(entries, shared, [_at(entries, place) for place in self.places])
+
+    def replaced(self, entries: list[Any], make: Callable[[], Any]) -> list[Any]:
+        """Stock entries with the competing ones replaced by others."""
+        for index, inner in self.places:
+            if inner is None:
+                entries[index] = make()
+            else:
+                nested = entries[index].caches
+                entries[index].caches = tuple(make() if i == inner else c for i, c in enumerate(nested))
+        return entries
 
     def _place(self, entries: list[Any], shared: Bounded) -> list[BoundedKVCache]:
         competing = [BoundedKVCache(shared, layer, self.latent) for layer in range(self.shape.layers)]

@@ -69,9 +69,9 @@ class Understood:
 
 def understand(config: Mapping[str, Any]) -> Understood:
     """What a model's ``config.json``, or the arguments of a loaded model, say about RoPE."""
-    config = copy.deepcopy(dict(config))
-    found = _by_transformers(config)
-    text: Any = text_config(config) if found is None else found
+    stored = copy.deepcopy(dict(config))
+    found = _by_transformers(stored)
+    text: Any = text_config(stored) if found is None else found
     name = str(text.get("model_type") or config.get("model_type") or "unknown")
     stated = _stated(text)
     kinds = {kind: own for kind, own in stated.items() if isinstance(own, dict)}
@@ -79,6 +79,10 @@ def understand(config: Mapping[str, Any]) -> Understood:
     if not width and text.get("hidden_size") and text.get("num_attention_heads"):
         width = text["hidden_size"] // text["num_attention_heads"]
     most = text.get("max_position_embeddings")
+    part, rotated = stated.get("partial_rotary_factor"), text.get("qk_rope_head_dim")
+    if part and rotated and int((text.get("qk_head_dim") or text.get("head_dim") or 0) * part) == rotated:
+        # the same said twice
+        del stated["partial_rotary_factor"]
     if not stated or not isinstance(width, int):
         kinds, stated = {}, {}
     widths = {"full_attention": text.get("global_head_dim") or width}
@@ -200,7 +204,11 @@ def check(model: nn.Module) -> None:
     args = getattr(model, "args", None)
     if args is None or "_kvret_rope" in model.__dict__:
         return
-    said = understand({name: value for name, value in vars(args).items() if value is not None})
+    config = {name: value for name, value in vars(args).items() if value is not None}
+    if "rope_scaling" in vars(args) and not config.keys() & {"rope_scaling", "rope_parameters"}:
+        # the file reads the field, and a default of transformers is not what it applies
+        config["rope_scaling"] = {"rope_type": "default", "type": "default"}
+    said = understand(config)
     fixed = _fixed(said, model, None)
     for _, _, module, rope in _layers(model, said):
         if not applies(module, rope.rotation(dims_of(module)), rope.head_dim):
@@ -245,9 +253,6 @@ def _read_by(model: nn.Module, said: Understood) -> Collection[str]:
     # transformers moves this one into every kind that was saved with it
     reads = ["original_max_position_embeddings"] if said.by_transformers else []
     if said.name in PARTIAL or (not said.by_transformers and "partial_rotary_factor" in source):
-        reads.append("partial_rotary_factor")
-    whole = [rope.settings.get("partial_rotary_factor") in (None, 1, 1.0) for rope in said.ropes.values()]
-    if all(whole):
         reads.append("partial_rotary_factor")
     return {*named, *reads, *_OF_IMAGES}
 

@@ -229,10 +229,7 @@ def full_cache(model: nn.Module, cache: BoundedCache) -> tuple[int, int]:
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; weights are mapped, not read."""
     model, config = load_network(folder, lazy=True)
-    _attach(model, None, config)
-    attached = hooks.attachment(model)
-    assert attached is not None
-    return config, attached.layout.shape
+    return config, hooks.install(model, None, {}, compute=False).layout.shape
 
 
 def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
@@ -288,11 +285,13 @@ def _attach(
         gates = from_checkpoint(gates) if isinstance(gates, GateCheckpoint) else gates
         weights: Any = tree_flatten(gates.parameters())
         owner["gates"] = tensors_id({name: to_tensor(array) for name, array in weights})
-    if (before := hooks.attachment(model)) is not None:
+    before = hooks.attachment(model)
+    if before is not None:
         # a refusal leaves the model as it was
         if gates is not None:
             before.layout.check_gates(gates)
         own_eviction(before.layout.shape, None if gates is None else gates.config, options or {})
     hooks.remove(model)
-    hooks.install(model, gates, owner, options)
+    # gates and options do not change what the hooks give
+    hooks.install(model, gates, owner, options, compute=before is None)
     return model

@@ -90,7 +90,8 @@ class Rope:
             )
         known = {"rope_type", "type", "rope_theta", *_KEYS[self.kind], *extra}
         for key, value in self.settings.items():
-            if value is not None and key not in known:
+            whole = key == "partial_rotary_factor" and value == 1
+            if value is not None and key not in known and not whole:
                 raise UnsupportedModelError(
                     f"{self.name} models with the RoPE setting {key} = {value!r} (rope_type {self.kind}) "
                     "cannot be bounded: nothing reads it, so positions would be wrong; remove it from "
