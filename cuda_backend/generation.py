@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel
 
+from mlx_kvret.core.detokenizer import Detokenizer
 from mlx_kvret.core.prompts import prompt_ids
 from mlx_kvret.core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
 from mlx_kvret.errors import UnsupportedFeatureError
@@ -130,7 +131,7 @@ def _responses(
     prompt_progress_callback: Callable[[int, int], None] | None,
 ) -> Iterator[Response]:
     """The loop; what was asked has been checked."""
-    stops, text = stop_tokens(model, reader), _Text(reader)
+    stops, text = stop_tokens(model, reader), Detokenizer(reader.decode)
     with torch.no_grad(), explained(model, cache, ids, prefill_step_size):
         start = time.perf_counter()
         step = decoder_step(model, cache)
@@ -144,8 +145,9 @@ def _responses(
                 prompt_time = time.perf_counter() - start
                 start = time.perf_counter()
             reason = "stop" if value in stops else "length" if count == max_tokens else None
+            said = "" if reason == "stop" else text.add(value)
             yield Response(
-                text=text.add(value, last=reason is not None, shown=reason != "stop"),
+                text=said if reason is None else said + text.end(),
                 token=value,
                 logprobs=logprobs[0],
                 prompt_tokens=ids.shape[1],
@@ -233,23 +235,3 @@ class _Choice:
         if self._processors:
             self._ids = torch.cat([self._ids, token[:, None]], 1)
         return token, logprobs
-
-
-class _Text(TextStreamer):
-    """transformers' streamer, which holds text back until no later token can change it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer)
-        self._new = ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._new += text
-
-    def add(self, token: int, last: bool, shown: bool) -> str:
-        """Text that is certain after one more token."""
-        if shown:
-            self.put(torch.tensor([token]))
-        if last:
-            self.end()
-        text, self._new = self._new, ""
-        return text

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from . import hooks
 from .cache import BoundedCache
+from .core.detokenizer import Detokenizer
 from .core.prompts import check_ids, prompt_ids
 from .core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
 from .errors import ConfigError, UnsupportedFeatureError
@@ -116,11 +117,15 @@ def _responses(
     alone = options["draft_model"] is None
     stream: Any = mlx_lm.stream_generate(model, reader, mx.array(ids), **options)
     text, given, count = Text(model, cache, len(ids)), list[int](), 0
+    # mlx-lm's own drops a space at the beginning
+    spoken = Detokenizer(reader.decode)
     try:
         for response in stream:
             given.append(response.token)
             fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
+            fields["text"] = "" if response.finish_reason == "stop" else spoken.add(response.token)
             if response.finish_reason is not None:
+                fields["text"] += spoken.end()
                 stream.close()
                 text.end(given)  # of drafts the last one has not been fed
             if alone or response.finish_reason is not None:
