@@ -2,7 +2,7 @@
 
     python benchmarks/reliability/fuzz.py [--cases 100000] [--state fuzz.json] [--seconds 3600]
 
-Goes on where the state file ends. Files whose reading takes long (models, caches) get a seventh of the cases
+Goes on where the state file ends, and writes it when it is stopped by ctrl-C or SIGTERM. Files whose reading takes long (models, caches) get a seventh of the cases
 of the others.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -18,10 +19,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from damage.forms import FORMS
-from damage.harness import run
+from damage.harness import Outcome, run
 
 LONG = ("model", "weights", "shape", "tokenizer", "cache", "prompt", "gates trimkv")
-PART = 1000
+PART = 500
 
 
 def shares(cases: int) -> dict[str, int]:
@@ -43,12 +44,16 @@ def fuzzed(cases: int, state: Path, seconds: float) -> dict[str, Any]:
             first = told.get(form, {}).get("next", 0)
             part = max(PART * wanted[form] // max(wanted.values()), 25)
             jobs.append((form, first, min(wanted[form], first + part)))
-        for form, outcome in run(jobs, ends - time.monotonic()).items():
-            mine = told.setdefault(form, {"next": 0, "counts": {}, "faults": []})
-            mine["counts"] = dict(Counter(mine["counts"]) + outcome.counts)
-            mine["faults"] += outcome.faults
-            mine["next"] += outcome.cases
-        state.write_text(json.dumps(told, indent=1) + "\n")
+        outcomes: dict[str, Outcome] = {}
+        try:
+            run(jobs, ends - time.monotonic(), outcomes)
+        finally:
+            for form, outcome in outcomes.items():
+                mine = told.setdefault(form, {"next": 0, "counts": {}, "faults": []})
+                mine["counts"] = dict(Counter(mine["counts"]) + outcome.counts)
+                mine["faults"] += outcome.faults
+                mine["next"] += outcome.cases
+            state.write_text(json.dumps(told, indent=1) + "\n")
         done = sum(mine["next"] for mine in told.values())
         print(f"{done:,} of {sum(wanted.values()):,} files", file=sys.stderr, flush=True)
     return told
@@ -60,6 +65,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("fuzz.json"))
     parser.add_argument("--seconds", type=float, default=1e9)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     told = fuzzed(options.cases, options.state, options.seconds)
     for form, mine in told.items():
         print(f"{form:18} {mine['next']:7,} {mine['counts']}")

@@ -50,9 +50,14 @@ class Outcome:
         self.faults.append(f"{self.form}, case {number}: {kind}, {what}")
 
 
-def run(jobs: Iterable[tuple[str, int, int]], seconds: float | None = None) -> dict[str, Outcome]:
-    """Cases by form, from a first up to a last; fewer where ``seconds`` are over."""
-    left, outcomes = list(jobs), dict[str, Outcome]()
+def run(
+    jobs: Iterable[Job], seconds: float | None = None, outcomes: dict[str, Outcome] | None = None
+) -> dict[str, Outcome]:
+    """Cases by form, from a first up to a last; fewer where ``seconds`` are over.
+
+    ``outcomes``, if given, is filled as they end, for callers that may be stopped.
+    """
+    left, outcomes = list(jobs), {} if outcomes is None else outcomes
     ends = None if seconds is None else time.monotonic() + seconds
     while left and (ends is None or time.monotonic() < ends):
         left = _some(outcomes, left, ends)
