@@ -8,11 +8,12 @@ model's own. The decoder announces each forward pass to its cache, and undoes it
 from __future__ import annotations
 
 import inspect
-from contextvars import ContextVar
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,13 +26,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig, GateConfig
+from mlx_kvret.core.fingerprint import check_identity, identity
 from mlx_kvret.core.machine import check_fits
 from mlx_kvret.core.request import NO_GATES, own_eviction
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
 from . import hosts
-from .cache import BoundedCache, BoundedKVCache
+from .cache import BoundedCache, BoundedKVCache, running
+from .forward import unwrap, wrap
 from .gates import RetentionGates
 from .memory import free_bytes
 from .modules import attention_modules
@@ -41,8 +44,6 @@ from .snapshots import reopen
 
 # what names of our attention functions begin with
 NAME = "kvret_"
-# the bounded cache of the forward pass that is under way
-_running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)
 
 
 @dataclass
@@ -56,6 +57,13 @@ class Attachment:
     implementation: str
     rope: Fixed
     handles: list[Any] = field(default_factory=list)
+    _identity: str = ""
+
+    def identity(self, model: nn.Module) -> str:
+        """Which model, with which gates, may use a cache made here: of the same config and weights."""
+        if not self._identity:
+            self._identity = identity(self.owner, _weights(model))
+        return self._identity
 
     @property
     def gate_config(self) -> GateConfig | None:
@@ -84,8 +92,8 @@ def install(
     hidden: dict[int, int] = {}
     handles = _observers(model, hidden)
     decoder, rope = model.get_decoder(), Fixed()
-    handles.append(decoder.register_forward_pre_hook(_begin, with_kwargs=True))
-    handles.append(decoder.register_forward_hook(_end, with_kwargs=True, always_call=True))
+    for module in (decoder, model) if decoder is not model else (model,):
+        wrap(module, _check if module is model else None, _begin if module is decoder else None)
     try:
         rope = fix(model, vars(model).get("_kvret_rope_length"))
         hooked = partial(model.set_attn_implementation, implementation(stock))
@@ -125,7 +133,34 @@ def new_cache(model: PreTrainedModel, made: Attachment, config: EvictionConfig) 
     if config.policy == "learned" and made.gates is None:
         raise ConfigError(NO_GATES)
     check_fits(made.layout.shape, config, free_bytes(made.layout.device))
-    return made.layout.bounded_cache(stock_layers(model), config, made.gates, made.owner)
+    cache = made.layout.bounded_cache(stock_layers(model), config, made.gates, made.owner)
+    cache.identity = made.identity(model)
+    return cache
+
+
+def check_cache(model: PreTrainedModel, cache: Any) -> None:
+    """Refuse a cache that the model cannot go on with.
+
+    Raises:
+        ConfigError: it is none of ours, or the model is not attached.
+        ModelMismatchError: it belongs to another model or other gates.
+        CacheError: it cannot go on.
+    """
+    made = attachment(model)
+    if made is None or not isinstance(cache, BoundedCache):
+        raise ConfigError(
+            f"cache is a {type(cache).__name__}, the model {'not ' if made is None else ''}attached; "
+            "make the cache with mlx_kvret.make_cache(model)"
+        )
+    cache.passes.check()
+    check_identity(made.identity(model), cache.identity)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """A few values of every weight."""
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        yield name, flat[:: max(1, len(flat) // 8)].float().cpu().numpy()
 
 
 def _own_cache(model: PreTrainedModel) -> BoundedCache:
@@ -140,7 +175,7 @@ def shape_of(model: PreTrainedModel) -> CacheShape:
     hidden: dict[int, int] = {}
     handles = _observers(model, hidden)
     try:
-        return layout_of(model, hidden)[0].shape
+        return layout_of(model, hidden).shape
     finally:
         for handle in handles:
             handle.remove()
@@ -162,12 +197,16 @@ def reopened_cache(model: PreTrainedModel, snapshot: Snapshot) -> BoundedCache:
     made = attachment(model)
     if made is None:
         raise ConfigError("the model is not attached; call mlx_kvret.attach(model, gates) first")
-    return reopen(snapshot, made, stock_layers(model))
+    cache = reopen(snapshot, made, stock_layers(model))
+    cache.identity = made.identity(model)
+    return cache
 
 
 def _unhook(model: PreTrainedModel, handles: list[Any], stock: str) -> None:
     for handle in handles:
         handle.remove()
+    for module in {id(module): module for module in (model, model.get_decoder())}.values():
+        unwrap(module)
     model.set_attn_implementation(stock)
 
 
@@ -180,11 +219,14 @@ def _bounded(args: Any, kwargs: dict[str, Any]) -> BoundedCache | None:
     return found[0] if found else None
 
 
-def _begin(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    cache = _bounded(args, kwargs)
-    _running.set(None)
-    if cache is None:
-        return None
+def _check(model: nn.Module, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
+    hosts.renamed(model, kwargs)
+    made = attachment(model)
+    if made is not None:
+        check_identity(made.identity(model), cache.identity)
+
+
+def _begin(decoder: nn.Module, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
     hosts.renamed(decoder, kwargs)
     now = decoder.config._attn_implementation
     if cache.shared is not None and not str(now).startswith(NAME):
@@ -199,17 +241,8 @@ def _begin(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
             "it, or pad on the left and give the tokenizer's mask"
         )
     ids = next(v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if v is not None)
-    cache.begin(ids.shape[0], mask)
-    _running.set(cache)
-    return args, kwargs
-
-
-def _end(decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    cache = _running.get()
-    _running.set(None)
-    if cache is not None:
-        # hooks that are always called get no output when the module failed
-        cache.end(broken=output is None)
+    if cache.shared is not None and not cache.fixed:
+        cache.shared.begin(ids.shape[0], mask)
 
 
 def _observe(
@@ -220,7 +253,7 @@ def _observe(
     cache = _bounded(args, kwargs)
     entry = cache.layers[layer] if cache is not None else None
     if isinstance(entry, BoundedKVCache):
-        if _running.get() is not cache:
+        if running.get() is not cache:
             raise CacheError("a bounded cache was given to a part of a model; run the whole decoder")
         entry.observe(x.detach())
 
@@ -271,7 +304,7 @@ def _attention(
 
 def _mask(stock: str, **how: Any) -> Any:
     """No mask for plain causal attention over a bounded cache, which knows its own padding."""
-    cache = _running.get()
+    cache = running.get()
     if cache is not None and cache.shared is not None and how.get("mask_function") is causal_mask_function:
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS[stock](**how)

@@ -14,9 +14,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fitting import fit_gates
+from mlx_kvret.core.probing import agrees, chunkings, distance
 from mlx_kvret.core.snapshot import WindowShape
 from mlx_kvret.errors import KVRetError, UnsupportedModelError
 
+from .agreement import last_logits, rounded_cache, tokens_of
 from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, cache_argument
 from .gates import RetentionGates
@@ -72,29 +74,35 @@ def probe(model: PreTrainedModel, hooked: Callable[[], None], hidden: dict[int, 
     Raises:
         UnsupportedModelError: the hooked model does not give the same logits from a bounded cache.
     """
-    name = model.config.model_type
-    layout, stock = layout_of(model, hidden)
-    hooked()
-    config = EvictionConfig.create(budget=8, policy="recent")
-    cache = layout.bounded_cache(stock_layers(model), config, None, {})
-    ours = _logits(model, cache)
-    if any(entry.attended != len(ours) for entry in cache.competing):
+    name, layout = model.config.model_type, layout_of(model, hidden)
+    ids = tokens_of(model)
+    plain, cut = chunkings(ids.shape[1])
+    with refusals(name):
+        expected = last_logits(model, ids, plain, DynamicCache(config=model.config))
+        hooked()
+        # nothing is evicted, but most entries go through the pool
+        config = EvictionConfig.create(budget=ids.shape[1], buffer=4, policy="recent")
+        cache = layout.bounded_cache(stock_layers(model), config, None, {})
+        found = last_logits(model, ids, cut, cache)
+    if any(entry.attended != ids.shape[1] for entry in cache.competing):
         raise UnsupportedModelError(
             f"{name} models cannot be bounded: their attention changes cached keys, or bypasses "
             "transformers' attention functions; use another model"
         )
-    difference = float((ours - stock).abs().max())
-    if not difference <= 64 * torch.finfo(stock.dtype).eps * float(stock.abs().max()):
+
+    def rounding() -> float:
+        return distance(last_logits(model, ids, plain, rounded_cache(model, layout.places)), expected)
+
+    if not agrees(difference := distance(found, expected), torch.finfo(model.dtype).eps, rounding):
         raise UnsupportedModelError(
-            f"{name} models give other logits from a bounded cache (by up to {difference:.2g}); use another "
-            "model"
+            f"{name} models give other logits from a bounded cache (by {difference:.1%}); use another model"
         )
     return layout
 
 
 @torch.no_grad()
-def layout_of(model: PreTrainedModel, hidden: dict[int, int]) -> tuple[Layout, torch.Tensor]:
-    """The layout of a model whose attention modules fill ``hidden``, and logits of a few tokens.
+def layout_of(model: PreTrainedModel, hidden: dict[int, int]) -> Layout:
+    """The layout of a model whose attention modules fill ``hidden``, found out with two tokens.
 
     Raises:
         UnsupportedModelError: nothing to bound, or layers that differ.
@@ -107,17 +115,9 @@ def layout_of(model: PreTrainedModel, hidden: dict[int, int]) -> tuple[Layout, t
         raise UnsupportedModelError(
             f"{name} models keep no layer's full KV cache, so there is nothing to bound; use them as they are"
         )
-    logits = _logits(model, cache)
-    return _layout(cache, [place for place in places if cache.get_seq_length(place)], hidden, name), logits
-
-
-def _logits(model: PreTrainedModel, cache: Any) -> torch.Tensor:
-    """Logits (5, vocabulary) of a chunk and two single tokens after it."""
-    ids = torch.arange(1, 6, device=model.device)[None] % model.config.get_text_config().vocab_size
-    given = cache_argument(model, cache)
-    with refusals(model.config.model_type):
-        parts = ids[:, :-2], ids[:, -2:-1], ids[:, -1:]
-        return torch.cat([model(part, **given).logits[0] for part in parts])
+    with refusals(name):
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), **cache_argument(model, cache))
+    return _layout(cache, [place for place in places if cache.get_seq_length(place)], hidden, name)
 
 
 @contextmanager

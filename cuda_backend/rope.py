@@ -84,7 +84,7 @@ def _rotary(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str | None, Rop
     """The decoder's rotating modules, once for each kind of layer they serve, and what they should do."""
     for module in model.get_decoder().modules():
         kinds = getattr(module, "rope_type", None)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if kinds is None or not isinstance(getattr(config, "rope_parameters", None), dict):
             continue
         for kind in kinds if isinstance(kinds, dict) else (None,):

@@ -43,11 +43,8 @@ def check_agreement(
     Raises:
         UnsupportedModelError: the logits differ by more than rounding.
     """
-    windows = [c.max_size for entry in stock() for c in _parts(entry) if hasattr(c, "max_size")]
-    tokens = probe_length(parameters_of(model), windows)
-    # built, not computed
-    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    ids, (plain, cut) = ordinary_ids(vocabulary, tokens), chunkings(tokens)
+    ids = tokens_of(model, stock())
+    plain, cut = chunkings(tokens := ids.shape[1])
     expected, eps = _logits(model, ids, plain, stock())
     config = EvictionConfig.create(budget=tokens, buffer=4, policy="recent")
     try:
@@ -71,21 +68,31 @@ def check_agreement(
         )
 
 
-def parameters_of(model: nn.Module) -> int:
-    """How many weights a model has; eight of four bits are one number."""
+def tokens_of(model: nn.Module, stock: list[Any]) -> mx.array:
+    """Ordinary tokens (1, T) to probe a model with; ``stock`` are new caches of its own."""
+    windows = [c.max_size for entry in stock for c in getattr(entry, "caches", (entry,)) if _has_window(c)]
     weights: Any = tree_flatten(model.parameters())
-    return sum(array.size * (8 if array.dtype == mx.uint32 else 1) for _, array in weights)
+    # eight weights of four bits are one number
+    count = sum(array.size * (8 if array.dtype == mx.uint32 else 1) for _, array in weights)
+    # built, not computed
+    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    return mx.array(ordinary_ids(vocabulary, probe_length(count, windows)))[None]
 
 
-def _logits(model: nn.Module, ids: Any, sizes: list[int], cache: list[Any]) -> tuple[Array, float]:
+def as_array(logits: mx.array) -> Array:
+    """Logits on the host, float32."""
+    return np.array(logits.astype(mx.float32))
+
+
+def _has_window(cache: Any) -> bool:
+    return isinstance(getattr(cache, "max_size", None), int)
+
+
+def _logits(model: nn.Module, ids: mx.array, sizes: list[int], cache: list[Any]) -> tuple[Array, float]:
     """The last logits (COMPARED, vocabulary) after chunks of these sizes, and their type's rounding."""
     parts, start = [], 0
     for size in sizes:
-        parts.append(model(mx.array(ids[None, start : start + size]), cache=cache)[0, -COMPARED:])
+        parts.append(model(ids[:, start : start + size], cache=cache)[0, -COMPARED:])
         start += size
     last = mx.concatenate(parts)[-COMPARED:]
-    return np.array(last.astype(mx.float32)), float(mx.finfo(last.dtype).eps)
-
-
-def _parts(entry: Any) -> Any:
-    return getattr(entry, "caches", (entry,))
+    return as_array(last), float(mx.finfo(last.dtype).eps)

@@ -18,8 +18,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mlx_kvret.core.probing import agrees, distance
+from mlx_kvret.core.types import Array
 from mlx_kvret.errors import UnsupportedModelError
 
+from ..agreement import as_array, rounded_cache, tokens_of
+from ..cache import cache_argument
 from ..gates import RetentionGates
 from ..modules import attention_modules, competing_layers
 from .attention import PackedMask
@@ -171,14 +175,28 @@ class Student:
             raise UnsupportedModelError(
                 f"{name} does not take its attention function from transformers' registry; use another model"
             )
-        ids = torch.arange(1, 9, device=self.model.device)[None]
-        apart = torch.tensor([[0, 0, 0, 0, 4, 4, 4, 4]], device=ids.device)
+        ids = tokens_of(self.model)
+        half = ids.shape[1] // 2
+        apart = torch.zeros_like(ids)
+        apart[:, half:] = half
+        places = competing_layers(self.model)
+
+        def logits(part: torch.Tensor, cache: Any = None) -> Array:
+            """Of the model as it is."""
+            given = {"use_cache": False} if cache is None else cache_argument(self.model, cache)
+            return as_array(self.model(input_ids=part, **given).logits[0])
+
         with torch.no_grad():
-            stock = self.model(input_ids=ids, use_cache=False).logits[0]
-            second = self.model(input_ids=ids[:, 4:], use_cache=False).logits[0]
+            stock, second = logits(ids), logits(ids[:, half:])
+            # float32 is never off by more than what is usual
+            low = torch.finfo(self.model.dtype).eps > 1e-5
+            parts = (ids, stock), (ids[:, half:], second)
+            rounding = [
+                distance(logits(p, rounded_cache(self.model, places)), own) if low else 0 for p, own in parts
+            ]
             self.model.set_attn_implementation(IMPLEMENTATION)
-            ours = self.logits(self._run(ids, torch.zeros_like(ids), None).hidden[0])
-            packed = self.logits(self._run(ids, apart, None).hidden[0, 4:])
+            ours = as_array(self.logits(self._run(ids, torch.zeros_like(ids), None).hidden[0]))
+            packed = as_array(self.logits(self._run(ids, apart, None).hidden[0, half:]))
         if len(self._shapes) < self.layers:
             raise UnsupportedModelError(
                 f"{name} computes attention without the function it was given; use another model"
@@ -188,16 +206,12 @@ class Student:
                 f"{name} has global layers of different shapes (KV heads, input width): "
                 f"{sorted(set(self._shapes.values()))}; gates need one shape, use another model"
             )
-        rounding = max(1e-4, 12 * torch.finfo(stock.dtype).eps)
-        if not (difference := _distance(ours, stock)) <= rounding:
+        eps, difference = torch.finfo(self.model.dtype).eps, distance(ours, stock)
+        if not agrees(difference, eps, lambda: rounding[0]):
             raise UnsupportedModelError(
                 f"{name} gives other logits when hooked (by {difference:.1%}); use another model"
             )
-        self.packs = _distance(packed, second) <= rounding
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).float().norm() / expected.float().norm())
+        self.packs = agrees(distance(packed, second), eps, lambda: rounding[1])
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -18,8 +18,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ... import hooks
+from ...agreement import RoundedDifferently, as_array, tokens_of
 from ...core.config import EvictionConfig
-from ...core.types import Ints
+from ...core.probing import agrees, distance
+from ...core.types import Array, Ints
 from ...errors import UnsupportedModelError
 from ...gates import RetentionGates
 from .attention import PackedMask
@@ -36,6 +38,18 @@ class Trace:
 
     hidden: mx.array
     log_beta: mx.array | None
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """What a model says as it is (T, vocabulary), its type's rounding, and how far its own goes."""
+
+    values: Array
+    eps: float
+    rounding: float
+
+    def agree(self, found: Array) -> bool:
+        return agrees(distance(found, self.values), self.eps, lambda: self.rounding)
 
 
 class Student:
@@ -60,8 +74,6 @@ class Student:
         self._hidden: mx.array | None = None
         self._captured: mx.array | None = None
         self._hooked: list[nn.Module] = []
-        ids = mx.arange(1, 9)[None]
-        stock, second = model(ids)[0], model(ids[:, 4:])[0]
         made = hooks.install(model, None, {})
         try:
             self._layout, self._made = made.layout, made
@@ -70,6 +82,9 @@ class Student:
                     f"{_name(model)} attends to compressed keys, which training on MLX does not follow; use "
                     "another model"
                 )
+            ids = tokens_of(model, self._stock())
+            half = ids.shape[1] // 2
+            stock, second = (self._as_it_is(part) for part in (ids, ids[:, half:]))
             self._hook(_decoder(model), self._around_decoder)
             if recompute:
                 for layer in model.layers:
@@ -80,7 +95,6 @@ class Student:
             raise
         shape = made.layout.shape
         self.layers, self.kv_heads, self.hidden_size = shape.layers, shape.kv_heads, shape.hidden_size
-        self.vocabulary, self.dtype = stock.shape[-1], stock.dtype
 
     def detach(self) -> None:
         """Take every hook off the model again; its weights stay frozen."""
@@ -147,25 +161,40 @@ class Student:
 
         return call
 
-    def _probe(self, ids: mx.array, stock: mx.array, second: mx.array) -> None:
+    def _stock(self) -> list[Any]:
+        """The model's own caches."""
+        return list(hooks.new_cache(self.model, self._made, EvictionConfig.create(policy="full")))
+
+    def _as_it_is(self, ids: mx.array) -> _Logits:
+        """Logits of the model before it is hooked for training."""
+        logits = self.model(ids)[0]
+        values, eps, rounding = as_array(logits), float(mx.finfo(logits.dtype).eps), 0.0
+        # float32 is never off by more than what is usual
+        if eps > 1e-5:
+            cache = self._layout.replaced(self._stock(), RoundedDifferently)
+            rounding = distance(as_array(self.model(ids, cache=cache)[0]), values)
+        self.vocabulary, self.dtype = logits.shape[-1], logits.dtype
+        return _Logits(values, eps, rounding)
+
+    def _probe(self, ids: mx.array, stock: _Logits, second: _Logits) -> None:
         """Run a few tokens through the hooks, and compare with the model as it is."""
-        name, whole = _name(self.model), np.zeros((1, 8), np.int64)
-        apart = np.array([[0, 0, 0, 0, 4, 4, 4, 4]])
+        name, whole, half = _name(self.model), np.zeros(ids.shape, np.int64), ids.shape[1] // 2
+        apart = np.where(np.arange(ids.shape[1]) < half, 0, half)[None]
         try:
             ours = self.logits(self.teach(ids, whole).hidden[0])
-            packed = self.logits(self.teach(ids, apart).hidden[0, 4:])
+            packed = self.logits(self.teach(ids, apart).hidden[0, half:])
         except (TypeError, AttributeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedModelError(
                 f"{name} uses its cache in a way that training on MLX does not follow ({reason}); use "
                 "another model"
             ) from error
-        rounding = max(1e-4, 12 * mx.finfo(stock.dtype).eps)
-        if not (difference := _distance(ours, stock)) <= rounding:
+        if not stock.agree(as_array(ours)):
+            difference = distance(as_array(ours), stock.values)
             raise UnsupportedModelError(
                 f"{name} gives other logits when hooked (by {difference:.1%}); use another model"
             )
-        self.packs = _distance(packed, second) <= rounding and self._only_rotates(ids, whole)
+        self.packs = second.agree(as_array(packed)) and self._only_rotates(ids, whole)
 
     def _only_rotates(self, ids: mx.array, starts: Ints) -> bool:
         """Whether far positions leave the lengths of queries and keys as they are, as RoPE does.
@@ -239,11 +268,6 @@ def _decoder(model: nn.Module) -> nn.Module:
         if isinstance(child, nn.Module) and any(True for _ in hooks.attention_modules(child)):
             return child
     raise UnsupportedModelError(f"{_name(model)} has no decoder apart from its head; use another model")
-
-
-def _distance(found: mx.array, expected: mx.array) -> float:
-    found, expected = (x.astype(mx.float32).reshape(-1) for x in (found, expected))
-    return float(mx.linalg.norm(found - expected) / mx.linalg.norm(expected))
 
 
 def _name(model: nn.Module) -> str:
