@@ -2,8 +2,8 @@
 
     python benchmarks/reliability/fuzz.py [--cases 100000] [--state fuzz.json] [--seconds 3600]
 
-Goes on where the state file ends, and writes it when it is stopped by ctrl-C or SIGTERM. Files whose reading takes long (models, caches) get a seventh of the cases
-of the others.
+Goes on where the state file ends, and writes it when it is stopped by ctrl-C or SIGTERM. Files whose reading
+takes long (models, caches) get a seventh of the cases of the others.
 """
 
 from __future__ import annotations
