@@ -15,12 +15,15 @@ import torch
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import heads_per_group
+from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.schedule import Move, Schedule
+from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CacheError, UnsupportedFeatureError
 
 from .gates import RetentionGates
 from .kernels.dispatch import fill, select
+from .modes import ordinary
 from .pool import Pool
 from .recent import Recent
 from .selection import keydiff_score, retention_score, static_score
@@ -40,13 +43,36 @@ class Static:
     inputs: list[torch.Tensor]
 
 
+@dataclass
+class Compaction:
+    """What a compaction does, decided upon; done twice, because it was broken off, it comes to the same.
+
+    ``moves`` are slots, survivors, keys and values of each layer, ``arrays`` as of :meth:`Pool.admitted`.
+    """
+
+    pool: Pool
+    moves: list[tuple[torch.Tensor, ...]]
+    arrays: dict[str, torch.Tensor]
+    after: State
+
+    def put(self) -> None:
+        """Move keys and values, then the accounts."""
+        for slots, survives, keys, values in self.moves:
+            fill(self.pool, slots, survives, keys, values)
+        self.pool.take(self.arrays)
+        self.after.put()
+
+
 class Bounded:
     """A cache of L competing layers that holds at most (M + B)·L·H entries per sequence between passes.
 
     A compaction that is due after a forward pass is carried out by :meth:`settle`, before the next one or as
     soon as anyone looks, whichever comes first. So tokens of the last pass can still be taken back, and a
     decoding loop never waits. How many entries there are is arithmetic, never read from the device.
-    ``owner`` names the model and the gates, for caches saved to a file.
+    ``owner`` names the model and the gates, for caches saved to a file, ``identity`` the very weights too.
+
+    Changes are decided upon first and then put in place, whole or not at all: those of a forward pass by
+    :mod:`cuda_backend.forward`, all others by :meth:`put`.
 
     Sequences of a batch stand right-aligned: ``padding`` (R,) places come before a sequence's first token.
     Positions count from there, so that a row is treated as it would be alone.
@@ -68,6 +94,9 @@ class Bounded:
         self.recents = [self._recent(layer) for layer in range(shape.layers)]
         self.seen = [0] * shape.layers
         self.static: Static | None = None
+        self.identity = ""
+        self.passes = Passes()
+        self._decided: State | Compaction | None = None
         self._batch(1)
 
     def _recent(self, layer: int) -> Recent:
@@ -75,14 +104,17 @@ class Bounded:
         return Recent(self.config.buffer, self._defer, gate)
 
     def _batch(self, rows: int) -> None:
-        self.rows = rows
         groups = self.shape.heads // self.size
-        self.pool = Pool(rows * groups, self.size, self.device)
-        self.schedule = Schedule(self.config, groups, self.size, rows)
-        self.padding = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        vars(self).update(
+            rows=rows,
+            pool=Pool(rows * groups, self.size, self.device),
+            schedule=Schedule(self.config, groups, self.size, rows),
+            padding=torch.zeros(rows, dtype=torch.int64, device=self.device),
+        )
 
     # ------------------------------------------------------------------ a forward pass
 
+    @ordinary
     def begin(self, rows: int, mask: torch.Tensor | None) -> None:
         """A forward pass of ``rows`` sequences comes; ``mask`` (R, at least seen + T) is False where padded.
 
@@ -95,7 +127,8 @@ class Bounded:
                     f"a batch of {rows} sequences came to a cache that holds {self.rows}; make a new cache"
                 )
             self._batch(rows)
-        self.settle()
+        if not self.passes.under_way:
+            self.settle()
         if mask is None:
             return
         unread = (self.schedule.padding >= self.seen[0]).any()
@@ -117,25 +150,50 @@ class Bounded:
             )
         self.padding, self.schedule.padding = padding, known[:-1]
 
-    def rewind(self, seen: int) -> None:
-        """Undo a forward pass that was broken off, back to ``seen`` tokens."""
-        for layer, recent in enumerate(self.recents):
-            recent.cut(recent.length - (self.seen[layer] - seen))
-            self.seen[layer] = seen
+    def before(self) -> State:
+        """What undoes a forward pass."""
+        accounts = {name: vars(self)[name] for name in ("rows", "pool", "schedule", "padding")}
+        held = [(recent, vars(recent).copy()) for recent in self.recents]
+        shared = (self, accounts | {"seen": list(self.seen)})
+        return State([shared, (self.schedule, vars(self.schedule).copy()), *held])
 
-    @torch.no_grad()
+    @ordinary
+    def put(self, change: State | Compaction) -> None:
+        """Put a change in place; if that is broken off, the next :meth:`settle` does it again."""
+        self._decided = change
+        change.put()
+        self._decided = None
+
+    def take_back(self, count: int, layers: Sequence[int] | None = None) -> None:
+        """Forget the newest ``count`` tokens of the layers, all unless given, which no compaction was of."""
+        which = range(len(self.recents)) if layers is None else layers
+        copies = {layer: copy.copy(self.recents[layer]) for layer in which}
+        for recent in copies.values():
+            recent.cut(recent.length - count)
+        seen = [seen - count * (layer in copies) for layer, seen in enumerate(self.seen)]
+        pairs = [(self.recents[layer], vars(recent)) for layer, recent in copies.items()]
+        self.put(State([*pairs, (self, {"seen": seen})]))
+
+    @ordinary
     def settle(self) -> None:
-        """Carry out what is due after the last forward pass."""
+        """Carry out what is due after the last forward pass, or was broken off.
+
+        Raises:
+            CacheError: a pass is under way, or the cache cannot go on.
+        """
+        self.passes.check()
+        if self._decided is not None:
+            self.put(self._decided)
         if len(set(self.seen)) != 1:
             raise CacheError(
-                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: a forward pass was "
+                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: taking tokens back was "
                 "broken off half way; make a new cache"
             )
         if max(recent.waiting for recent in self.recents) >= self._defer:
             self._run_gates()
         move = self.schedule.next(self.seen[0], self.recents[0].length)
         if move is not None:
-            self._compact(move)
+            self.put(self._compacted(move))
 
     def _run_gates(self) -> None:
         """Score all gate inputs that wait; in one go where every layer has as many of them."""
@@ -146,12 +204,12 @@ class Bounded:
                 for recent, own in zip(self.recents, log_beta, strict=True):
                     recent.scored(own)
             return
-        # a pass that was broken off has scored what the first layers held
+        # an interrupt may have come between
         for recent in self.recents:
             recent.run_gate()
 
-    def _compact(self, move: Move) -> None:
-        """Move the oldest tokens of the rectangle into the pool; groups that are due select first."""
+    def _compacted(self, move: Move) -> Compaction:
+        """The oldest tokens of the rectangle moved into the pool; groups that are due select first."""
         pool, heads, tokens = self.pool, self.pool.heads, move.tokens
         start = self.seen[0] - self.recents[0].length
         if move.capacity > pool.capacity:
@@ -171,16 +229,19 @@ class Bounded:
                 keep = torch.where(due, keep, joined[2] < heads)
             stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
         slots = pool.destinations(stays, survives)
-        pool.admit(stays, slots, survives, *new)
+        arrays = pool.admitted(stays, slots, survives, *new)
         slots, survives = (a.reshape(self.rows, self.shape.layers, -1) for a in (slots, survives))
-        for layer, recent in enumerate(self.recents):
+        recents, schedule, moves = list(map(copy.copy, self.recents)), copy.copy(self.schedule), []
+        for layer, recent in enumerate(recents):
             keys, values = recent.keys[:, :, :tokens], recent.values[:, :, :tokens]
-            fill(pool, slots[:, layer].flatten(), survives[:, layer].flatten(), keys, values)
+            moves.append((slots[:, layer].flatten(), survives[:, layer].flatten(), keys, values))
             recent.forget_oldest(tokens)
         counts = None
         if self.config.threshold is not None:
-            counts = np.diff(pool.lookup.on_host()[:: self.size])
-        self.schedule.done(move, start, counts)
+            counts = np.diff(arrays["offsets"].cpu().numpy()[:: self.size])
+        schedule.done(move, start, counts)
+        after = State.becoming([(self.schedule, schedule), *zip(self.recents, recents, strict=True)])
+        return Compaction(pool, moves, arrays, after)
 
     def _newcomers(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Retention, position and flat head of the oldest ``tokens`` of the rectangle, (groups, N)."""
@@ -201,7 +262,7 @@ class Bounded:
         """Positions (R, tokens) of the places from ``start`` on, below 0 for padding."""
         return torch.arange(start, start + tokens, device=self.device) - self.padding[:, None]
 
-    @torch.no_grad()
+    @ordinary
     def retention_of(self, layer: int, tokens: int, start: int) -> torch.Tensor:
         """What is stored with the oldest ``tokens`` of a layer, from place ``start`` on, (R, H, tokens)."""
         recent = self.recents[layer]
@@ -253,11 +314,13 @@ class Bounded:
         self.settle()
         return self.pool.nbytes + sum(a.nbytes for recent in self.recents for a in recent.arrays())
 
+    @ordinary
     def __deepcopy__(self, memo: dict[int, Any]) -> Bounded:
         """A cache of its own that shares gates and configuration, which never change."""
         self.settle()
         twin = Bounded(self.shape, self.config, self.owner, self.device, self.gates, self.gate_layers)
         memo[id(self)] = twin
+        twin.identity = self.identity
         twin.rows, twin.padding, twin.pool = self.rows, self.padding, self.pool.copy()
         twin.schedule, twin.seen = copy.deepcopy(self.schedule), list(self.seen)
         for recent, theirs in zip(twin.recents, self.recents, strict=True):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +15,18 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from mlx_kvret.core.absent import Absent
+from mlx_kvret.core.passes import Passes
+from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
-from mlx_kvret.errors import CacheError, UnsupportedFeatureError
+from mlx_kvret.errors import ModelMismatchError, UnsupportedFeatureError
 
 from .attention import LayerView
 from .bounded import Bounded
 from .kernels.dispatch import append, attend
+from .modes import ordinary
+
+# the cache of the forward pass that is under way
+running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)
 
 
 class BoundedKVCache(CacheLayerMixin):
@@ -32,9 +38,6 @@ class BoundedKVCache(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    # by id of the keys they returned: attention functions are not told which cache keys come from
-    _owners: ClassVar[weakref.WeakValueDictionary[int, BoundedKVCache]] = weakref.WeakValueDictionary()
-
     def __init__(self, shared: Bounded, layer: int) -> None:
         super().__init__()
         self.shared, self.layer = shared, layer
@@ -44,10 +47,15 @@ class BoundedKVCache(CacheLayerMixin):
 
     @classmethod
     def owner_of(cls, keys: torch.Tensor) -> BoundedKVCache | None:
-        """The cache whose last :meth:`update` returned exactly this tensor."""
-        owner = cls._owners.get(id(keys))
+        """The cache whose :meth:`update` returned exactly this tensor in the pass under way.
+
+        Attention functions are not told which cache keys come from.
+        """
+        cache = running.get()
+        owner: BoundedKVCache | None = None if cache is None else cache.fetchers.get(id(keys))
         return owner if owner is not None and owner.fetched and owner.fetched[0] is keys else None
 
+    @ordinary
     def observe(self, x: torch.Tensor) -> None:
         """Take in the layer's attention input (R, T, hidden)."""
         self.fetched = None
@@ -57,6 +65,7 @@ class BoundedKVCache(CacheLayerMixin):
             return
         self.shared.recents[self.layer].observe(x)
 
+    @ordinary
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +82,8 @@ class BoundedKVCache(CacheLayerMixin):
             self.fetched = recent.storage()
             for new, wide in zip((key_states, value_states), self.fetched, strict=True):
                 append(new, wide, static.length)
-        self._owners[id(self.fetched[0])] = self
+        if (cache := running.get()) is not None:
+            cache.fetchers[id(self.fetched[0])] = self
         return self.fetched
 
     def attend(
@@ -129,11 +139,9 @@ class BoundedKVCache(CacheLayerMixin):
         Raises:
             UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
         """
-        count = self.to_crop(tokens_to_remove)
-        if count:
-            recent = self.shared.recents[self.layer]
-            recent.cut(recent.length - count)
-            self.shared.seen[self.layer] -= count
+        self.shared.passes.repair()
+        if count := self.to_crop(tokens_to_remove):
+            self.shared.take_back(count, [self.layer])
 
     def to_crop(self, tokens_to_remove: int) -> int:
         """How many tokens :meth:`crop` would take back. Raises as that does."""
@@ -167,38 +175,93 @@ class BoundedCache(Cache):
     def __init__(self, layers: list[Any], shared: Bounded | None, competing: list[Any]) -> None:
         super().__init__(layers=layers)
         self.shared, self.competing = shared, competing
-        self._before: list[dict[str, Any]] = []
-        self._started, self._broken, self._trial = 0, False, False
+        self.passes = Passes() if shared is None else shared.passes
+        # of the pass under way: by id of the keys, whose they are
+        self.fetchers: dict[int, BoundedKVCache] = {}
+        self._identity, self._trial = "", False
 
-    def begin(self, rows: int, mask: torch.Tensor | None) -> None:
-        """A forward pass comes; ``mask`` as in :meth:`Bounded.begin`."""
-        if self._fixed():
-            return
+    @property
+    def identity(self) -> str:
+        """The model and gates it belongs to."""
+        return self._identity if self.shared is None else self.shared.identity
+
+    @identity.setter
+    def identity(self, identity: str) -> None:
         if self.shared is not None:
-            self.shared.begin(rows, mask)
-        if self._broken:
-            raise CacheError("a forward pass was broken off half way; make a new cache")
-        # attention layers replace their tensors instead of changing them
-        self._before = [dict(vars(layer)) for layer in self._stock()]
-        self._started = self.seen
+            self.shared.identity = identity
+        self._identity = identity
 
-    def end(self, broken: bool) -> None:
-        """The forward pass is over; one that was broken off is undone, so that the cache is as before."""
-        if self._fixed():
-            return
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """What ``forward()`` returns, a forward pass into this cache, which is undone if it is broken off."""
+        self.settle()
+        passes, stock = self.passes, self._stock()
+        held = [State.of(stock)] if self.shared is None else [State.of(stock), self.shared.before()]
+        try:
+            passes.begin(State.all(held))
+            out = forward()
+            self._release()
+        except BaseException:
+            passes.running = False
+            if self.in_place:
+                passes.lose(
+                    "a forward pass was broken off in a model of state-space layers, which change in place"
+                )
+            passes.undo()
+            self._release()
+            raise
+        if self._trial:
+            passes.undo()
+        passes.commit()
+        return out
+
+    @property
+    def in_place(self) -> bool:
+        """Whether layers change in place, so that a pass cannot be undone."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+
+    def _release(self) -> None:
+        """Forget what was fetched: a slice that is still referred to would keep the memory of a rectangle."""
+        self.fetchers = {}
         for layer in self.layers:
             if isinstance(layer, BoundedKVCache):
-                # a slice that is still referred to would keep the memory of a rectangle
                 layer.fetched = None
-        if broken or self._trial:
-            if self.shared is not None:
-                self.shared.rewind(self._started)
-            for layer, before in zip(self._stock(), self._before, strict=True):
-                vars(layer).clear()
-                vars(layer).update(before)
-            # state-space layers change their states in place
-            self._broken = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._stock())
-        self._before = []
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values to a layer.
+
+        Raises:
+            ModelMismatchError: the model is not attached.
+        """
+        self._check_pass()
+        return super().update(*args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Renew a state-space layer's convolution. Raises as :meth:`update`."""
+        self._check_pass()
+        return super().update_conv_state(*args, **kwargs)
+
+    def _check_pass(self) -> None:
+        if self.shared is not None and running.get() is not self:
+            raise ModelMismatchError(
+                "a bounded cache was given to a model that is not attached, or to a part of one; attach the "
+                "model it was made for with mlx_kvret.attach(model, gates) and call the whole model, or give "
+                "this one a cache of its own"
+            )
+
+    def settle(self) -> None:
+        """Carry out what is due, or was broken off."""
+        if self.shared is not None:
+            self.shared.settle()
+        self.passes.check()
+
+    def take_back(self, count: int) -> bool:
+        """Forget the newest ``count`` tokens, of a full window for which that is too late they are not."""
+        self.passes.repair()
+        try:
+            self.crop(-count)
+        except (UnsupportedFeatureError, ValueError, RuntimeError, NotImplementedError):
+            return False
+        return True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest ``-tokens_to_remove`` tokens in all layers, or in none."""
@@ -218,7 +281,8 @@ class BoundedCache(Cache):
         finally:
             self._trial = False
 
-    def _fixed(self) -> bool:
+    @property
+    def fixed(self) -> bool:
         """Whether a step of fixed shapes runs, which keeps its own accounts."""
         return self.shared is not None and self.shared.static is not None
 
@@ -228,6 +292,7 @@ class BoundedCache(Cache):
     @property
     def seen(self) -> int:
         """Tokens seen so far, padding included."""
+        self.passes.repair()
         return int(self.competing[0].get_seq_length())
 
     @property
@@ -253,10 +318,12 @@ class BoundedCache(Cache):
         return [[np.arange(c.get_seq_length())] * n for c, n in zip(self.competing, heads, strict=True)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
-        self.end(broken=False)
+        self.settle()
         layers = copy.deepcopy(self.layers, memo)
         # memo maps each old layer to its copy
-        return BoundedCache(layers, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+        twin = BoundedCache(layers, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+        twin.identity = self.identity
+        return twin
 
 
 def cache_name(model: nn.Module) -> str:

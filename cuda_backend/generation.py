@@ -17,7 +17,9 @@ from mlx_kvret.core.prompts import prompt_ids
 from mlx_kvret.core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
 from mlx_kvret.errors import UnsupportedFeatureError
 
+from . import hooks
 from .cache import BoundedCache, cache_argument
+from .loops import end_text
 from .memory import explained
 from .sampling import Sampler, sampler_of
 from .step import decoder_step
@@ -111,6 +113,8 @@ def stream_generate(
         from .wing import make_cache
 
         cache = make_cache(model, **evict)
+    else:
+        hooks.check_cache(model, cache)
     listed = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
     ids = torch.tensor([listed], device=model.device)
     reader: Any = TokenIds() if tokenizer is None else tokenizer
@@ -120,6 +124,7 @@ def stream_generate(
     )
 
 
+@torch.no_grad()
 def _responses(
     model: PreTrainedModel,
     reader: Any,
@@ -132,21 +137,24 @@ def _responses(
 ) -> Iterator[Response]:
     """The loop; what was asked has been checked."""
     stops, text = stop_tokens(model, reader), Detokenizer(reader.decode)
-    with torch.no_grad(), explained(model, cache, ids, prefill_step_size):
+    read, given = cache.seen + ids.shape[1], 0
+    try:
         start = time.perf_counter()
         step = decoder_step(model, cache)
-        logits = _read(model, cache, ids, prefill_step_size, prompt_progress_callback)
+        with explained(model, cache, ids, prefill_step_size):
+            logits = _read(model, cache, ids, prefill_step_size, prompt_progress_callback)
         token, logprobs = choose(logits)
         for count in itertools.count(1):
-            # the next step is on its way before this token is looked at
-            following = choose(step(token[:, None])) if count != max_tokens else None
+            # the next step is on its way before this token is looked at, and reads the last one too
+            logits = step(token[:, None])
+            following = choose(logits) if count != max_tokens else None
             value = int(token)
             if count == 1:
                 prompt_time = time.perf_counter() - start
                 start = time.perf_counter()
             reason = "stop" if value in stops else "length" if count == max_tokens else None
             said = "" if reason == "stop" else text.add(value)
-            yield Response(
+            made = Response(
                 text=said if reason is None else said + text.end(),
                 token=value,
                 logprobs=logprobs[0],
@@ -160,9 +168,14 @@ def _responses(
                 entries=cache.entries,
                 cache_nbytes=cache.nbytes,
             )
+            # nothing comes between this and giving it out
+            given = count
+            yield made
             if following is None or reason is not None:
                 return
             token, logprobs = following
+    finally:
+        end_text(cache, read + given)
 
 
 _OPTIONS = tuple(inspect.signature(stream_generate).parameters)[3:-1]

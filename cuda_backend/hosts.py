@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from mlx_kvret.errors import UnsupportedFeatureError
 
+from . import loops
 from .cache import BoundedCache, cache_name
 
 PREPARE = "_prepare_cache_for_generation"
@@ -46,11 +47,13 @@ def prepare(model: PreTrainedModel, new_cache: Callable[[PreTrainedModel], Bound
             _check(generation_config)
 
     vars(model)[PREPARE] = MethodType(prepared, model)
+    loops.prepare(model)
 
 
 def release(model: PreTrainedModel) -> None:
     """Undo :func:`prepare`."""
     vars(model).pop(PREPARE, None)
+    loops.release(model)
 
 
 def _check_own(config: Any, made: Cache) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from mlx_kvret.core.budget import tokens_within
+from mlx_kvret.core.chunks import does_not_fit, largest_chunk
 from mlx_kvret.core.machine import free_host_bytes
-from mlx_kvret.errors import CacheError, ConfigError
+from mlx_kvret.errors import ConfigError
 
 from .cache import BoundedCache, cache_argument
 
@@ -33,35 +35,33 @@ def explained(model: PreTrainedModel, cache: BoundedCache, ids: torch.Tensor, ch
     ``ids`` (1, n) are read in chunks of ``chunk`` tokens.
 
     Raises:
-        CacheError: with a chunk that was tried and fits, or else with a budget.
+        OutOfMemoryError: with a chunk that was tried and fits, or else with a budget.
     """
     try:
         yield
         return
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
     # outside the handler, whose traceback would keep the tensors of the pass
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-    fits = largest_chunk(model, cache, ids, chunk)
-    advice = f"prefill_step_size={fits} fits" if fits else _budget_advice(model, cache)
-    raise CacheError(
-        f"out of memory after {cache.seen:,} tokens ({reason}); {advice}; the cache still holds those tokens"
-    )
-
-
-def largest_chunk(model: PreTrainedModel, cache: BoundedCache, ids: torch.Tensor, chunk: int) -> int | None:
-    """The largest of chunk/2, chunk/4, … that can be read now, found by trying; None if there is none."""
     size = min(chunk, ids.shape[1])
-    while size > 1:
-        size //= 2
-        try:
-            with torch.no_grad(), cache.trial():
-                model(ids[:, :size], **cache_argument(model, cache), logits_to_keep=1)
-            return size
-        except torch.OutOfMemoryError:
-            continue
-    return None
+    fits = None if cache.in_place else largest_chunk(size, partial(_fits, model, cache, ids))
+    raise does_not_fit(size, cache.seen, reason, fits, _budget_advice(model, cache))
+
+
+def _fits(model: PreTrainedModel, cache: BoundedCache, ids: torch.Tensor, size: int) -> bool:
+    """Whether so many tokens can be read now."""
+    try:
+        with torch.no_grad(), cache.trial():
+            model(ids[:, :size], **cache_argument(model, cache), logits_to_keep=1)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _budget_advice(model: PreTrainedModel, cache: BoundedCache) -> str:

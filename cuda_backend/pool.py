@@ -45,14 +45,15 @@ class Pool:
         self.retention = torch.zeros(groups, device=device)
         self.position = torch.zeros(groups, dtype=torch.int32, device=device)
         self.owner = torch.full((groups,), self.heads, dtype=torch.int32, device=device)
-        self._index()
+        self.lookup = Lookup(*self._listed(self.owner, 0))
 
     def grow(self, capacity: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Room for ``capacity`` tokens per head, in the types and widths of ``keys`` and ``values``."""
         if self.capacity == 0:
-            self.keys = self.keys.new_zeros(self.groups, keys.shape[-1], dtype=keys.dtype)
-            self.values = self.values.new_zeros(self.groups, values.shape[-1], dtype=values.dtype)
-        # all new arrays exist before an old one goes, so that running out of memory changes nothing
+            new = ((len(self.owner), a.shape[-1]) for a in (keys, values))
+            made = (a.new_zeros(size) for a, size in zip((keys, values), new, strict=True))
+            vars(self).update(zip(("keys", "values"), made, strict=True))
+        # all new arrays exist before an old one goes, so that being broken off changes nothing
         self.restore(capacity, [self._widened(array, capacity) for array in self.arrays()])
 
     def _widened(self, array: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -96,39 +97,61 @@ class Pool:
 
         Keys and values follow with :meth:`fill`.
         """
-        self.rows(self.owner).masked_fill_(~keep, self.heads)
-        slots = slots.flatten()
-        self.owner[slots] = torch.where(survives, head, self.heads).to(torch.int32).flatten()
-        self.retention[slots] = retention.flatten()
-        self.position[slots] = position.to(torch.int32).flatten()
-        self._index()
+        self.take(self.admitted(keep, slots, survives, retention, position, head))
+
+    def admitted(
+        self,
+        keep: torch.Tensor,
+        slots: torch.Tensor,
+        survives: torch.Tensor,
+        retention: torch.Tensor,
+        position: torch.Tensor,
+        head: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """What :meth:`admit` makes of ``owner``, ``retention``, ``position``, ``table`` and ``offsets``."""
+        owner, slots = self.owner.clone(), slots.flatten()
+        self.rows(owner).masked_fill_(~keep, self.heads)
+        new = torch.where(survives, head, self.heads), retention, position
+        filled = {
+            name: array.index_copy(0, slots, values.to(array.dtype).flatten())
+            for (name, array), values in zip(
+                {"owner": owner, "retention": self.retention, "position": self.position}.items(),
+                new,
+                strict=True,
+            )
+        }
+        table, offsets = self._listed(filled["owner"], self.capacity)
+        return filled | {"table": table, "offsets": offsets}
+
+    def take(self, arrays: dict[str, torch.Tensor]) -> None:
+        """Put :meth:`admitted` arrays where a captured step reads them; twice is as good as once."""
+        places = {"table": self.lookup.table, "offsets": self.lookup.offsets}
+        for name, array in arrays.items():
+            (places[name] if name in places else getattr(self, name)).copy_(array)
+        self.lookup = Lookup(self.lookup.table, self.lookup.offsets)
 
     def fill(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place."""
         self.keys[slots] = keys
         self.values[slots] = values
 
-    def _index(self) -> None:
-        owner = self.owner.long()
-        counts = owner.new_zeros(self.heads + 1).scatter_add_(0, owner, torch.ones_like(owner))
+    def _listed(self, owner: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table and the offsets of a lookup."""
+        wide = owner.long()
+        counts = wide.new_zeros(self.heads + 1).scatter_add_(0, wide, torch.ones_like(wide))
         offsets = torch.nn.functional.pad(counts[:-1].cumsum(0), (1, 0)).to(torch.int32)
-        used = self.groups * self.capacity * self.size
-        table = self.owner.argsort(stable=True)[:used].to(torch.int32)
-        old: Lookup | None = getattr(self, "lookup", None)
-        if old is not None and len(old.table) == used:
-            # in place, for a captured step reads them where they are
-            table, offsets = old.table.copy_(table), old.offsets.copy_(offsets)
-        self.lookup = Lookup(table, offsets)
+        used = self.groups * capacity * self.size
+        return owner.argsort(stable=True)[:used].to(torch.int32), offsets
 
     def arrays(self) -> list[torch.Tensor]:
         """Everything to be saved or counted."""
         return [self.keys, self.values, self.retention, self.position, self.owner]
 
     def restore(self, capacity: int, arrays: Sequence[torch.Tensor]) -> None:
-        """Take over :meth:`arrays` of that capacity."""
-        self.capacity = capacity
-        self.keys, self.values, self.retention, self.position, self.owner = arrays
-        self._index()
+        """Take over :meth:`arrays` of that capacity, all at once."""
+        names = ("keys", "values", "retention", "position", "owner")
+        lookup = Lookup(*self._listed(arrays[-1], capacity))
+        vars(self).update(zip(names, arrays, strict=True), capacity=capacity, lookup=lookup)
 
     def copy(self) -> Pool:
         """A pool of its own with the same entries."""

@@ -15,6 +15,9 @@ class Recent:
     Gates are deferred: their inputs wait until ``defer`` tokens have come, then one call serves them all, so
     that a decoded token does not pay for reading the gates' weights. It serves all layers too, so
     whoever holds them makes it between passes. A longer chunk is scored at once, for its inputs are large.
+
+    Attributes get new values and are not changed in place, so that whoever holds the old ones can go back to
+    them; keys and values are written beyond the first ``length`` tokens only.
     """
 
     def __init__(self, buffer: int, defer: int, gate: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
@@ -38,7 +41,7 @@ class Recent:
     def observe(self, x: torch.Tensor) -> None:
         """Take in the attention inputs (R, T, hidden) of tokens whose keys come next."""
         if self._gate is not None:
-            self._inputs.append(x)
+            self._inputs = [*self._inputs, x]
             if x.shape[1] > self._defer:
                 self.run_gate()
 
@@ -120,8 +123,8 @@ class Recent:
 
     def scored(self, log_beta: torch.Tensor) -> None:
         """Take in log β (R, waiting, H) of the inputs that wait."""
-        self._log_beta.append(log_beta.transpose(1, 2))
-        self._inputs = []
+        # at once: what was scored no longer waits
+        vars(self).update(_log_beta=[*self._log_beta, log_beta.transpose(1, 2)], _inputs=[])
 
     def arrays(self) -> list[torch.Tensor]:
         """Everything to be counted."""

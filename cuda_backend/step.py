@@ -7,15 +7,19 @@ of other kinds, no kernels) runs as any forward pass does.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from mlx_kvret.core.state import State
+
 from .bounded import Bounded, Static
 from .cache import BoundedCache, cache_argument
 from .kernels.dispatch import enabled
+from .modes import ordinary
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,7 +52,7 @@ class FixedStep:
         self._places: tuple[int, ...] = ()
         self.captures = 0
 
-    @torch.no_grad()
+    @ordinary
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         shared = self._shared
         shared.settle()
@@ -124,7 +128,10 @@ class FixedStep:
     def _advance(self) -> None:
         """What a plain pass does on the host."""
         shared, static = self._shared, self._static
-        for layer, recent in enumerate(shared.recents):
-            x = static.inputs[layer][:, self._slot : self._slot + 1] if static.inputs else self._tokens
-            recent.advance(x)
-            shared.seen[layer] += 1
+        recents = [copy.copy(recent) for recent in shared.recents]
+        for layer, recent in enumerate(recents):
+            recent.advance(
+                static.inputs[layer][:, self._slot : self._slot + 1] if static.inputs else self._tokens
+            )
+        seen = (shared, {"seen": [count + 1 for count in shared.seen]})
+        shared.put(State([seen, *zip(shared.recents, map(vars, recents), strict=True)]))

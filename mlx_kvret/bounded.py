@@ -63,6 +63,7 @@ class Bounded:
         self.masks: list[mx.array] = []
         self.fetchers: dict[int, Any] = {}
         self._decided: State | None = None
+        self.evaluate()
 
     def _recent(self, layer: int) -> Recent:
         index = self.gate_layers[layer] if self.gate_layers else layer
@@ -260,6 +261,10 @@ class Bounded:
         """Everything to be evaluated."""
         return [self.pool.arrays(), [recent.arrays() for recent in self.recents]]
 
+    def evaluate(self) -> None:
+        """Compute what was built, which another thread could not: MLX's streams are those of a thread."""
+        mx.eval(self.arrays(), self.pool.lookup.table, self.pool.lookup.offsets)
+
     def layer_nbytes(self, layer: int) -> int:
         """Bytes of one layer's rectangle and its share of the pool; the shares add up to all of it."""
         share, rest = divmod(self.pool.nbytes, self.shape.layers)
@@ -281,4 +286,5 @@ class Bounded:
                 recent.restore(
                     mx.array(theirs.keys), mx.array(theirs.values), theirs.log_beta() if learned else None
                 )
+        twin.evaluate()
         return twin

@@ -103,6 +103,11 @@ def stream_generate(
         options["sampler"] = sampler_of(asked)
     held: list[Any] = cache
     if draft_model is not None:
+        if hooks.attachment(draft_model) is not None:
+            raise UnsupportedFeatureError(
+                "the draft model is attached: a compaction may come between its drafts, which must be taken "
+                "back; detach it"
+            )
         check_ids(ids, vocabulary(draft_model), "the draft model")
         held = [*cache, *make_prompt_cache(draft_model)]
     reader: Any = TokenIds() if tokenizer is None else tokenizer

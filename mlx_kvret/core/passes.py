@@ -36,6 +36,12 @@ class Passes:
     def commit(self) -> None:
         """The pass is part of the cache."""
         self.open = None
+        self.running = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a pass has begun whose end is still to come."""
+        return self.running and self.open is not None
 
     def undo(self) -> None:
         """Go back to before the pass that was broken off, if there is one."""

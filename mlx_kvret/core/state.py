@@ -29,6 +29,11 @@ class State:
         """The first of each pair as the second, a changed copy, is now."""
         return cls((one, dict(vars(copy))) for one, copy in pairs)
 
+    @classmethod
+    def all(cls, states: Iterable[State]) -> State:
+        """Several as one."""
+        return cls(held for state in states for held in state._held)
+
     def put(self) -> None:
         """Have the objects so."""
         for one, values in self._held:
