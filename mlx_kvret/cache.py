@@ -292,7 +292,14 @@ class BoundedCache(list[Any]):
         # memo maps each old entry to its copy
         twin = BoundedCache(entries, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
         twin.identity = self.identity
+        # another thread could not compute what this one has built
+        mx.eval([list(vars(part).values()) for part in _others(entries)])
         return twin
+
+
+def _others(entries: list[Any]) -> list[Any]:
+    parts = [part for entry in entries for part in getattr(entry, "caches", (entry,))]
+    return [part for part in parts if not isinstance(part, BoundedKVCache)]
 
 
 def _refuse(what: str, instead: str) -> NoReturn:

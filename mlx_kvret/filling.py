@@ -50,3 +50,4 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
             mx.array(snapshot.position[kept]),
             mx.array(head),
         )
+    shared.evaluate()

@@ -127,6 +127,9 @@ def install(
         _restore_attention(attentions, namespaces)
         raise
     made = Attachment(layout, gates, owner, namespaces, own)
+    # frequencies and the like, which loading leaves to be computed, as another thread could not
+    held = [(name, value) for module in model.modules() for name, value in module.items()]
+    mx.eval([value for name, value in held if name.startswith("_") and isinstance(value, mx.array)])
     _swap_model(model, made)
     if compute:
         try:

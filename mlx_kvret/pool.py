@@ -60,6 +60,7 @@ class Lookup:
             real = index < self.offsets[first + 1 : first + count + 1, None]
             exact = bool((np.diff(self.on_host()[first : first + count + 1]) == width).all())
             slots = self.table[mx.minimum(index, self.table.size - 1)]
+            mx.async_eval(slots, real)  # the next step may be another thread's
             self._padded[key] = slots, None if exact else real
         return self._padded[key]
 

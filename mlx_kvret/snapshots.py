@@ -127,3 +127,4 @@ def _restore_window(entry: Any, snapshot: Snapshot, layer: int, layout: Layout) 
     if state := snapshot.window(layer, entry.max_size, known.window):
         entry.keys, entry.values = (to_array(state[name])[None] for name in ("keys", "values"))
         entry.offset, entry._idx = snapshot.seen, entry.keys.shape[2]
+        mx.eval(entry.keys, entry.values)  # for other threads
