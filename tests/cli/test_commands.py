@@ -61,6 +61,15 @@ def test_the_policy_decides():
         (["--max-tokens", "0"], "max_tokens"),
         (["--chunk", "0"], "--chunk"),
         (["--temp", "-1"], "temp"),
+        (["--temp", "nan"], "temp is nan"),
+        (["--temp", "1", "--top-p", "2"], "top_p is 2"),
+        (["--seed", "3"], "seed has no effect with a temp of 0"),
+        (["--temp", "1", "--seed", "-3"], "seed is -3"),
+        (["--temp", "1", "--seed", "9" * 30], "seed is 999"),
+        (["--policy", "recent", "--policy-seed", "3"], "policy_seed is 3"),
+        (["--lookahead", "1" + "0" * 30], "lookahead is 1000"),
+        (["--budget", "1000000000"], "GB are free; at most a budget of"),
+        (["--budget", "nan"], "budget 'nan'"),
         (["--prompt", " "], "prompt is empty"),
         (["--file", "no-such-file"], "no-such-file"),
         (["--model", "no-such-folder"], "no folder no-such-folder"),
@@ -97,3 +106,26 @@ def test_info_prices_a_budget():
     assert f"{shape['num_hidden_layers']} layers" in result.output
     result = run("info", demo.GATES.parent)
     assert result.exit_code == 1 and "neither a model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--context", "0"], "--context is 0"),
+        (["--context", "4096", "--context", "-1"], "--context is -1"),
+        (["--context", "9" * 40], "at most 2147483647"),
+        (["--budget", "0"], "budget is 0"),
+        (["--budget", "64", "--budget", "9" * 12], "budget is 999999999999"),
+    ],
+)
+def test_info_refuses_before_it_prints(arguments, reason):
+    result = run("info", "demo", *arguments)
+    assert result.exit_code == 1 and result.stdout == "" and reason in result.stderr
+
+
+def test_a_seed_makes_sampling_repeatable():
+    drawn = [
+        run(*DEMO, "--prompt", "the", "--temp", 9, "--seed", seed, "--max-tokens", 12, "--budget", 32).stdout
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
