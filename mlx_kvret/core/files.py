@@ -130,6 +130,9 @@ def _machine() -> str:
 
 
 def _runs(process: int) -> bool:
+    if os.name != "posix":
+        # there is no asking without sending a signal
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
