@@ -103,7 +103,10 @@ class Run:
     "--buffer", type=int, help="Tokens per head over the budget before a compaction.  [default: M/8]"
 )
 @click.option(
-    "--batch", default=16, show_default=True, help="Texts the reference backend reads side by side."
+    "--batch",
+    default=16,
+    show_default=True,
+    help="Texts read side by side, by backend reference and, if only scored, by torch and cuda.",
 )
 @click.option("--chat", is_flag=True, help="Ask through the tokenizer's chat template.")
 @click.option(

@@ -62,7 +62,7 @@ def open_bench(
         backend: of :func:`mlx_kvret.load`, or ``"reference"`` for all methods. Methods that look at attention
             get the reference engine beside any backend.
         chunk, buffer: tokens read at a time (M/2 unless given), and B (M/8 unless given).
-        batch: texts the reference engine reads side by side.
+        batch: texts read side by side, by the reference engine and, where they are only scored, on torch.
         look: a reference engine is needed for other reasons as well.
         dtype: of the model's weights and cache; ``"auto"`` is what its files hold.
 
@@ -85,7 +85,7 @@ def open_bench(
         checkpoint.check_model(config)
     if backend != "reference":
         network, tokenizer = _load(model, backend, dtype)
-        engines.append(PublicEngine(network, tokenizer, chunk, buffer))
+        engines.append(PublicEngine(network, tokenizer, chunk, buffer, batch))
     if looking:
         engine = _reference(model, chunk, buffer, batch, dtype)
         tokenizer = tokenizer or engine.tokenizer

@@ -22,7 +22,7 @@ from .bench import Bench
 from .engine import PublicEngine
 from .methods import Method, budget_tokens, parse_method
 from .runner import Grid
-from .samples import Question, Sample
+from .samples import Question, Sample, batches
 from .tasks import has_length, make_samples, metric
 
 BINS = 16
@@ -49,8 +49,6 @@ def diagnose(engine: Any, samples: Sequence[Sample], method: Method, budget: int
     Raises:
         ConfigError: the task does not say which positions are useful, or has several turns.
     """
-    from .reference import batches
-
     if any(len(s.turns) != 1 or not all(q.useful for q in s.turns[0].questions) for s in samples):
         raise ConfigError("the diagnosis needs one-turn tasks that know the useful positions; choose another")
     mass, found, held = [], [], []

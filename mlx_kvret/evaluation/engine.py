@@ -18,8 +18,9 @@ import numpy as np
 from ..core.types import Floats
 from ..errors import ConfigError
 from .chunks import Pace
+from .likelihood import on_mlx, on_torch
 from .methods import REFERENCES, Method
-from .samples import Question, Sample, text_score
+from .samples import Question, Sample, batches, text_score
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ class PublicEngine:
     """Any loaded model through :func:`mlx_kvret.make_cache` and its own forward pass.
 
     ``chunk`` tokens are read at a time, half the budget unless given; ``buffer`` is B, M/8 unless given.
+    ``batch`` texts that are only scored are read side by side on torch; MLX reads one at a time.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, chunk: int | None = None, buffer: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        chunk: int | None = None,
+        buffer: int | None = None,
+        batch: int = 1,
     ) -> None:
-        self.model, self.tokenizer, self.pace = model, tokenizer, Pace(chunk, buffer)
+        self.model, self.tokenizer, self.pace, self.batch = model, tokenizer, Pace(chunk, buffer), batch
         self._mlx = any(cls.__module__.startswith("mlx.") for cls in type(model).__mro__)
         self.name = "mlx" if self._mlx else "torch"
         self._gates: Any = None
@@ -72,7 +79,12 @@ class PublicEngine:
         return method.policy not in REFERENCES
 
     def run(self, samples: Sequence[Sample], method: Method, budget: int) -> list[Outcome]:
-        return [self._run_one(sample, method, budget) for sample in samples]
+        asked = any(turn.questions or not turn.scored for sample in samples for turn in sample.turns)
+        outcomes: dict[int, Outcome] = {}
+        for places in batches(samples, 1 if self._mlx or asked else self.batch):
+            found = self._run([samples[i] for i in places], method, budget)
+            outcomes |= zip(places, found, strict=True)
+        return [outcomes[i] for i in range(len(samples))]
 
     def new_cache(self, method: Method, budget: int) -> Any:
         """An empty cache for one text."""
@@ -83,37 +95,50 @@ class PublicEngine:
         buffer = None if method.full else self.pace.buffer(budget)
         return make_cache(self.model, budget, buffer, policy=method.policy, **method.options_at(budget))
 
-    def _run_one(self, sample: Sample, method: Method, budget: int) -> Outcome:
+    def _run(self, samples: Sequence[Sample], method: Method, budget: int) -> list[Outcome]:
+        """Samples of one shape, several only if nothing is asked."""
         cache, chunk = self.new_cache(method, budget), self.pace.chunk(None if method.full else budget)
-        scores, likelihoods, last = [], list[Floats](), None
-        for turn in sample.turns:
-            if turn.scored:
-                found, last = self.score(turn.ids, cache, chunk, last)
-                likelihoods += found
+        scores, likelihoods, last = list[float](), list[Floats](), None
+        for index in range(len(samples[0].turns)):
+            turns = [sample.turns[index] for sample in samples]
+            if turns[0].scored:
+                found, last = self.score([turn.ids for turn in turns], cache, chunk, last)
+                likelihoods.append(found)
             else:
-                self.read(turn.ids, cache, chunk)
-            scores += [self._ask(question, cache) for question in turn.questions]
-        heads = sum(len(layer) for layer in cache.kept_positions())
-        return Outcome(sample_score(scores, likelihoods), cache.entries / heads)
+                self.read(turns[0].ids, cache, chunk)
+                last = None
+            scores += [self._ask(question, cache) for question in turns[0].questions]
+        outcomes = []
+        for row in range(len(samples)):
+            held = [len(head) for layer in self._kept(cache, row) for head in layer]
+            own = [found[row] for found in likelihoods]
+            outcomes.append(Outcome(sample_score(scores, own), sum(held) / len(held)))
+        return outcomes
+
+    def _kept(self, cache: Any, row: int) -> Any:
+        return cache.kept_positions() if self._mlx else cache.kept_positions(row)
 
     def read(self, ids: Sequence[int], cache: Any, chunk: int) -> None:
         """Take in a text, chunk by chunk."""
         for start in range(0, len(ids), chunk):
             self.forward(ids[start : start + chunk], cache, 0)
 
-    def score(self, ids: Sequence[int], cache: Any, chunk: int, last: Any = None) -> tuple[list[Floats], Any]:
-        """Take in a text; the log-likelihoods of each chunk's tokens, and the last logits.
+    def score(
+        self, texts: Sequence[Sequence[int]], cache: Any, chunk: int, last: Any = None
+    ) -> tuple[Floats, Any]:
+        """Take in texts of one length; log-likelihoods (texts, tokens), and the last logits.
 
-        ``last`` are the logits before the first token, which is left out if there are none.
+        ``last`` are the logits before the first token, which is left out if there are none. On MLX it is one
+        text.
         """
-        found = []
-        for start in range(0, len(ids), chunk):
-            part = ids[start : start + chunk]
+        found = list[Floats]()
+        likelihoods = on_mlx if self._mlx else on_torch
+        for start in range(0, len(texts[0]), chunk):
+            part = [ids[start : start + chunk] for ids in texts]
             logits = self._logits(part, cache)
-            likelihoods = _mlx_likelihoods if self._mlx else _torch_likelihoods
-            found.append(likelihoods(last, logits, part))
-            last = logits[-1:]
-        return found, last
+            found.append(-likelihoods(last, logits, part))
+            last = logits[:, -1:]
+        return np.concatenate(found, 1), last
 
     def answer(
         self, ids: Sequence[int], cache: Any, most: int, stops: Callable[[str], bool] | None = None
@@ -141,7 +166,7 @@ class PublicEngine:
         A chunk of thousands of tokens has gigabytes of logits, so none are made where none are wanted.
         """
         count = len(ids) if wanted is None else wanted
-        logits = self._logits(ids, cache, count)
+        logits = self._logits([ids], cache, count)[0]
         if self._mlx:
             import mlx.core as mx
 
@@ -151,21 +176,22 @@ class PublicEngine:
             return np.array(logits[-count:].astype(mx.float32))
         return np.asarray(logits[len(logits) - count :].float().cpu().numpy())
 
-    def _logits(self, ids: Sequence[int], cache: Any, count: int | None = None) -> Any:
-        """One forward pass: the logits (tokens, words) on the device, at least the last ``count`` of them."""
+    def _logits(self, texts: Sequence[Sequence[int]], cache: Any, count: int | None = None) -> Any:
+        """One forward pass: logits (texts, tokens, words) on the device, at least the last ``count`` each."""
+        rows = [list(ids) for ids in texts]
         if self._mlx:
             import mlx.core as mx
 
-            return self.model(mx.array(list(ids))[None], cache=cache)[0]
+            return self.model(mx.array(rows), cache=cache)
         import torch
 
         from cuda_backend.cache import cache_argument
 
         with torch.no_grad():
-            tokens = torch.tensor([list(ids)], device=next(self.model.parameters()).device)
+            tokens = torch.tensor(rows, device=next(self.model.parameters()).device)
             held = cache_argument(self.model, cache)
             keep = 0 if count is None else max(1, count)
-            return self.model(tokens, use_cache=True, logits_to_keep=keep, **held).logits[0]
+            return self.model(tokens, use_cache=True, logits_to_keep=keep, **held).logits
 
 
 def end_tokens(tokenizer: Any) -> set[int]:
@@ -173,42 +199,6 @@ def end_tokens(tokenizer: Any) -> set[int]:
     # mlx-lm's wrapper has a set of them, transformers one or several
     found = getattr(tokenizer, "eos_token_ids", None) or tokenizer.eos_token_id
     return set(found) if isinstance(found, (set, list, tuple)) else {found}
-
-
-def log_likelihoods(last: Floats | None, logits: Floats, ids: Sequence[int]) -> Floats:
-    """Log-likelihood of each of ``ids`` given what came before.
-
-    ``logits`` (n, words) are those after each of the n ids; ``last`` (1, words) those before the first, None
-    at the start of a text, whose first token is then left out.
-    """
-    before = logits[:-1] if last is None else np.concatenate([last, logits[:-1]])
-    wanted = np.asarray(ids[len(ids) - len(before) :])
-    top = before.max(-1, keepdims=True)
-    norm = top[:, 0] + np.log(np.exp(before - top).sum(-1))
-    return np.asarray(before[np.arange(len(before)), wanted] - norm)
-
-
-def _torch_likelihoods(last: Any, logits: Any, ids: Sequence[int]) -> Floats:
-    """:func:`log_likelihoods` where the logits are: they are too many to be moved."""
-    import torch
-    from torch.nn import functional as F
-
-    wanted = torch.tensor(list(ids), device=logits.device)
-    parts = [] if last is None else [F.cross_entropy(last.float(), wanted[:1], reduction="none")]
-    parts.append(F.cross_entropy(logits[:-1].float(), wanted[1:], reduction="none"))
-    return np.asarray(-torch.cat(parts).cpu().numpy())
-
-
-def _mlx_likelihoods(last: Any, logits: Any, ids: Sequence[int]) -> Floats:
-    """:func:`log_likelihoods` where the logits are: they are too many to be moved."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    wanted = mx.array(list(ids))
-    parts = [] if last is None else [nn.losses.cross_entropy(last.astype(mx.float32), wanted[:1])]
-    if len(ids) > 1:
-        parts.append(nn.losses.cross_entropy(logits[:-1].astype(mx.float32), wanted[1:]))
-    return -np.array(mx.concatenate(parts)) if parts else np.zeros(0, np.float32)
 
 
 def sample_score(scores: Sequence[float], likelihoods: Sequence[Floats]) -> float:

@@ -11,7 +11,8 @@ from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from ..errors import ConfigError
-from .engine import PublicEngine, log_likelihoods
+from .engine import PublicEngine
+from .likelihood import log_likelihoods
 from .methods import Method, parse_method
 
 _MAX_TOKENS = 256
@@ -104,8 +105,8 @@ class BoundedLM(TemplateLM):
         found = []
         for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm, unit="text"):
             ids = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
-            parts, _ = self.engine.score(ids, self._new_cache(), self._chunk)
-            found.append(float(sum(part.sum() for part in parts)))
+            likelihoods, _ = self.engine.score([ids], self._new_cache(), self._chunk)
+            found.append(float(likelihoods.sum()))
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

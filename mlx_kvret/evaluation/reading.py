@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
 from ..core.config import EvictionConfig
 from ..core.types import Floats
 from .engine import Outcome, end_tokens, sample_score
+from .likelihood import on_torch
 from .looking import Entries, evict, is_due, observed
 from .methods import Method
 from .samples import Question, Sample, Turn, text_score
@@ -31,7 +32,7 @@ class Reading:
 
     ``prefix``, if given, is the beginning of the first turn, read already. ``look``, if set, is shown each
     layer's attention weights (B, H, G, queries, C) and the entries they fall on while questions are asked.
-    ``nats`` (B, n) are the negative log-likelihoods of the tokens scored so far.
+    ``nats`` are the negative log-likelihoods (B, n) of the tokens scored so far.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Reading:
         self.seen, self.layers = 0, list[Entries]()
         self.queries: dict[int, torch.Tensor] = {}
         self.scale = 1.0
-        self.nats, self.last = list[torch.Tensor](), torch.zeros(0)
+        self.nats = list[Floats]()
+        self.last: torch.Tensor | None = None
         self.look: Looker | None = None
         self.inputs = torch.zeros(0)
         self._reads = False
@@ -71,7 +73,7 @@ class Reading:
             self.read(turns)
             for row, answers in enumerate(self.ask([turn.questions for turn in turns])):
                 scores[row] += answers
-        likelihoods = -torch.cat(self.nats, 1).double().cpu().numpy() if self.nats else None
+        likelihoods = -np.concatenate(self.nats, 1) if self.nats else None
         heads = len(self.layers) * self.layers[0].valid.shape[1]
         held = torch.stack([entries.valid.flatten(1).sum(1) for entries in self.layers]).sum(0).tolist()
         return [
@@ -100,16 +102,9 @@ class Reading:
         logits = self.forward(ids, position[None], causal[None], self.layers, 0 if scored else 1)
         self._reads = False
         if scored:
-            self._score(logits, ids)
+            self.nats.append(on_torch(self.last, logits, ids.tolist()))
+        self.last = logits[:, -1:].clone() if scored else None
         self.layers, self.seen = self._grown, self.seen + count
-
-    def _score(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
-        if self.seen:
-            self.nats.append(F.cross_entropy(self.last.float(), ids[:, 0], reduction="none")[:, None])
-        # row by row: in float32 the logits of a chunk are large
-        rows = zip(logits[:, :-1], ids[:, 1:], strict=True)
-        self.nats.append(torch.stack([F.cross_entropy(a.float(), b, reduction="none") for a, b in rows]))
-        self.last = logits[:, -1].clone()
 
     def _evict(self) -> None:
         if self.config is None or not is_due(self.layers, self.config):

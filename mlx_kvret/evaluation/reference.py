@@ -23,7 +23,7 @@ from .engine import Outcome
 from .methods import Method
 from .prefix import ROOM, Prefix
 from .reading import Reading
-from .samples import Sample
+from .samples import Sample, batches
 
 IMPLEMENTATION = "kvret_reference"
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window")
@@ -126,14 +126,6 @@ class ReferenceEngine:
     def _observe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         assert self.reading is not None
         self.reading.inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-
-def batches(samples: Sequence[Sample], size: int) -> list[list[int]]:
-    """Places of samples that are read side by side: of equal shape, ``size`` at most."""
-    by_shape: dict[Any, list[int]] = {}
-    for place, sample in enumerate(samples):
-        by_shape.setdefault(sample.shape, []).append(place)
-    return [places[i : i + size] for places in by_shape.values() for i in range(0, len(places), size)]
 
 
 def _attend(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Metric = Literal["exact", "all", "any", "f1"]
 
@@ -63,6 +64,14 @@ class Sample:
     def shape(self) -> tuple[tuple[int, bool], ...]:
         """Samples of equal shape can be read side by side."""
         return tuple((len(turn.ids), turn.scored) for turn in self.turns)
+
+
+def batches(samples: Sequence[Sample], size: int) -> list[list[int]]:
+    """Places of samples that are read side by side: of equal shape, ``size`` at most."""
+    by_shape: dict[Any, list[int]] = {}
+    for place, sample in enumerate(samples):
+        by_shape.setdefault(sample.shape, []).append(place)
+    return [places[i : i + size] for places in by_shape.values() for i in range(0, len(places), size)]
 
 
 def text_score(question: Question, text: str) -> float:

@@ -6,7 +6,8 @@ from rounding import assert_near
 
 import mlx_kvret
 from mlx_kvret.errors import ConfigError
-from mlx_kvret.evaluation.engine import PublicEngine, log_likelihoods
+from mlx_kvret.evaluation.engine import PublicEngine
+from mlx_kvret.evaluation.likelihood import log_likelihoods
 from mlx_kvret.evaluation.methods import parse_method
 from mlx_kvret.evaluation.samples import Question, Sample, Turn
 from mlx_kvret.evaluation.tasks import make_samples

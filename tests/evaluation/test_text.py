@@ -97,10 +97,40 @@ def test_likelihood_is_of_the_state_after_eviction(reference):
     full = reference.open([sample], parse_method("full"), 1)
     full.chunk = 37
     full.run()
-    ours, theirs = (torch.cat(r.nats, 1)[0] for r in (reading, full))
+    ours, theirs = (np.concatenate(r.nats, 1)[0] for r in (reading, full))
     # tokens 1 to 37 are predicted before anything goes: the token after a chunk from that chunk's last state
-    assert torch.equal(ours[:37], theirs[:37])
-    assert not torch.isclose(ours[37:], theirs[37:], atol=1e-3).all()
+    assert np.array_equal(ours[:37], theirs[:37])
+    assert not np.isclose(ours[37:], theirs[37:], atol=1e-3).all()
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch", "reference"])
+def test_a_token_is_predicted_from_what_comes_right_before_it(backend, reference, stock):
+    # after an unscored turn there are no logits for the first token, after a scored one there are
+    ids = make_samples("facts", 192, 1, seed=10)[0].turns[0].ids
+    cuts = ((0, 30, True), (30, 60, True), (60, 100, False), (100, 150, True))
+    sample = Sample(tuple(Turn(ids[a:b], scored=scored) for a, b, scored in cuts))
+    engine = reference
+    if backend != "reference":
+        engine = PublicEngine(*mlx_kvret.load("demo", None, backend=backend), chunk=37)
+    with torch.no_grad():
+        logits = stock(torch.tensor([ids])).logits[0, :-1]
+    nats = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    wanted = torch.cat([nats[:59], nats[100:149]]).mean()
+    found = engine.run([sample], parse_method("full"), 1)[0].score
+    assert found == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_torch_reads_texts_side_by_side_as_one_by_one(gates, pieces):
+    model, tokenizer = mlx_kvret.load("demo", None, backend="torch")
+    for name in ("full", "learned", "recent", "learned:threshold=1e-3"):
+        together, alone = (
+            evaluate_text(
+                PublicEngine(model, tokenizer, batch=size), pieces, [name], [16], {"g": gates}, progress=False
+            )[0]
+            for size in (2, 1)
+        )
+        np.testing.assert_allclose(together.scores, alone.scores, atol=1e-5)
+        assert together.entries == pytest.approx(alone.entries)
 
 
 def test_gains_are_paired_over_pieces(rows):
