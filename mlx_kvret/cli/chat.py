@@ -14,7 +14,7 @@ import click
 from ..errors import CacheError, ConfigError, KVRetError
 from . import options as shared
 from .ending import tell
-from .session import cut_note, load, note, prefill_progress, read_line, sampling, say, stats_line
+from .session import check_stdin, cut_note, load, note, prefill_progress, read_line, sampling, say, stats_line
 
 COMMANDS = {
     "/stats": "speed of the last answer, tokens kept, KV memory",
@@ -47,6 +47,7 @@ def command(**options: Any) -> None:
       mlx-kvret chat --model mlx-community/Qwen3-4B-4bit --gates ./gates --budget 1024
     """
     evict = shared.eviction(options)
+    check_stdin()
     model, tokenizer = load(options)
     if tokenizer is None:
         raise ConfigError("the model folder has no tokenizer; from Python, give mlx_kvret.generate token ids")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
 
 import click
 
-from ..errors import ConfigError
+from .ending import leaving_at_once
+from .session import note, read_text
 
 EPILOG = """\b
 Examples:
@@ -41,7 +41,7 @@ Examples:
 )
 @click.option(
     "--prompt-file",
-    type=click.File("rb"),
+    metavar="FILE",
     help="Text to measure on in the base model, '-' for stdin; without it a built-in one.",
 )
 def command(
@@ -51,7 +51,7 @@ def command(
     dtype: str | None,
     bits: int | None,
     model: str | None,
-    prompt_file: BinaryIO | None,
+    prompt_file: str | None,
 ) -> None:
     """Convert the gates in SRC, a folder or a hub id in any form, and write the new folder DST.
 
@@ -64,8 +64,9 @@ def command(
     DST appears whole or not at all. If values change, the share of cache entries on whose eviction old and
     new gates agree is printed.
     """
-    from converters import convert
-    from mlx_kvret.hub import resolve
+    with leaving_at_once():
+        from converters import convert
+        from mlx_kvret.hub import resolve
 
     done = convert(
         resolve(src, "gates"),
@@ -74,13 +75,6 @@ def command(
         dtype=dtype,
         bits=bits,
         model=resolve(model) if model else None,
-        prompt=_text(prompt_file) if prompt_file else None,
+        prompt=None if prompt_file is None else read_text(prompt_file),
     )
-    click.echo(str(done))
-
-
-def _text(file: BinaryIO) -> str:
-    try:
-        return file.read().decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt file is no text in UTF-8 ({error}); save it as UTF-8") from error
+    note(str(done))

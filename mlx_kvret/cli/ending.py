@@ -6,6 +6,7 @@ Status 1: something could not be done; 2: the command line is wrong; 130: ctrl-C
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from ..core.plain import plain
 from ..errors import KVRetError
 
 TRACEBACK = "MLX_KVRET_TRACEBACK"
+_FULL = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 def one_line(text: object) -> str:
@@ -55,8 +57,10 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, KVRetError):
         return said
     if isinstance(error, OSError):
-        if error.filename is None and (why := _stdout_broken()):
-            return f"cannot write to standard output: {why}"
+        if error.filename is None and error.errno in _FULL:
+            # files are written elsewhere, with errors that name them
+            _discard(sys.stdout)
+            return f"cannot write to standard output: {error.strerror}"
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return f"{where}{error.strerror or said}; check the path, and what it lies on"
     if isinstance(error, UnicodeError):

@@ -27,9 +27,7 @@ def load(options: dict[str, Any]) -> tuple[Any, Any]:
         from ..api import load
 
         gates = options.pop("gates")
-        return load(
-            options.pop("model"), None if gates == "none" else gates, backend=options.pop("backend")
-        )
+        return load(options.pop("model"), None if gates == "none" else gates, backend=options.pop("backend"))
 
 
 def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +47,8 @@ def read_text(file: str) -> str:
         ConfigError: it cannot be read, is no text in UTF-8, or does not end.
     """
     if file == "-":
-        return _decoded("standard input", _stdin())
+        check_stdin()
+        return _decoded("standard input", sys.stdin.buffer)
     path = os.path.expanduser(file)
     if file == "demo" and not os.path.exists(path):
         from ..demo import STORY
@@ -65,10 +64,10 @@ def read_text(file: str) -> str:
         raise ConfigError(f"cannot read {file}: {reason}; check the path") from error
 
 
-def _stdin() -> Any:
+def check_stdin() -> None:
+    """Refuse to read from a standard input that is closed."""
     if sys.stdin is None:
-        raise ConfigError("standard input is closed; give --prompt or --file, or pipe text in")
-    return sys.stdin.buffer
+        raise ConfigError("standard input is closed, so there is nothing to read; pipe text in")
 
 
 def _decoded(name: str, stream: BinaryIO) -> str:
@@ -94,7 +93,6 @@ def read_line(prompt: str) -> str | None:
     Raises:
         ConfigError: the line is no UTF-8; the next one can be read.
     """
-    source = _stdin()
     if sys.stdin.isatty():
         try:
             return input(prompt)
@@ -104,7 +102,7 @@ def read_line(prompt: str) -> str | None:
         except UnicodeDecodeError as error:
             raise ConfigError(f"the line is not UTF-8 ({error.reason}); set the terminal to UTF-8") from error
     click.echo(prompt, nl=False)
-    line: bytes = source.readline(MOST_BYTES)
+    line = sys.stdin.buffer.readline(MOST_BYTES)
     if not line:
         click.echo()
         return None
