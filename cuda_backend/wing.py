@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint, check_base
 from mlx_kvret.core.fingerprint import fingerprint
-from mlx_kvret.core.loading import check_loading, check_needless, unreadable_tokenizer
+from mlx_kvret.core.loading import check_loading, check_needless, reading_tokenizer, tried
 from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.core.options import of_type
 from mlx_kvret.core.request import Sampling, check_eviction, eviction, own_eviction
@@ -118,10 +118,8 @@ def read_tokenizer(
         check_needless(options, folder)
         return None
     given = {"trust_remote_code": trust_remote_code} | (options or {})
-    try:
-        return AutoTokenizer.from_pretrained(folder, **given)
-    except Exception as error:  # tokenizers of many makes raise what they like
-        raise unreadable_tokenizer(folder, error) from error
+    with reading_tokenizer(folder):
+        return tried(AutoTokenizer.from_pretrained(folder, **given))
 
 
 def checked_device(device: str | torch.device) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Other:
     keeps no array; ``sizes`` are the numbers it is made with, by name.
     """
 
-    kind: type
+    kind: type[Any]
     shapes: Shapes
     sizes: dict[str, int]
 
@@ -56,7 +57,8 @@ class Other:
             raise CheckpointError(f"the prompt file is damaged: layer {layer} {wrong}; save it again")
 
     def _wrong(self, entry: Any, seen: int) -> str | None:
-        if type(entry) is not self.kind:
+        kind: type[Any] = type(entry)
+        if kind is not self.kind:
             return f"is a {type(entry).__name__}, the model keeps a {self.kind.__name__}"
         if (sizes := _sizes(entry)) != self.sizes:
             return f"was made with {sizes}, the model's with {self.sizes}"
@@ -98,7 +100,7 @@ def _chunked(entry: Any, offset: int, tokens: int) -> bool:
     return type(start) is int and 0 <= start <= offset <= start + tokens
 
 
-_KEYED = {
+_KEYED: dict[type[Any], Callable[[Any, int, int], bool]] = {
     mlx_cache.KVCache: _kept,
     mlx_cache.RotatingKVCache: _rotated,
     mlx_cache.ChunkedKVCache: _chunked,
@@ -121,7 +123,7 @@ def _arrays(entry: Any) -> list[mx.array | None]:
         if entry.left_padding is not None or entry.lengths is not None:
             raise ValueError("it is one of a batch")
         found = list(entry.cache)
-    elif isinstance(entry, tuple(_KEYED)):
+    elif any(isinstance(entry, kind) for kind in _KEYED):
         found = [entry.keys, entry.values]
     if not all(array is None or isinstance(array, mx.array) for array in found):
         raise TypeError("it holds something other than arrays")

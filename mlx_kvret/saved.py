@@ -117,7 +117,7 @@ def snapshot_of(layers: list[Any], shape: CacheShape) -> Snapshot:
         same = exactly(entry.header, header | {"layer": index})
         _require(same, f"layer {index} does not belong to the first one")
     try:
-        config = EvictionConfig.from_dict(header.get("eviction"))  # type: ignore[arg-type]
+        config = EvictionConfig.from_dict(header.get("eviction"))
         whole("seen", header.get("seen"), 0)
         whole("capacity", header.get("capacity"), 0, config.budget + config.buffer)
     except ConfigError as error:
@@ -190,7 +190,10 @@ def _recent(
     keys, where = arrays.get("keys"), f"layer {layer} of the prompt file"
     tokens = keys.shape[2] if keys is not None and len(keys.shape) == 4 else 0
     _require(tokens <= min(seen, max(1, config.buffer)), f"{where} has {tokens} new tokens")
-    expected = {"keys": (1, heads, tokens, shape.key_dim), "values": (1, heads, tokens, shape.value_dim)}
+    expected: dict[str, tuple[int, ...]] = {
+        "keys": (1, heads, tokens, shape.key_dim),
+        "values": (1, heads, tokens, shape.value_dim),
+    }
     if config.policy == "learned":
         expected["log_beta"] = (heads, tokens)
     names = {name for name in arrays if not name.startswith("pool.")}

@@ -20,7 +20,7 @@ from .cache import BoundedCache
 from .core.budget import CacheShape
 from .core.checkpoint import GateCheckpoint, check_base
 from .core.fingerprint import fingerprint
-from .core.loading import check_loading, check_needless, unreadable_tokenizer
+from .core.loading import check_loading, check_needless, reading_tokenizer, tried
 from .core.model_folder import model_config as stored_config
 from .core.request import Sampling, check_eviction, eviction, own_eviction
 from .core.snapshot import read_snapshot, write_snapshot
@@ -115,10 +115,8 @@ def read_tokenizer(
         check_needless(options, folder)
         return None
     given = {"trust_remote_code": trust_remote_code} | (options or {})
-    try:
-        return load_tokenizer(folder, given, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # tokenizers of many makes raise what they like
-        raise unreadable_tokenizer(folder, error) from error
+    with reading_tokenizer(folder):
+        return tried(load_tokenizer(folder, given, eos_token_ids=config.get("eos_token_id")))
 
 
 def plain_tokenizer(folder: Path) -> Any:
@@ -127,10 +125,8 @@ def plain_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers of many makes raise what they like
-        raise unreadable_tokenizer(folder, error) from error
+    with reading_tokenizer(folder):
+        return tried(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def load_network(

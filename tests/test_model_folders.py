@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,3 +144,51 @@ def test_infinity_may_stand_in_a_config(folder):
     """As in published ones of Mamba hybrids."""
     config(time_step_limit=[0.0, float("inf")])(folder)
     assert model_config(folder)["time_step_limit"][1] == float("inf")
+
+
+class Broken:
+    """A tokenizer that fails in use; what goes wrong in Rust is no Exception."""
+
+    bos_token = bos_token_id = None
+    chat_template = "{{ messages }}"
+
+    def __init__(self, error):
+        self.error = error
+
+    def encode(self, *_, **__):
+        raise self.error
+
+    __call__ = encode
+
+    def apply_chat_template(self, *_, **__):
+        return "text"
+
+
+PanicException = type("PanicException", (BaseException,), {})
+
+
+@pytest.mark.parametrize(
+    "error", [PanicException("no entry found for key"), KeyError("a"), TypeError("list")]
+)
+def test_a_tokenizer_that_fails_in_use_is_one_clear_error(error):
+    from mlx_kvret.core.prompts import prompt_ids
+    from mlx_kvret.evaluation.writer import Writer
+    from mlx_kvret.training.documents import document
+    from mlx_kvret.training.records import Record
+
+    tokenizer = Broken(error)
+    for use in (
+        lambda: prompt_ids(tokenizer, "text", True),
+        lambda: Writer.encode(SimpleNamespace(_tokenizer=tokenizer), "text"),
+        lambda: document(Record("a:1", text="text"), tokenizer, "all"),
+        lambda: document(Record("a:1", messages=[{"role": "user", "content": "a"}]), tokenizer, "all"),
+    ):
+        with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded or used"):
+            use()
+
+
+def test_an_interrupt_is_no_error_of_a_tokenizer():
+    from mlx_kvret.core.prompts import prompt_ids
+
+    with pytest.raises(KeyboardInterrupt):
+        prompt_ids(Broken(KeyboardInterrupt()), "text", True)

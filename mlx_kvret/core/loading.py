@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, KVRetError
 from .options import check_known, of_type, whole
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -72,10 +73,32 @@ def required(tokenizer: Any, folder: Path) -> Any:
     return tokenizer
 
 
-def unreadable_tokenizer(folder: Path, error: Exception) -> CheckpointError:
-    """What to raise for a folder whose tokenizer cannot be loaded."""
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return CheckpointError(
-        f"the tokenizer of {folder} cannot be loaded ({type(error).__name__}: {reason[:200]}); copy or "
-        "download it again"
-    )
+@contextlib.contextmanager
+def reading_tokenizer(whose: str | Path) -> Iterator[None]:
+    """Errors of a tokenizer, which may be of any make and of any kind, as one that names the model.
+
+    Args:
+        whose: the model's folder, or words for it.
+
+    Raises:
+        CheckpointError: instead of anything but an error of ours or an interrupt.
+    """
+    try:
+        yield
+    except KVRetError:
+        raise
+    except BaseException as error:
+        # what goes wrong in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"the tokenizer of {whose} cannot be loaded or used ({type(error).__name__}: {reason[:200]}); "
+            "copy or download it again"
+        ) from error
+
+
+def tried(tokenizer: Any) -> Any:
+    """The tokenizer, once it has been through a word: some are damaged in a way that shows in use only."""
+    tokenizer.decode([int(token) for token in tokenizer.encode("a")])
+    return tokenizer

@@ -44,7 +44,7 @@ def model_config(folder: Path) -> dict[str, Any]:
     names = {name for file in sorted(folder.glob("*.safetensors")) for name in tensor_names(file)}
     if names:
         for name, count in layers:
-            if _is_count(count) and count > len(names):
+            if isinstance(count, int) and _is_count(count) and count > len(names):
                 raise CheckpointError(
                     f"{path}: {name} is {count}, and the folder's files hold {len(names)} tensors; copy or "
                     "download the model again"

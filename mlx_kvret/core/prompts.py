@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from ..errors import ConfigError
+from .loading import reading_tokenizer
 from .options import short
 
 FORMS = (
@@ -66,9 +67,10 @@ def _of_text(tokenizer: Any, text: str, first: bool) -> list[int]:
             f"the prompt is no valid text: character {error.start} is half of a surrogate pair; "
             "decode the text with the encoding it was written in"
         ) from error
-    bos = tokenizer.bos_token
-    special = first and (bos is None or not text.startswith(bos))
-    return [int(token) for token in tokenizer.encode(text, add_special_tokens=special)]
+    with reading_tokenizer("this model"):
+        bos = tokenizer.bos_token
+        special = first and (bos is None or not text.startswith(bos))
+        return [int(token) for token in tokenizer.encode(text, add_special_tokens=special)]
 
 
 def _is_messages(prompt: Any) -> bool:

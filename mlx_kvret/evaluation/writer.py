@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.loading import reading_tokenizer
 from ..errors import ConfigError
 from .samples import Metric, Question, Sample, Turn
 
@@ -60,7 +61,8 @@ class Writer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of a text, without special ones."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        with reading_tokenizer("the model"):
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def read(self, pieces: Sequence[Piece], start: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
         """Tokens of the pieces, and the positions of each useful one if the first token's is ``start``."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.loading import reading_tokenizer
 from ..core.types import Ints, Mask
 from ..errors import DataError
 from .config import Loss
@@ -35,7 +36,8 @@ def document(record: Record, tokenizer: Any, loss: Loss) -> Document:
                 f"{record.where} is plain text, and only what an assistant says is to be learnt; "
                 "use --loss all, or messages"
             )
-        ids = tokenizer(record.text, verbose=False)["input_ids"]
+        with reading_tokenizer("the model"):
+            ids = tokenizer(record.text, verbose=False)["input_ids"]
         learn = np.ones(len(ids), bool)
     else:
         ids, learn = _chat(record, tokenizer, loss)
@@ -66,7 +68,10 @@ def _chat(record: Record, tokenizer: Any, loss: Loss) -> tuple[list[int], Mask]:
         raise
     except Exception as error:  # templates are programs of the model's maker
         raise DataError(f"{record.where}: the model's chat template refuses it: {error}") from error
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=loss == "assistant", verbose=False)
+    with reading_tokenizer("the model"):
+        out = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=loss == "assistant", verbose=False
+        )
     ids: list[int] = out["input_ids"]
     if loss == "all":
         return ids, np.ones(len(ids), bool)

@@ -53,13 +53,14 @@ class Content:
 class Form:
     """``make`` writes sound files into a folder, ``load`` reads the folder; ``damaged`` names may be changed.
 
-    ``sealed``: a checksum stands over tensors and texts; ``model``: weights without one, of others.
+    ``sealed``: a checksum stands over tensors and texts. ``slow``: a whole model is built.
     """
 
     make: Callable[[Path], None]
     load: Callable[[Path], Content]
     damaged: tuple[str, ...]
     sealed: bool = False
+    slow: bool = False
 
 
 def rng() -> np.random.Generator:
@@ -415,10 +416,10 @@ FORMS: dict[str, Form] = {
     "longbench": Form(make_samples("longbench"), load_samples("longbench"), ("it.jsonl",)),
     "ruler": Form(make_samples("ruler"), load_samples("ruler"), ("it.jsonl",)),
     "longmemeval": Form(make_samples("longmemeval"), load_samples("longmemeval"), ("it.json",)),
-    "model mlx": Form(make_model(*TOKENIZER), load_model("mlx"), ("config.json",)),
-    "model torch": Form(make_model(*TOKENIZER), load_model("torch"), ("config.json",)),
-    "weights mlx": Form(make_model(*TOKENIZER), load_model("mlx"), ("model.safetensors",)),
-    "shape torch": Form(make_model(*TOKENIZER), load_shape, ("config.json",)),
+    "model mlx": Form(make_model(*TOKENIZER), load_model("mlx"), ("config.json",), slow=True),
+    "model torch": Form(make_model(*TOKENIZER), load_model("torch"), ("config.json",), slow=True),
+    "weights mlx": Form(make_model(*TOKENIZER), load_model("mlx"), ("model.safetensors",), slow=True),
+    "shape torch": Form(make_model(*TOKENIZER), load_shape, ("config.json",), slow=True),
     "tokenizer mlx": Form(make_model("model.safetensors"), load_tokenizer("mlx"), TOKENIZER),
     "tokenizer torch": Form(make_model("model.safetensors"), load_tokenizer("torch"), TOKENIZER),
 }
