@@ -1,11 +1,12 @@
 """Decode speed, time to first token and KV memory of three caches, side by side in one run.
 
-``python benchmarks/mlx_decode.py --write`` (on Linux put OpenBLAS in front of MLX, as ``make bench`` does).
+``python benchmarks/mlx_decode.py --write`` (on Linux put OpenBLAS in front of MLX, as ``make bench``
+does), or with ``--model smollm2 --budget 256 --length 8192 --tokens 32`` a real model and its own gates.
 
-The models are random Qwen3 in float32. ``full`` is mlx-lm's KVCache, ``rotating`` its RotatingKVCache of the
-same number of tokens, ``bounded`` ours with random gates, so that heads are uneven and every entry competes.
-The caches take turns for a few tokens at a time, and the ratios are medians over these turns: a machine
-that slows down slows all of them down.
+The models are otherwise random Qwen3 in float32. ``full`` is mlx-lm's KVCache, ``rotating`` its
+RotatingKVCache of the same number of tokens, ``bounded`` ours, with random gates, so that heads are uneven
+and every entry competes. The caches take turns for a few tokens at a time, and the ratios are medians over
+these turns: a machine that slows down slows all of them down.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +28,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.qwen3 import Model, ModelArgs
 
+import mlx_kvret
 from mlx_kvret import hooks
 from mlx_kvret.core.config import EvictionConfig, GateConfig
 from mlx_kvret.gates import RetentionGates
 
-RESULTS = Path(__file__).parent / "results" / "mlx_decode.md"
+RESULTS = Path(__file__).parent / "results"
 SIZES = {
     "10M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8192},
@@ -67,6 +70,14 @@ def build(size: str) -> tuple[nn.Module, hooks.Attachment]:
     return model, hooks.install(model, gates, {"model": "", "gates": ""})
 
 
+def load(name: str) -> tuple[nn.Module, hooks.Attachment]:
+    """A model with the gates that are known for it."""
+    model, _ = mlx_kvret.load(name, backend="mlx")
+    attached = hooks.attachment(model)
+    assert attached is not None
+    return model, attached
+
+
 def read(model: nn.Module, entrant: Contestant, tokens: mx.array, chunk: int) -> mx.array:
     """Prefill in chunks; returns the next token (1, 1)."""
     start = time.perf_counter()
@@ -92,8 +103,8 @@ def decode(model: nn.Module, entrant: Contestant, token: mx.array, count: int) -
 
 def measure(size: str, length: int, options: argparse.Namespace) -> str:
     """One table row per cache."""
-    model, attached = build(size)
-    layers = SIZES[size]["num_hidden_layers"]
+    model, attached = build(size) if size in SIZES else load(size)
+    layers, vocabulary = len(model.layers), model.args.vocab_size
     config = EvictionConfig.create(options.budget)
     entrants = {
         "full": Contestant([KVCache() for _ in range(layers)]),
@@ -101,7 +112,7 @@ def measure(size: str, length: int, options: argparse.Namespace) -> str:
         "bounded": Contestant(hooks.new_cache(model, attached, config)),
     }
     rng = np.random.default_rng(0)
-    tokens = mx.array(rng.integers(0, SIZES[size]["vocab_size"], (1, length)))
+    tokens = mx.array(rng.integers(0, vocabulary, (1, length)))
     last = {name: read(model, entrant, tokens, options.chunk) for name, entrant in entrants.items()}
     for turn in range(options.turns + 1):
         for name, entrant in entrants.items():
@@ -125,6 +136,7 @@ def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--size", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--model", help="a folder, hub id or known name instead of random models")
     parser.add_argument("--length", nargs="+", type=int, help="context lengths instead of each size's own")
     parser.add_argument("--budget", type=int, default=512, help="tokens per KV head (512)")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens read at a time (1024)")
@@ -136,20 +148,21 @@ def main() -> None:
     lines = [
         "# Decoding with three caches",
         "",
-        f"`python benchmarks/mlx_decode.py --write`, {datetime.date.today()}, {device}, MLX "
-        f"{mx.__version__}, float32, M = {options.budget}, chunks of {options.chunk}, medians of "
+        f"`python benchmarks/mlx_decode.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {device}, MLX "
+        f"{mx.__version__}, M = {options.budget}, chunks of {options.chunk}, medians of "
         f"{options.turns} turns of {options.tokens} tokens.",
         "",
         "| parameters | context | cache | first token, s | faster | decode, tokens/s | faster | KV, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))
-    for size in options.size:
-        for length in options.length or LENGTHS[size]:
+    for size in [options.model] if options.model else options.size:
+        for length in options.length or LENGTHS.get(size, (2048, 8192)):
             lines.append(measure(size, length, options))
             print(lines[-1], flush=True)
     if options.write:
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        name = f"mlx_decode_{Path(options.model).name}.md" if options.model else "mlx_decode.md"
+        (RESULTS / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def cpu_name() -> str:
