@@ -80,7 +80,7 @@ RELEASED = (
 )
 _SHIPPED = (
     Entry(_DEMO, "demo", "stories in its own 198 words", demo.GATES),
-    Entry(_SMOLLM2, SMOLLM2, "public-domain prose and its own words", SHIPPED_FOLDER / SMOLLM2),
+    Entry(_SMOLLM2, SMOLLM2, "English novels, manuals, and chats about them", SHIPPED_FOLDER / SMOLLM2),
 )
 
 
