@@ -18,8 +18,8 @@ COMPARED = 12
 # how far hooks may be from the model, in its own rounding
 _MARGIN = 4
 # what a probe costs at most, unless a model is so large that a few tokens cost more
-_OPERATIONS = 2e10
-_LEAST, _MOST = 20, 1024
+_OPERATIONS = 5e9
+_LEAST, _MOST = 16, 1024
 
 
 def ordinary_ids(vocabulary: int, count: int) -> Ints:

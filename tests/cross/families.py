@@ -19,7 +19,13 @@ _LATENT = {
     "kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "head_dim": 8, "num_key_value_heads": 4,
 }  # fmt: skip
-_ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _HYBRID = ["sliding_attention", "full_attention"] * 2
 _SLIDING = {"num_hidden_layers": 4, "layer_types": _HYBRID, "sliding_window": 16}
 # beside SIZES; None takes an entry away
@@ -33,10 +39,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT | _ROUTED | _EXPERTS,
     "dots1": _ROUTED | _EXPERTS,
     "ernie4_5": {},
-    "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "ernie4_5_moe": _EXPERTS | {
+        "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
     "exaone4": _SLIDING | {"sliding_window_pattern": "LG"},
-    "exaone_moe": _SLIDING | _EXPERTS | {"num_experts": 4, "num_shared_experts": 1, "first_k_dense_replace": 1},
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 1},
+    "exaone_moe": _SLIDING | _EXPERTS | {
+        "num_experts": 4, "num_shared_experts": 1, "first_k_dense_replace": 1},
+    "falcon_h1": {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 1},
     "gemma": {},
     "gemma2": {},
     "gemma3_text": _SLIDING | {"query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
@@ -57,12 +66,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "helium": {},
     "hunyuan_v1_dense": {},
     "iquestcoder": {},
-    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
+    "jamba": {
+        "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+        "use_mamba_kernels": False},
     "laguna": _SLIDING | _EXPERTS | {"num_experts": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "llama": {},
     "llama4_text": _EXPERTS | {"num_local_experts": 2},
-    "longcat_flash": _LATENT | {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 1, "num_layers": 2},
+    "longcat_flash": _LATENT | {
+        "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2,
+        "zero_expert_num": 1, "num_layers": 2},
     "mellum": _SLIDING | _EXPERTS | {"num_experts": 4},
     "mimo_v2_flash": _SLIDING | _EXPERTS | {"n_routed_experts": 4},
     "minicpm3": _LATENT,
@@ -73,7 +86,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "nanochat": {},
     "nemotron": {},
-    "nemotron_h": {"hybrid_override_pattern": "M*", "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*", "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1,
+        "ssm_state_size": 8},
     "olmo": {},
     "olmo2": {},
     "olmo3": _SLIDING,
