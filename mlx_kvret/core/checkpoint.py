@@ -1,6 +1,6 @@
 """The shared gate checkpoint: one folder that every backend reads.
 
-``gates.safetensors``  the tensors of :meth:`GateConfig.tensor_shapes`
+``gates.safetensors``  the tensors of :meth:`GateConfig.tensor_shapes`, and their checksum
 ``kvret.json``         {"format": "kvret-gates", "version": 1, "gates": GateConfig, "provenance": {...}}
 """
 

@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 
 DEEPEST = 64
 LARGEST = 2**63 - 1
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -120,7 +120,7 @@ def _check(value: Any) -> None:
     level = [value]
     for _ in range(DEEPEST):
         for text in level:
-            if isinstance(text, str) and _SURROGATE.search(text):
+            if isinstance(text, str) and SURROGATE.search(text):
                 raise ValueError(f"the text {text[:40]!r} holds half a character (a lone surrogate)")
         level = [inner for outer in level for inner in _inside(outer)]
         if not level:

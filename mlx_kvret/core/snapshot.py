@@ -16,7 +16,7 @@ entries stand side by side: how a wing lays out its memory is its own affair.
 The header's ``__metadata__`` holds texts: ``format`` and ``version``; ``model``, the base model's
 fingerprint; ``gates``, a name for their content (:func:`~.tensors.tensors_id`) or nothing; ``seen``, the
 number of tokens; ``eviction``, an :class:`EvictionConfig` as JSON; ``notes``, a JSON object of texts (chat
-messages, say).
+messages, say); ``checksum``, over all of it (:func:`~.tensors.checksum`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .config import EvictionConfig
 from .eviction import heads_per_group
 from .files import whole_file
 from .fingerprint import differences
-from .reading import parse_json
+from .reading import SURROGATE, parse_json
 from .tensors import FLOATS, Tensor, read_file, write_tensors
 from .types import Floats, Ints
 
@@ -82,6 +82,7 @@ class Snapshot:
         self._check_entries()
         for name, text in {"model": self.model, "gates": self.gates, **self.notes}.items():
             _require(isinstance(text, str), f"{name} is {text!r}, expected a text")
+            _require(not SURROGATE.search(name + text), f"{name} holds half a character (a lone surrogate)")
         named = all(layer >= 0 and name for layer, state in self.extras.items() for name in state)
         _require(named, "a layer's own tensor has no name or no layer")
 

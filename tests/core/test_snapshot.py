@@ -189,6 +189,7 @@ def ints(*values):
         ({"gates": None}, "gates is None, expected a text"),
         ({"gates": ""}, "the policy is 'learned' and its gates are not named"),
         ({"notes": {"turns": 3}}, "turns is 3, expected a text"),
+        ({"notes": {"context": "a\ud800"}}, "context holds half a character"),
         ({"extras": {0: {"": Tensor.of(np.zeros(1))}}}, "no name or no layer"),
     ],
 )
