@@ -45,7 +45,7 @@ def test_generate_answers_from_an_option_a_file_and_a_pipe(tmp_path):
 def test_the_policy_decides():
     result = run(*DEMO, "--budget", 32, "--policy", "recent", "--prompt", STORY + "recall Ada", "--stats")
     assert result.exit_code == 0 and result.stdout.split() != ["amber"]
-    assert "entries of 196 tokens" in result.stderr and "full cache" in result.stderr
+    assert "of 196 tokens per head" in result.stderr and "full cache" in result.stderr
 
 
 @pytest.mark.parametrize(

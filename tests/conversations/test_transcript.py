@@ -261,3 +261,31 @@ def test_notes_of_another_template_are_refused(tokenizers):
         Transcript.resumed(tokenizers(templates.NO_SYSTEM), talk.transcript.notes(), len(talk.fed))
     with pytest.raises(CheckpointError, match="tokens, not 7"):
         Transcript.resumed(talk.tokenizer, talk.transcript.notes(), 7)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("template, stop", [(templates.WORDS, "</s>"), (templates.MISTRAL, "</s>")])
+def test_a_tokenizer_that_begins_texts_with_a_space(scheme, template, stop):
+    """What is read is what the whole rendering has there: no space of the tokenizer's own between turns."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(set("▁" + "".join(map(chr, range(10, 127)))))
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    inner.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>", "[INST]", "[/INST]")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+    talk = Transcript(tokenizer)
+    turn, end = talk.plan("Hi?"), tokenizer.convert_tokens_to_ids("</s>")
+    said = tokenizer.encode("Yes", add_special_tokens=False)
+    for stopped in ([], [end]):
+        again = Transcript(tokenizer)
+        again.account(turn, len(turn.new) + len(said + stopped), said + stopped, "Yes", bool(stopped))
+        asked = [*again.messages, {"role": "user", "content": "Why?"}]
+        whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        last = len(whole) - whole[::-1].index(end)
+        assert again.plan("Why?").new == ([] if stopped else [end]) + whole[last:]
