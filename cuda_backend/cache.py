@@ -317,6 +317,7 @@ class BoundedCache(Cache):
         heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
         return [[np.arange(c.get_seq_length())] * n for c, n in zip(self.competing, heads, strict=True)]
 
+    @ordinary
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
         self.settle()
         layers = copy.deepcopy(self.layers, memo)

@@ -37,6 +37,7 @@ from .cache import BoundedCache, BoundedKVCache, running
 from .forward import unwrap, wrap
 from .gates import RetentionGates
 from .memory import free_bytes
+from .modes import ordinary
 from .modules import attention_modules
 from .probe import Layout, layout_of, probe, stock_layers
 from .rope import Fixed, fix
@@ -124,6 +125,7 @@ def remove(model: PreTrainedModel) -> None:
         del vars(model)["_kvret"]
 
 
+@ordinary
 def new_cache(model: PreTrainedModel, made: Attachment, config: EvictionConfig) -> BoundedCache:
     """An empty cache for an attached model.
 
@@ -192,6 +194,7 @@ def _observers(model: PreTrainedModel, hidden: dict[int, int]) -> list[Any]:
     ]
 
 
+@ordinary
 def reopened_cache(model: PreTrainedModel, snapshot: Snapshot) -> BoundedCache:
     """A cache that goes on where a snapshot was taken. Raises as :func:`cuda_backend.snapshots.reopen`."""
     made = attachment(model)

@@ -74,6 +74,13 @@ def make_cache(model: Any, budget: int | str | None = None, buffer: int | None =
     the cache is what the model was attached for. ``cache.kept_positions()``, ``cache.entries``,
     ``cache.seen`` and ``cache.nbytes`` tell what is held.
 
+    A call reads all of its tokens or, whatever exception or interrupt ends it, none: ``cache.seen`` tells
+    which, or the cache refuses to go on with a CacheError that says why. On MLX the call returns when its
+    tokens are computed; only mlx-lm's own loops run ahead of the device. What MLX fails at after a call,
+    while someone computes the logits of a long chunk, leaves the chunk in the cache.
+
+    Only the model that it was made for, attached with the same gates, can use a cache, and copies of it.
+
     Args:
         budget: M in tokens per KV head, or memory: ``"256MB"``; 1024 unless given.
         buffer: B, tokens per head it may grow beyond M before a compaction; M/8 unless given.
@@ -100,8 +107,17 @@ def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
         verbose: print the text as it comes, and figures at the end.
         options: on MLX ``draft_model`` and ``num_draft_tokens``, as of mlx-lm.
 
+    However it ends (``max_tokens``, an end token, a closed iterator, an exception), a given ``cache`` has
+    then seen every token of the prompt and of the answer that was given out, the last one and an end token
+    too: ``cache.seen`` is what it was before, plus the prompt, plus the tokens of the responses. If the
+    prompt was broken off, it has seen the chunks that were read. torch's own ``model.generate`` and mlx-lm's
+    functions keep this too.
+
     Raises:
         ConfigError: a prompt or an option that cannot work; a misspelt option names the nearest.
+        ModelMismatchError: ``cache`` belongs to another model, or to this one with other gates or weights.
+        OutOfMemoryError: names a ``prefill_step_size`` that fits; the cache is as it was before the pass.
+        CacheError: the cache cannot go on, and why.
     """
     return str(wing_of(model).generate(model, tokenizer, prompt, **options))
 

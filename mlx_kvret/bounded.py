@@ -73,8 +73,8 @@ class Bounded:
 
     # ------------------------------------------------------------------ changes, whole or not at all
 
-    def settle(self) -> None:
-        """Carry out what is due after the last forward pass, or was broken off.
+    def settle(self, wait: bool = False) -> None:
+        """Carry out what is due after the last pass, or was broken off; ``wait`` until it is computed.
 
         Raises:
             CacheError: a pass is under way, or the cache cannot go on.
@@ -88,7 +88,7 @@ class Bounded:
                 "broken off half way; make a new cache"
             )
         if fresh := [log_beta for layer in self.recents for log_beta in layer.fresh()]:
-            self._compute(fresh)
+            self._compute(fresh, wait)
         move = self.schedule.next(self.seen[0], self.recents[0].length)
         if move is None:
             return
@@ -107,7 +107,7 @@ class Bounded:
                 self._compute(array, wait=True)
         # nothing may hold on to what has been decided upon, whether or not anyone looks at the pool soon
         lookup = self.pool.lookup
-        self._compute([self.pool.arrays(), lookup.table, lookup.offsets, [r.arrays() for r in self.recents]])
+        self._compute([*self.arrays(), lookup.table, lookup.offsets], wait)
 
     def release(self) -> None:
         """The pass is over: forget what served only it."""
@@ -144,7 +144,7 @@ class Bounded:
             self.in_flight = False
 
     def _compute(self, arrays: Any, wait: bool = False) -> None:
-        self.in_flight = True
+        self.in_flight |= not wait
         try:
             (mx.eval if wait else mx.async_eval)(arrays)
         except Exception as error:

@@ -74,12 +74,10 @@ class _Pass:
         """Have everything decided and, unless the loop runs ahead, computed that a pass builds upon."""
         if self.shared is None:
             return
-        waits = not (self.ahead and tokens == 1)
-        if waits:
+        wait = not (self.ahead and tokens == 1)
+        if wait:
             self.shared.confirm()
-        self.shared.settle()
-        if waits:
-            self.shared.confirm()
+        self.shared.settle(wait)
 
     def run(self, tokens: int, forward: Forward, trial: bool = False) -> Any:
         """The pass; a ``trial`` is undone in the end."""

@@ -1,0 +1,134 @@
+"""Breaking passes off: exceptions at chosen places of the code that changes a cache, on both backends."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cuda_backend.bounded
+import cuda_backend.cache
+import cuda_backend.pool
+import cuda_backend.recent
+import mlx_kvret.bounded
+import mlx_kvret.cache
+import mlx_kvret.pool
+import mlx_kvret.recent
+
+from .sides import Side
+
+KINDS: tuple[type[BaseException], ...] = (KeyboardInterrupt, RuntimeError, MemoryError)
+_RECENT = ("observe", "append", "forget_oldest")
+_PLACES: dict[str, list[tuple[Any, str]]] = {
+    "mlx": [
+        *((mlx_kvret.recent.Recent, name) for name in (*_RECENT, "fetch", "_run_gate")),
+        *((mlx_kvret.pool.Pool, name) for name in ("grow", "destinations", "admit", "fill")),
+        *((mlx_kvret.cache.BoundedKVCache, name) for name in ("observe", "update_and_fetch", "attend")),
+        (mlx_kvret.cache.BoundedKVCache, "make_mask"),
+        *((mlx_kvret.bounded.Bounded, name) for name in ("settle", "put", "release", "_retention")),
+        (mlx_kvret.bounded, "select"),
+        (mlx_kvret.cache, "attend"),
+    ],
+    "torch": [
+        *((cuda_backend.recent.Recent, name) for name in (*_RECENT, "run_gate", "scored")),
+        *((cuda_backend.pool.Pool, name) for name in ("grow", "destinations", "admitted", "fill", "take")),
+        *((cuda_backend.cache.BoundedKVCache, name) for name in ("observe", "update", "attend")),
+        *((cuda_backend.bounded.Bounded, name) for name in ("settle", "put", "retention_of", "begin")),
+        (cuda_backend.bounded, "select"),
+        (cuda_backend.bounded, "fill"),
+        (cuda_backend.cache, "attend"),
+    ],
+}  # fmt: skip
+FILES = tuple(
+    str(Path(module.__file__ or "").parent / name)
+    for module, names in {
+        mlx_kvret.bounded: (
+            "bounded",
+            "cache",
+            "forward",
+            "pool",
+            "recent",
+            "hooks",
+            "core/passes",
+            "core/state",
+        ),
+        cuda_backend.bounded: ("bounded", "cache", "forward", "pool", "recent", "hooks"),
+    }.items()
+    for name in (f"{name}.py" for name in names)
+)
+
+
+class Count:
+    """Raises ``kind`` at the ``at``-th of the places that are passed; None only counts."""
+
+    def __init__(self, at: int | None = None, kind: type[BaseException] = KeyboardInterrupt) -> None:
+        self.at, self.kind, self.passed = at, kind, 0
+
+    def __call__(self) -> None:
+        self.passed += 1
+        if self.passed == self.at:
+            raise self.kind("made up")
+
+
+@contextlib.contextmanager
+def at_calls(side: Side, count: Count) -> Iterator[None]:
+    """Pass a place before and after each call of what changes a cache, and of each layer's MLP."""
+    model: Any = side.model
+    mlps = [(type(model.model.layers[0].mlp), "__call__" if side.backend == "mlx" else "forward")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in [*_PLACES[side.backend], *mlps]:
+            stack.enter_context(_replaced(owner, name, count))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, count: Count) -> Iterator[None]:
+    stock: Callable[..., Any] = getattr(owner, name)
+
+    @wraps(stock)
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        count()
+        out = stock(*args, **kwargs)
+        count()
+        return out
+
+    setattr(owner, name, broken)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)
+
+
+@contextlib.contextmanager
+def at_lines(count: Count) -> Iterator[None]:
+    """Pass a place before each line of our own that is run: an interrupt may come at any of them."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            count()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def attempt(place: Callable[[], contextlib.AbstractContextManager[None]], act: Callable[[], Any]) -> bool:
+    """Whether ``act`` was broken off by a made-up exception."""
+    try:
+        with place():
+            act()
+    except KINDS as error:
+        if "made up" not in str(error):
+            raise
+        return True
+    return False
