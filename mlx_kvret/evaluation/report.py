@@ -212,11 +212,12 @@ def markdown(results: Results, title: str = "Evaluation") -> str:
     lines = [f"# {title}", "", f"Settings: {settings}. Samples per cell: {', '.join(map(str, counts))}."]
     seeds = [len(e.scores) for e in found if e.method.startswith("learned")]
     if not seeds:
-        lines += ["After ± stands the standard error over samples."]
+        lines += ["After ± stands the standard error over samples.", *_remarks(found, results.settings)]
     else:
         lines += [
             f"Learned methods have up to {max(seeds)} sets of gates; after ± stands the standard error over "
             "samples and sets of gates together.",
+            *_remarks(found, results.settings),
             "",
             "## Where learned eviction loses",
             "",
@@ -225,7 +226,6 @@ def markdown(results: Results, title: str = "Evaluation") -> str:
             "Nowhere in these tables by more than two standard errors, compared with the full cache and with "
             "every policy but the oracle."
         ]
-    lines += _remarks(found, results.settings)
     for task, length in dict.fromkeys((e.task, e.length) for e in found):
         likelihood = any(e.task == task and e.metric == "nll" for e in found)
         where = f"{length:,} tokens" if length else "texts as they are"

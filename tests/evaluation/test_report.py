@@ -1,5 +1,6 @@
 """Means, errors and sentences of a report against figures made by hand."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -115,3 +116,56 @@ def test_the_same_results_give_the_same_plot(tmp_path, suffix):
 def test_other_pictures_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"ends with '.gif'; expected .png or .svg"):
         plot([], tmp_path / "a.gif")
+
+
+def test_every_task_is_compared_pair_by_pair():
+    made = results(
+        cell("full", [1.0, 0.5, 1.0], budget="all"),
+        cell("learned", [1.0, 0.0, 0.5], gates="g/0"),
+        cell("learned", [1.0, 0.5, 0.5], gates="g/1"),
+        cell("recent", [0.5, 0.0, 0.0]),
+    )
+    page = markdown(made)
+    against_full = page.split("Score above that of full, paired over samples:")[1]
+    against_learned = page.split("Score above that of learned (g), paired over samples:")[1]
+    assert "| recent | -0.667 ± 0.167 |" in against_full
+    # over samples of the mean over gates, and over gates of the mean over samples
+    both = math.hypot(statistics.stdev([-0.5, -0.25, -0.5]) / 3**0.5, statistics.stdev([0.5, 2 / 3]) / 2**0.5)
+    assert f"| recent | -0.417 ± {both:.3f} |" in against_learned and "| learned (g) |" not in against_learned
+    paired = {(row["method"], row["other"]): row for row in summary(made)["paired"]}
+    assert paired["recent", "learned (g)"]["mean"] == pytest.approx(-5 / 12)
+    assert paired["recent", "learned (g)"]["error"] == pytest.approx(both)
+
+
+def test_nats_above_are_fewer_where_better():
+    made = results(
+        cell("full", [2.0, 3.0], budget="all", metric="nll"), cell("recent", [2.1, 3.3], metric="nll")
+    )
+    assert "Nats per token above that of full" in markdown(
+        made
+    ) and "| recent | +0.2000 ± 0.1000 |" in markdown(made)
+
+
+def test_what_would_mislead_is_said():
+    made = results(
+        dataclasses.replace(
+            cell("learned", [1.0, 0.5], gates="g"), note="sinks 0, validated with 4", chunk=32
+        ),
+        dataclasses.replace(cell("recent", [1.0, 0.5]), untouched=1, chunk=32),
+    )
+    made.settings["sinks"] = 4
+    page = markdown(made)
+    assert "| learned | 0.750 ± 0.250 † |" in page and "| recent | 0.750 ± 0.250 |" in page
+    assert "not used as its gates were validated (sinks 0, validated with 4)" in page
+    assert "recent: in 1 of 2 samples nothing was evicted" in page
+    assert "in chunks of 32 tokens" in page and "at least 4 sinks" in page
+    plain = markdown(results(cell("recent", [1.0, 0.5])))
+    assert not any(word in plain for word in ("†", "nothing was evicted", "chunks", "sinks"))
+
+
+def test_single_samples_have_no_errors():
+    made = results(
+        cell("full", [1.0], budget="all"), cell("learned", [0.5], gates="g"), cell("recent", [0.0])
+    )
+    assert "nan" not in markdown(made) and "±" not in markdown(made).split("## facts")[1]
+    assert "learned 0.500 is below full 1.000 (-0.500)" in markdown(made)
