@@ -27,7 +27,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from cuda_backend import hooks
 from cuda_backend.attention import LayerView
-from cuda_backend.cache import BoundedCache
+from cuda_backend.cache import BoundedCache, cache_argument
 from cuda_backend.gates import RetentionGates
 from cuda_backend.kernels.dispatch import attend
 from cuda_backend.pool import Pool
@@ -152,7 +152,7 @@ def read(model: Any, cache: Any, rows: int, tokens: int, chunk: int) -> float:
     synchronize()
     start = time.perf_counter()
     for part in ids.split(chunk, 1):
-        logits = model(part, cache=cache, logits_to_keep=1).logits
+        logits = model(part, **cache_argument(model, cache), logits_to_keep=1).logits
     logits.argmax(-1)
     synchronize()
     return time.perf_counter() - start
@@ -178,7 +178,7 @@ def stepper(model: Any, cache: Any) -> Step:
 
 
 def plain_step(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(tokens, cache=cache).logits[:, -1]
+    logits: torch.Tensor = model(tokens, **cache_argument(model, cache)).logits[:, -1]
     return logits
 
 

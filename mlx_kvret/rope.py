@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,10 +242,11 @@ def _fixed(said: Understood, model: nn.Module, length: int | None) -> int | None
 
 def _read_by(model: nn.Module, said: Understood) -> Collection[str]:
     """Settings beside those of the kind of RoPE that the model's code reads."""
-    file = sys.modules[type(language_model(model)).__module__]
+    # of the file that defines it, which need not be a module that was imported by name
+    call = inspect.unwrap(type(language_model(model)).__call__)
     try:
-        source = inspect.getsource(file)
-    except (OSError, TypeError):
+        source = Path(call.__code__.co_filename).read_text(encoding="utf-8")
+    except (OSError, ValueError):
         source = ""
     named = {key for rope in said.ropes.values() for key in rope.settings if f'"{key}"' in source}
     named -= {"partial_rotary_factor"}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cuda_backend import hooks
-from cuda_backend.cache import BoundedCache
+from cuda_backend.cache import BoundedCache, cache_argument
 from cuda_backend.gates import RetentionGates, from_checkpoint
 from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.config import EvictionConfig, GateConfig
@@ -83,7 +83,7 @@ def new_cache(model: PreTrainedModel, **options: Any) -> BoundedCache:
 
 def run(model: PreTrainedModel, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, cache=cache, **options).logits
+        return model(ids, **cache_argument(model, cache), **options).logits
 
 
 class Remembering(RetentionGates):
