@@ -22,6 +22,7 @@ from .agreement import last_logits, rounded_cache, tokens_of
 from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, cache_argument
 from .gates import RetentionGates
+from .memory import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,14 @@ def layout_of(model: PreTrainedModel, hidden: dict[int, int]) -> Layout:
 
 @contextmanager
 def refusals(name: str) -> Iterator[None]:
-    """Transformers' own ValueError, for a config that contradicts itself say, as one that names the model."""
+    """Errors of a model's own code, for a config that contradicts itself say, as one that names the model."""
     try:
         yield
     except KVRetError:
         raise
-    except ValueError as error:
+    except Exception as error:  # model files take a config at its word
+        if out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"transformers does not run this {name} model: {error}; mend its config.json or use another model"
         ) from error
