@@ -2,8 +2,9 @@
 
     python benchmarks/reliability --fuzz fuzz.json [--kills 100] [--runs 3] [--rounds 40] [SCRIPT ...]
 
-``--fuzz`` names the state file of ``fuzz.py``, which runs for hours. Kills and threads are run here; of the
-other SCRIPTs (passes.py, schedules.py, families.py) the output is shown as it is.
+``--fuzz`` names the state file of ``fuzz.py``, which runs for hours. Kills and threads are run here, unless
+``--state`` names a file that holds them already; of the other SCRIPTs (passes.py, schedules.py, families.py)
+the output is shown as it is.
 """
 
 from __future__ import annotations
@@ -84,9 +85,15 @@ def _processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
+def _keep(state: Path | None, told: dict[str, Any]) -> None:
+    if state is not None:
+        state.write_text(json.dumps(told) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fuzz", type=Path)
+    parser.add_argument("--state", type=Path)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=40)
@@ -95,19 +102,22 @@ def main() -> None:
     import kills
     import threads
 
-    others = {}
+    told = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    told["fuzz"] = json.loads(options.fuzz.read_text()) if options.fuzz else {}
+    told.setdefault("scripts", {})
+    for name, run in (
+        ("kills", lambda: kills.measured(options.kills, options.runs)),
+        ("threads", lambda: threads.measured(options.rounds) if options.rounds else {}),
+    ):
+        if name not in told:
+            told[name] = run()
+            _keep(options.state, told)
     for script in options.scripts:
         ran = subprocess.run([sys.executable, str(HERE / script)], capture_output=True, text=True)
-        others[script] = ran.stdout + (
-            f"ended with {ran.returncode}\n{ran.stderr[-2000:]}" if ran.returncode else ""
-        )
-    told = json.loads(options.fuzz.read_text()) if options.fuzz else {}
-    lines = page(
-        told,
-        kills.measured(options.kills, options.runs) if options.kills else {},
-        threads.measured(options.rounds) if options.rounds else {},
-        others,
-    )
+        failed = f"ended with {ran.returncode}\n{ran.stderr[-2000:]}" if ran.returncode else ""
+        told["scripts"][script] = ran.stdout + failed
+        _keep(options.state, told)
+    lines = page(told["fuzz"], told["kills"], told["threads"], told["scripts"])
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(PAGE)
 
