@@ -51,7 +51,7 @@ class Compaction:
     """
 
     pool: Pool
-    moves: list[tuple[torch.Tensor, ...]]
+    moves: Sequence[tuple[torch.Tensor, ...]]
     arrays: dict[str, torch.Tensor]
     after: State
 
@@ -77,6 +77,11 @@ class Bounded:
     Sequences of a batch stand right-aligned: ``padding`` (R,) places come before a sequence's first token.
     Positions count from there, so that a row is treated as it would be alone.
     """
+
+    rows: int
+    pool: Pool
+    schedule: Schedule
+    padding: torch.Tensor
 
     def __init__(
         self,

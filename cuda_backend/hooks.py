@@ -229,7 +229,7 @@ def _check(model: nn.Module, cache: BoundedCache, args: Any, kwargs: dict[str, A
         check_identity(made.identity(model), cache.identity)
 
 
-def _begin(decoder: nn.Module, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
+def _begin(decoder: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
     hosts.renamed(decoder, kwargs)
     now = decoder.config._attn_implementation
     if cache.shared is not None and not str(now).startswith(NAME):

@@ -39,7 +39,8 @@ def prepare(model: PreTrainedModel) -> None:
         ids = next((value for value in inputs if value is not None), None)
         if cache is not None and ids is not None:
             _check_new(cache, ids.shape[1])
-        out = type(self).generate(self, *args, **kwargs)
+        stock: Any = getattr(type(self), GENERATE)
+        out = stock(self, *args, **kwargs)
         text = out if isinstance(out, torch.Tensor) else out.sequences
         if cache is None and not isinstance(out, torch.Tensor):
             cache = next((v for v in out.values() if isinstance(v, BoundedCache)), None)

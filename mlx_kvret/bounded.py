@@ -130,8 +130,9 @@ class Bounded:
         copies = [copy.copy(one) for one in changed]
         for one in copies:
             one.trim(count)
+        after = [dict(vars(one)) for one in copies]
         seen = [seen - count for seen in self.seen]
-        self.put(State([*zip(changed, map(vars, copies), strict=True), (self, {"seen": seen})]))
+        self.put(State([*zip(changed, after, strict=True), (self, {"seen": seen})]))
 
     def confirm(self) -> None:
         """Wait for what is in flight.

@@ -44,7 +44,8 @@ def run(cache: list[Any], tokens: int, forward: Forward, sliced: bool) -> Any:
     """
     parts = leaves(cache)
     shared = next((part.shared for part in parts if isinstance(part, BoundedKVCache)), None)
-    passes: Passes = (cache if shared is None else shared).passes  # type: ignore[attr-defined]
+    whole: Any = cache if shared is None else shared
+    passes: Passes = whole.passes
     passes.check()
     one = _Pass(parts, shared, passes, ahead=_runs_ahead())
     one.prepare(tokens)
@@ -56,7 +57,7 @@ def run(cache: list[Any], tokens: int, forward: Forward, sliced: bool) -> Any:
         reason = str(error).partition("\n")[0]
     # outside of the handler, whose traceback would keep the arrays of the pass
     mx.clear_cache()
-    seen = shared.seen[0] if shared is not None else int(cache.seen)  # type: ignore[attr-defined]
+    seen = int(whole.seen) if shared is None else shared.seen[0]
     chunk = largest_chunk(tokens, lambda size: one.fits(size, forward)) if sliced else None
     raise does_not_fit(tokens, seen, reason, chunk, "read fewer at a time, or lower the budget")
 
@@ -186,5 +187,6 @@ def _held(value: Any) -> Any:
 
 
 def _small(out: Any) -> list[mx.array]:
-    arrays = [value for _, value in tree_flatten(out) if isinstance(value, mx.array)]
+    flat: Any = tree_flatten(out)
+    arrays = [value for _, value in flat if isinstance(value, mx.array)]
     return arrays if sum(array.nbytes for array in arrays) <= SMALL else []

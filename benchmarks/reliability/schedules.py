@@ -37,6 +37,7 @@ def configuration(chance: np.random.Generator) -> EvictionConfig:
     budget = int(chance.integers(1, 10))
     sinks = int(chance.integers(0, budget + 1)) if chance.random() < 0.3 else 0
     options: dict[str, Any] = {
+        "policy": policy,
         "scope": str(chance.choice(["global", "layer", "head"])),
         "sinks": sinks,
         "window": int(chance.integers(0, budget - sinks + 1)) if chance.random() < 0.3 else 0,
@@ -45,8 +46,7 @@ def configuration(chance: np.random.Generator) -> EvictionConfig:
     if policy == "learned" and chance.random() < 0.4:
         options["lookahead"] = int(chance.integers(1, 6))
         options["threshold"] = float(chance.choice([1e-3, 0.5, 1.0]))
-    return EvictionConfig(budget=budget, buffer=int(chance.integers(0, 6)), policy=policy, **options)  # type:
-    ignore[arg - type]
+    return EvictionConfig(**options, budget=budget, buffer=int(chance.integers(0, 6)))
 
 
 class Oracle:

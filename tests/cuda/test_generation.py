@@ -56,7 +56,7 @@ def test_streaming_gives_what_forced_passes_give() -> None:
     assert [r.token for r in responses] == tokens
     assert "".join(r.text for r in responses) == "".join(f"{t} " for t in tokens)
     assert [r.finish_reason for r in responses] == [None] * 8 + ["length"]
-    assert responses[-1].seen == 60 + 8 and responses[-1].prompt_tokens == 60
+    assert responses[-1].seen == 60 + 9 and responses[-1].prompt_tokens == 60
     assert reads[0] == (0, 60) and reads[-1] == (60, 60)
 
 
