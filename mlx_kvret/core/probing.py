@@ -1,8 +1,8 @@
 """How a hooked model is compared with itself before it is accepted: with which tokens, and how closely.
 
 A few ordinary tokens run through the model as it is and through its hooks. Where they differ by more than
-rounding usually does, the model's own rounding is measured: it runs again with cached keys and values that are
-off by one unit in the last place. In half precision some models differ by 1 % then and others by 30 %.
+rounding usually does, the model's own rounding is measured: it runs again with cached keys and values off by
+one unit in the last place. In half precision some models differ by 1 % then and others by 30 %.
 """
 
 from __future__ import annotations
