@@ -76,6 +76,8 @@ def _read_rest(model: PreTrainedModel, cache: BoundedCache, text: torch.Tensor, 
         return
     given: dict[str, Any] = dict(cache_argument(model, cache))
     shared = cache.shared
+    if shared is None and len(cache.competing[0].keys) != len(text):
+        return  # it holds beams, only the best of which were given out
     if shared is not None and shared.schedule.padding.any():
         place = torch.arange(cache.seen, cache.seen + count, device=shared.device)
         given["position_ids"] = place - shared.padding[:, None]
