@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import converters
 from mlx_kvret.core.checkpoint import (
@@ -143,6 +143,9 @@ def edit(folder, **fields):
         ({"version": 0}, "version 0; this release reads version 1"),
         ({"version": 2}, "convert the gates again or update mlx-kvret"),
         ({"version": "1"}, "version '1'"),
+        ({"version": 1.0}, "version 1.0"),
+        ({"version": True}, "version True"),
+        ({"form": ["shared"]}, "form is .*expected a text"),
         ({"form": "mlx"}, "'mlx' form; convert them with"),
         ({"provenance": [1]}, "provenance is"),
         ({"gates": 3}, "gate configuration is a int"),
@@ -151,6 +154,10 @@ def edit(folder, **fields):
         ({"gates": {"kind": "rg11"}}, "kind is 'rg11'; expected one of rg, rg10"),
         ({"gates": {"kind": ["rg"]}}, "kind is"),
         ({"gates": {"layers": 0}}, "layers is 0; expected a whole number of at least 1"),
+        ({"gates": {"layers": 10**8}}, "layers is 100000000; expected .* at most"),
+        ({"gates": {"kv_heads": 10**18}}, "kv_heads is 1000000000000000000; expected .* at most"),
+        ({"gates": {"width": 10**10}}, "width is 10000000000; expected .* at most"),
+        ({"gates": {"hidden_size": 10**400}}, "of 401 digits is beyond the range"),
         ({"gates": {"kv_heads": -1}}, "kv_heads is -1"),
         ({"gates": {"hidden_size": 12.0}}, "hidden_size is 12.0"),
         ({"gates": {"width": True}}, "width is True"),
@@ -219,6 +226,21 @@ def test_folder_that_is_none(tmp_path, saved):
     for folder in (tmp_path / "absent", saved / TENSOR_FILE):
         with pytest.raises(CheckpointError, match=r"is not a folder; expected one with kvret\.json"):
             load_gates(folder)
+
+
+def test_a_changed_weight_is_noticed(saved):
+    content = bytearray((saved / TENSOR_FILE).read_bytes())
+    content[-1] ^= 1
+    (saved / TENSOR_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged or was changed"):
+        load_gates(saved)
+
+
+def test_gates_of_others_need_no_checksum(saved):
+    whole = load_gates(saved).tensors
+    save_file(load_file(saved / TENSOR_FILE), saved / TENSOR_FILE)
+    found = load_gates(saved).tensors
+    assert all(found[name].bits.tobytes() == tensor.bits.tobytes() for name, tensor in whole.items())
 
 
 def test_truncated_weights(saved):
