@@ -164,6 +164,6 @@ def _layout(cache: Any, places: list[int], hidden: dict[int, int], name: str) ->
     windows = {
         index: WindowShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
         for index, layer in enumerate(cache.layers)
-        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized
+        if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None
     }
     return Layout(shapes.pop(), tuple(places), len(cache.layers), devices.pop(), windows)

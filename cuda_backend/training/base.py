@@ -84,4 +84,3 @@ def memory_of(
         logits_per_token=_LOGIT_COPIES * config.vocab_size,
         chunk=_LOGIT_COPIES * CHUNK_ELEMENTS,
     )
-

@@ -135,7 +135,7 @@ def command(
     recompute: bool,
     **settings: Any,
 ) -> None:
-    """Train retention gates for MODEL: folder or hub id of a transformers or mlx-lm model, or 'demo'.
+    """Train retention gates for MODEL: folder or hub id of a transformers or mlx-lm model, or demo, smollm2.
 
     The model stays as it is. Gates learn to fade what it will not need: it must agree with its full self
     within a budget.
