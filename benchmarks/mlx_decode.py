@@ -25,6 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.qwen3 import Model, ModelArgs
 
@@ -93,10 +94,12 @@ def read(model: nn.Module, entrant: Contestant, tokens: mx.array, chunk: int) ->
 def decode(model: nn.Module, entrant: Contestant, token: mx.array, count: int) -> mx.array:
     """One turn of ``count`` greedy tokens, as mlx-lm's loop runs them: one step ahead of the host."""
     start = time.perf_counter()
-    for _ in range(count):
-        token = model(token, cache=entrant.cache)[:, -1:].argmax(-1)
-        mx.async_eval(token)
-    mx.eval(token)
+    # on that loop's stream a bounded cache, too, leaves a token in flight
+    with mx.stream(generation_stream):
+        for _ in range(count):
+            token = model(token, cache=entrant.cache)[:, -1:].argmax(-1)
+            mx.async_eval(token)
+        mx.eval(token)
     entrant.turns.append((time.perf_counter() - start) / count)
     return token
 
