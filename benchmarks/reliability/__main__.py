@@ -29,7 +29,7 @@ GOOD = ("refused", "same", "other")
 PLANNED = 100_000
 FOUND = """Found by such files on the way, and mended: a tokenizer that loads and panics in Rust at the first
 word, or fails at a limit that is a list; a config whose model loads and cannot run; indices in prompt files
-of mlx-lm that wrote into foreign memory; sizes in headers that were looped over before anything was checked."""
+of mlx-lm that wrote into foreign memory; sizes in headers, looped over before they were checked."""
 
 
 def page(
