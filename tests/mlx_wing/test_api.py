@@ -170,11 +170,11 @@ def cut(path):
 DAMAGE = {
     "unknown architecture": (lambda f: change(f, model_type="nobody"), UnsupportedModelError, "nobody"),
     "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "config.json"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), CheckpointError, "damaged"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), CheckpointError, "not valid JSON"),
     "no model type": (lambda f: (f / "config.json").write_text("{}"), CheckpointError, "model_type"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "safetensors"),
-    "cut weights": (lambda f: cut(f / "model.safetensors"), CheckpointError, "damaged"),
-    "other shapes": (lambda f: change(f, hidden_size=32), UnsupportedModelError, "shape"),
+    "cut weights": (lambda f: cut(f / "model.safetensors"), CheckpointError, "not a whole safetensors file"),
+    "other shapes": (lambda f: change(f, hidden_size=32), CheckpointError, "shape"),
 }
 
 

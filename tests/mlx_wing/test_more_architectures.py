@@ -9,7 +9,7 @@ from tiny import forward, pieces, prompt, random_gates, shape_of, tiny
 import mlx_kvret
 
 NAMES = [
-    "cohere", "gemma", "glm", "gptj", "hunyuan_v1_dense", "internlm2", "internlm3", "mimo", "mixtral",
+    "cohere", "gemma", "gptj", "hunyuan_v1_dense", "internlm2", "internlm3", "mimo", "mixtral",
     "olmo2", "phimoe", "seed_oss", "smollm3", "starcoder2", "telechat3",
 ]  # fmt: skip
 OWN = {
