@@ -128,7 +128,7 @@ def test_prompt_inputs_need_a_model_that_fits(tmp_path):
         prompt_inputs(bare, source, "")
     with pytest.raises(ModelMismatchError, match="hidden size 32, the model has 64"):
         prompt_inputs(demo.MODEL, gates())
-    with pytest.raises(CheckpointError, match="holds no model"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         prompt_inputs(tmp_path, source)
 
 

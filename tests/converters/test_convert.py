@@ -86,7 +86,7 @@ def test_source_that_is_none(tmp_path, folders):
 
 
 def test_model_without_config(tmp_path, folders):
-    with pytest.raises(CheckpointError, match=r"config.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         convert(folders["shared"], tmp_path / "out", "trimkv", model=tmp_path)
 
 
