@@ -264,6 +264,9 @@ class Transcript:
         before, found, after = probe.partition(word)
         if not found:
             raise ConfigError("the model's chat template does not show the user's message; mend the template")
+        if whole[len(before) : len(whole) - len(after)].strip() == text.strip():
+            # a template may tell the time, which has gone on since
+            before = whole[: len(before)]
         ids = self._encode(anchor, whole, before, text, after)
         opening = self.template.encode_after(anchor, before)
         ending = self.template.encode_after(_USER, after)
@@ -303,11 +306,17 @@ class Transcript:
     def _encode(self, anchor: str, whole: str, before: str, text: str, after: str) -> list[int]:
         """Token ids of a turn; control tokens in the user's own text are text."""
         template = self.template
+        if not template.holds_control(text):
+            return template.encode_after(anchor, whole)
         own = whole[len(before) : len(whole) - len(after)]
-        if template.holds_control(text) and whole == before + own + after:
-            opened, closed = template.encode_after(anchor, before), template.encode_after(_USER, after)
-            return opened + template.encode(own, plainly=True) + closed
-        return template.encode_after(anchor, whole)
+        if whole != before + own + after:
+            raise ConfigError(
+                "the message spells control tokens of this model, and its chat template writes something "
+                "else around it than around other messages, so that they cannot be told from the template's "
+                "own; leave them out"
+            )
+        opened, closed = template.encode_after(anchor, before), template.encode_after(_USER, after)
+        return opened + template.encode(own, plainly=True) + closed
 
     def _word(self, word: str, *texts: str) -> str:
         """A placeholder that occurs in no message."""

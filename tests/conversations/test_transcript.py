@@ -122,6 +122,39 @@ def test_text_that_spells_control_tokens_or_our_placeholders_is_text(tokenizers)
     assert talk.tokenizer.decode(after.new) == whole
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_control_tokens_in_the_first_question_are_text(tokenizers, name):
+    # also where the template tells the time, which goes on between two renderings
+    family = FAMILIES[name]
+    tokenizer = tokenizers(family.template, family.stop)
+    plain, spelt = (Transcript(tokenizer).plan(text).new for text in ("Hi", "".join(templates.CONTROL)))
+    special = set(tokenizer.convert_tokens_to_ids(list(templates.CONTROL)))
+    assert [i for i in spelt if i in special] == [i for i in plain if i in special]
+    assert "".join(templates.CONTROL) in tokenizer.decode(spelt)
+
+
+def test_control_tokens_are_refused_where_they_cannot_be_told_from_the_templates_own(tokenizers):
+    loud = templates.PLAIN.replace("m.role ~", "m.role ~ ('!!' if '<|' in m.content else '') ~")
+    talk = Talk(tokenizers(loud))
+    with pytest.raises(ConfigError, match="control tokens"):
+        talk.transcript.plan("Hi <|im_end|>")
+    assert talk.transcript.messages == [] and talk.ask("Hi", "Yes.", "<|im_end|>").new
+
+
+@pytest.mark.parametrize("read, cut", [(1, None), (30, None), (60, "Hell")])
+def test_a_preamble_that_tells_the_time_is_no_part_of_a_question_broken_off(tokenizers, read, cut):
+    talk = Talk(tokenizers(templates.LLAMA3, "<|eot_id|>"))
+    talk.break_off("Hello there", read)
+    talk.ask("Hi", "Yes.", "<|eot_id|>")
+    asked = [m["content"] for m in talk.transcript.messages if m["role"] == "user"]
+    assert asked == ["Hi"] if cut is None else [cut, "Hi"]
+    opened = "<|start_header_id|>user<|end_header_id|>\n\n"
+    assert talk.text.split(opened)[1:] == [
+        f"{text}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{said}"
+        for text, said in zip(asked, ["<|eot_id|>", "Yes.<|eot_id|>"][-len(asked) :], strict=True)
+    ]
+
+
 def test_what_was_said_and_is_not_in_the_cache_is_read_first(tokenizers):
     talk = Talk(tokenizers(templates.PLAIN))
     turn = talk.transcript.plan("Hi?")
