@@ -36,9 +36,7 @@ class Bounded:
     ``owner`` names the model and the gates, for caches saved to a file, ``identity`` the very weights too.
 
     Changes are decided upon first and then put in place, whole or not at all: those of a forward pass by
-    :mod:`mlx_kvret.forward`, all others by :meth:`put`. ``in_flight`` says that MLX has been asked for arrays
-    and has not answered yet; what it fails at then is garbage, and is reported once, to whoever evaluates
-    next.
+    :mod:`mlx_kvret.forward`, all others by :meth:`put`.
     """
 
     def __init__(
@@ -58,7 +56,6 @@ class Bounded:
         self.seen = [0] * shape.layers
         self.identity = ""
         self.passes = Passes()
-        self.in_flight = False
         # of the pass under way: masks that were made for it, and by id of the keys whose they are
         self.masks: list[mx.array] = []
         self.fetchers: dict[int, Any] = {}
@@ -96,7 +93,7 @@ class Bounded:
         try:
             after = self._compacted(move)
         except (RuntimeError, MemoryError) as error:
-            if self.in_flight and not isinstance(error, KVRetError):
+            if self.passes.in_flight and not isinstance(error, KVRetError):
                 self.lose(error)
             raise
         self.put(after)
@@ -135,17 +132,16 @@ class Bounded:
         self.put(State([*zip(changed, after, strict=True), (self, {"seen": seen})]))
 
     def confirm(self) -> None:
-        """Wait for what is in flight.
+        """Wait for what is in flight of the layers that compete.
 
         Raises:
             CacheError: it failed, so that the cache cannot go on.
         """
-        if self.in_flight:
+        if self.passes.in_flight:
             self._compute(self.arrays(), wait=True)
-            self.in_flight = False
 
     def _compute(self, arrays: Any, wait: bool = False) -> None:
-        self.in_flight |= not wait
+        self.passes.in_flight |= not wait
         try:
             (mx.eval if wait else mx.async_eval)(arrays)
         except Exception as error:

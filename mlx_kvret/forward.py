@@ -22,7 +22,7 @@ from .cache import BoundedKVCache, running
 from .core.chunks import does_not_fit, largest_chunk
 from .core.passes import Passes
 from .core.state import State
-from .errors import KVRetError
+from .errors import CacheError, KVRetError
 
 # as many tokens, drafts say, are written in place
 FEW = 8
@@ -73,12 +73,11 @@ class _Pass:
 
     def prepare(self, tokens: int) -> None:
         """Have everything decided and, unless the loop runs ahead, computed that a pass builds upon."""
-        if self.shared is None:
-            return
         wait = not (self.ahead and tokens == 1)
         if wait:
-            self.shared.confirm()
-        self.shared.settle(wait)
+            confirm(self.parts, self.shared, self.passes)
+        if self.shared is not None:
+            self.shared.settle(wait)
 
     def run(self, tokens: int, forward: Forward, trial: bool = False) -> Any:
         """The pass; a ``trial`` is undone in the end."""
@@ -96,7 +95,7 @@ class _Pass:
         except BaseException as error:
             passes.running = False
             passes.undo()
-            self._doubt(error)
+            doubt(passes, error)
             raise
         finally:
             running.reset(outer)
@@ -129,8 +128,7 @@ class _Pass:
     def _compute(self, tokens: int, out: Any) -> None:
         """A few tokens, which are part of the cache already."""
         if self.ahead and tokens == 1:
-            if self.shared is not None:
-                self.shared.in_flight = True
+            self.passes.in_flight = True
             return
         try:
             mx.eval(self._arrays(), _small(out))
@@ -138,16 +136,9 @@ class _Pass:
             lose(self.passes, error)
             raise
 
-    def _doubt(self, error: BaseException) -> None:
-        """What a pass fails at may be what an earlier one has left in flight."""
-        ours = isinstance(error, KVRetError) or not isinstance(error, (RuntimeError, MemoryError))
-        if self.shared is not None and self.shared.in_flight and not ours:
-            lose(self.passes, error)
-
     def _arrays(self) -> list[Any]:
         own = [] if self.shared is None else [recent.arrays() for recent in self.shared.recents]
-        others = [part for part in self.parts if not isinstance(part, BoundedKVCache)]
-        return [own, [list(vars(part).values()) for part in others]]
+        return [own, _others(self.parts)]
 
 
 class _Undone(Exception):
@@ -158,6 +149,29 @@ def lose(passes: Passes, error: BaseException) -> None:
     """Note that MLX failed at what a cache holds."""
     reason = str(error).partition("\n")[0] or type(error).__name__
     passes.lose(f"MLX failed while it computed what the cache holds ({reason})")
+
+
+def doubt(passes: Passes, error: BaseException) -> None:
+    """What MLX fails at may be what an earlier pass has left in flight."""
+    ours = isinstance(error, KVRetError) or not isinstance(error, (RuntimeError, MemoryError))
+    if passes.in_flight and not ours:
+        lose(passes, error)
+
+
+def confirm(parts: list[Any], shared: Bounded | None, passes: Passes) -> None:
+    """Wait for what is in flight of all of a cache's entries.
+
+    Raises:
+        CacheError: it failed, so that the cache cannot go on.
+    """
+    if not passes.in_flight:
+        return
+    try:
+        mx.eval([] if shared is None else shared.arrays(), _others(parts))
+    except Exception as error:
+        lose(passes, error)
+        raise CacheError(passes.lost) from error
+    passes.in_flight = False
 
 
 def leaves(cache: list[Any]) -> list[Any]:
@@ -184,6 +198,11 @@ def _held(value: Any) -> Any:
     if isinstance(value, mx.array):
         return value[...]  # an array of its own on the same values
     return [_held(one) for one in value] if isinstance(value, list) else value
+
+
+def _others(parts: list[Any]) -> list[Any]:
+    """What entries hold that do not compete."""
+    return [list(vars(part).values()) for part in parts if not isinstance(part, BoundedKVCache)]
 
 
 def _small(out: Any) -> list[mx.array]:

@@ -14,8 +14,8 @@ import mlx.nn as nn
 
 from .cache import BoundedCache, BoundedKVCache
 from .core.passes import Passes
-from .errors import KVRetError, UnsupportedFeatureError
-from .forward import leaves, lose
+from .errors import UnsupportedFeatureError
+from .forward import confirm, doubt, leaves
 
 
 class Text:
@@ -47,14 +47,11 @@ class Text:
             self._take_back(extra)
         elif extra < 0 and given:
             self._model(mx.array([given[extra:]]), cache=self._cache)
-        if self._shared is not None:
-            self._shared.confirm()
+        confirm(self._parts, self._shared, self._passes)
 
     def failed(self, error: BaseException) -> None:
         """What MLX fails at may be what the loop has left in flight."""
-        ours = isinstance(error, KVRetError) or not isinstance(error, (RuntimeError, MemoryError))
-        if self._shared is not None and self._shared.in_flight and not ours:
-            lose(self._passes, error)
+        doubt(self._passes, error)
 
     def _take_back(self, count: int) -> None:
         others = [part for part in self._parts if not isinstance(part, BoundedKVCache)]

@@ -21,12 +21,15 @@ class Passes:
     """What is known of a cache's passes: the one under way, and whether the cache can go on.
 
     ``open`` is the state to go back to while a pass is under way, ``running`` whether its end is still to
-    come. ``lost`` says why the cache cannot go on.
+    come. ``in_flight`` says that the device has been asked for values and has not answered yet; what it
+    fails at then is garbage, and is reported once, to whoever waits next. ``lost`` says why the cache cannot
+    go on.
     """
 
     def __init__(self) -> None:
         self.open: State | None = None
         self.running = False
+        self.in_flight = False
         self.lost = ""
 
     def begin(self, before: State) -> None:

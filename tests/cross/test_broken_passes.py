@@ -151,14 +151,18 @@ def test_what_mlx_fails_at_when_it_evaluates_changes_nothing(
     assert found == ("undone" if size > FEW else "lost")
 
 
-def test_what_fails_in_flight_loses_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    side = side_of("mlx")
-    cache, kind, calls = side.cache(budget=9, buffer=3), type(side.model.model.layers[0].mlp), 0
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("options", [{"budget": 9, "buffer": 3}, {"policy": "full"}])
+def test_what_fails_in_flight_loses_the_cache(
+    monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+) -> None:
+    side = side_of("mlx", family)
+    cache, kind, calls = side.cache(**options), type(side.model.model.layers[0].mlp), 0
 
     def late(_: Any) -> bool:
         nonlocal calls
         calls += 1
-        return calls > 12
+        return calls > 6 * len(side.model.layers)
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "__call__", failing_late(kind.__call__, late))
