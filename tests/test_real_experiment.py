@@ -63,7 +63,7 @@ def test_a_file_is_what_it_must_be(tmp_path):
 def test_markup_is_taken_off():
     rst = ".. index:: x\n\nThe :class:`~a.B` and :func:`see <c>` of ``d``."
     assert texts._without_markup(rst).strip() == "The a.B and see of `d`."
-    assert texts._without_pod("=head1 NAME\n\nB<bold C<code>> E<gt>") == "NAME\n\nbold code >"
+    assert texts._without_pod("=head1 NAME\n\nB<bold>, C<< code >> E<gt>") == "NAME\n\nbold, code >"
     assert texts._joined_lines("a\nb\n\n\nc") == "a b\n\nc"
 
 
