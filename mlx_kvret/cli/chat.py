@@ -53,8 +53,9 @@ def command(**options: Any) -> None:
         raise ConfigError("the model folder has no tokenizer; from Python, give mlx_kvret.generate token ids")
     conversation = Conversation(model, tokenizer, options.pop("system"), evict)
     draw = sampling(model, options) | {"max_tokens": options["max_tokens"]}
-    held = conversation.cache.entries
-    note(f"Commands: {'  '.join(COMMANDS)}. The cache holds {held} entries.", err=True)
+    budget = settings(conversation.cache).get("budget")
+    kept = "every token" if budget is None else f"up to {budget:,} tokens per head"
+    note(f"Commands: {'  '.join(COMMANDS)}. The cache keeps {kept}.", err=True)
     with history():
         while True:
             try:

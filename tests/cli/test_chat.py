@@ -46,6 +46,15 @@ def test_save_load_and_reset(tmp_path):
     assert result.exit_code == 0 and answers(chat(f"/load {path}", "recall Ada"))[1] == "amber"
 
 
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.parametrize(
+    "options, kept", [([], "up to 32 tokens per head"), (["--policy", "full"], "every token")]
+)
+def test_the_first_line_says_how_much_is_kept(backend, options, kept):
+    result = chat("/quit", options=["--backend", backend, *options])
+    assert result.exit_code == 0 and result.stderr.rstrip().endswith(f"The cache keeps {kept}.")
+
+
 def test_a_loaded_conversation_says_what_it_goes_on_with(tmp_path):
     chat("remember Ada amber recall Ada", f"/save {tmp_path}/talk")
     options = ["--policy", "recent", "--system", "the quiet river"]
