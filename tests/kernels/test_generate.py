@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metal_host import EMULATED, installed
+from mlx_lm.generate import generation_stream
 
 import mlx_kvret
 from mlx_kvret import kernels
@@ -84,8 +85,10 @@ def test_a_thousand_tokens_without_waiting_for_the_device(path, monkeypatch):
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)  # does not wait, but has no place in a trace
 
     def decode(token):
-        for _ in range(1000):
-            token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+        # as mlx-lm's loop does, which runs ahead of the device
+        with mx.stream(generation_stream):
+            for _ in range(1000):
+                token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
 
     with pytest.raises(Over):
         traced(decode)
