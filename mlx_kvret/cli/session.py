@@ -165,5 +165,5 @@ def stats_line(model: Any, cache: Any, last: Any) -> str:
         f"[{last.prompt_tokens} prompt tokens at {last.prompt_tps:.0f}/s, "
         f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s; "
         f"kept {cache.entries / heads:,.0f} of {cache.seen:,} tokens per head; "
-        f"KV {cache.nbytes / 1e6:.2f} MB, a full cache {full / 1e6:.2f} MB]"
+        f"{cache.nbytes / 1e6:.2f} MB of KV allocated, by a full cache {full / 1e6:.2f} MB]"
     )
