@@ -73,6 +73,8 @@ def test_generate_makes_what_the_model_was_attached_for(model: Any) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_the_cache_is_found_under_either_name(model: Any, name: str) -> None:
+    if name == "cache" and cache_name(model) != "cache":
+        pytest.skip("this release of transformers refuses the name itself")
     cache = mlx_kvret.make_cache(model)
     model.generate(IDS, **{name: cache}, **GREEDY)
     seen = cache.seen
