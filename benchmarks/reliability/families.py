@@ -8,6 +8,7 @@ transformers cannot make or run it.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import warnings
@@ -56,10 +57,16 @@ def left_out() -> list[str]:
 
 
 def main() -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="all unless given")
+    chosen = parser.parse_args().families or FAMILIES
+    if unknown := set(chosen) - set(FAMILIES):
+        parser.error(f"not known here: {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for family in sys.argv[1:] or FAMILIES:
+    for family in chosen:
         for kind in KINDS:
             cell = compared(family, kind)
             print(f"{family:18} {kind:16} {cell}", flush=True)
