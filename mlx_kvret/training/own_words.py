@@ -142,7 +142,7 @@ def own_words(
     Raises:
         ConfigError: the file is there already, or the model has no tokenizer.
     """
-    from ..api import load, stream_generate, wing_of
+    from ..api import load, stream_generate
 
     if path.exists():
         raise ConfigError(f"{path} exists already; train on it with --data {path}, or remove it")
@@ -151,8 +151,8 @@ def own_words(
         raise ConfigError(f"{model} has no tokenizer, so it cannot write texts; give --data FILE")
 
     def answer(ids: list[int], most: int) -> str:
-        options = wing_of(network).sampling(1.0, 1.0, seed + len(ids))
-        stream = stream_generate(network, tokenizer, ids, max_tokens=most, policy="full", **options)
+        draw = {"temp": 1.0, "seed": seed + len(ids)}
+        stream = stream_generate(network, tokenizer, ids, max_tokens=most, policy="full", **draw)
         return "".join(response.text for response in stream)
 
     yield from write_records(path, seeds, count, length, seed, tokenizer, answer, resume)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    from .llama_gguf import Fields
+from .gguf_fields import Fields
 
 _CONTROL = 3
 # how a text is cut before merges, by llama.cpp's name for it

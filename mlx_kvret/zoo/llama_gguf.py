@@ -17,6 +17,7 @@ import numpy as np
 from ..core.tensors import Tensor, write_tensors
 from ..core.types import Floats
 from ..errors import CheckpointError
+from .gguf_fields import Fields
 from .gguf_tokenizer import write_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -31,23 +32,6 @@ _IN_LAYER = {
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-
-
-class Fields:
-    """The metadata of a GGUF file, as Python values."""
-
-    def __init__(self, reader: gguf.GGUFReader) -> None:
-        self._fields = reader.fields
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._fields[name].contents() if name in self._fields else default
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._fields:
-            raise CheckpointError(
-                f"the GGUF file has no field {name}; it is another kind of file than expected"
-            )
-        return self._fields[name].contents()
 
 
 def write_folder(source: Path, folder: Path, dtype: str) -> None:

@@ -160,11 +160,11 @@ def test_models_whose_layers_share_keys_are_refused(tmp_path: Path) -> None:
         hooks.install(model, None, {})
     # no layer is left from which the full ones could share: transformers' own complaint
     model.config.num_kv_shared_layers = 3
-    with pytest.raises(UnsupportedModelError, match="does not run this gemma3n_text model: The set of layer"):
+    with pytest.raises(UnsupportedModelError, match="does not run this gemma3n_text model"):
         hooks.install(model, None, {})
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="does not run this gemma3n_text model: The set of layer"):
+    with pytest.raises(UnsupportedModelError, match="does not run this gemma3n_text model"):
         wing.cache_shape(tmp_path)
 
 

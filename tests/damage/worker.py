@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from mlx_kvret.core.tensors import CHECKSUM
 from mlx_kvret.errors import KVRetError
 
-from .forms import FORMS, Content, Form, TheirRefusal
+from .forms import FORMS
+from .sound import Content, Form, TheirRefusal
 from .mutations import Damaged, damage
 
 # bytes of address space beyond what the libraries take: a size from a file must not decide over more

@@ -79,7 +79,8 @@ def test_result(finished, chats):
 def test_log_and_profile(finished):
     log = read_log(finished / "log.csv")
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
-    assert log[-1]["capacity"] < log[3]["capacity"]
+    # the first half of the run has slack
+    assert log[0]["capacity"] < log[-1]["capacity"] < log[3]["capacity"]
     assert log[-1]["soft_size"] < log[0]["soft_size"]
     assert all(row["tokens"] == 128 and set(row) == set(COLUMNS) for row in log)
     profile = json.loads((finished / "profile.json").read_text())
