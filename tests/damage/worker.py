@@ -21,8 +21,8 @@ from mlx_kvret.core.tensors import CHECKSUM
 from mlx_kvret.errors import KVRetError
 
 from .forms import FORMS
-from .sound import Content, Form, TheirRefusal
 from .mutations import Damaged, damage
+from .sound import Content, Form, TheirRefusal
 
 # bytes of address space beyond what the libraries take: a size from a file must not decide over more
 ROOM = 6 << 30
