@@ -126,8 +126,13 @@ def test_ctrl_c_while_a_command_is_imported(command, delay):
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=240)
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+    if delay and command == "info":
+        # it is quick: it may be done, or be ended by the signal itself while Python takes itself down
+        assert process.returncode in (130, 0, -signal.SIGINT)
+        return
     # what is quick may have ended before
-    assert process.returncode in (130, 1) and "Traceback" not in errors and "Exception ignored" not in errors
+    assert process.returncode in (130, 1)
     assert process.returncode == 130 or errors.startswith("error: ")
 
 
