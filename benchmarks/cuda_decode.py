@@ -1,4 +1,4 @@
-"""The torch wing on a GPU: decode attention against copy bandwidth, and whole steps against the full cache.
+"""The torch backend on a GPU: decode attention against copy bandwidth, and whole steps against a full one.
 
 ``python benchmarks/cuda_decode.py --write``. On a GPU the models are random Qwen3 of the shapes of 4B and 8B
 in bfloat16; without one the same script runs tiny on the CPU, and the table says so. The full cache runs
@@ -284,7 +284,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if GPU else f"no GPU: tiny shapes on the CPU ({platform.machine()})"
     lines = [
-        "# The torch wing",
+        "# The torch backend",
         "",
         f"`python benchmarks/cuda_decode.py --write`, {datetime.date.today()}, {device}, torch "
         f"{torch.__version__}, {DTYPE}, M = {options.budget}, chunks of {options.chunk}.",

@@ -30,9 +30,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.qwen3 import Model, ModelArgs
 
 import mlx_kvret
-from mlx_kvret import hooks
 from mlx_kvret.core.config import EvictionConfig, GateConfig
-from mlx_kvret.gates import RetentionGates
+from mlx_kvret.mlx_backend import hooks
+from mlx_kvret.mlx_backend.gates import RetentionGates
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {

@@ -2,7 +2,7 @@
 
 ``shared``  one folder for every backend (safetensors + json), the form in the middle
 ``mlx``     the same for MLX alone: one float type, or 8 bits
-``torch``   the shared one with the layers' weights stacked, as the torch wing runs them
+``torch``   the shared one with the layers' weights stacked, as the torch backend runs them
 ``trimkv``  gates as TRIM-KV and DBTrimKV release them (writing them needs torch)
 """
 
@@ -222,7 +222,7 @@ def _prompt_inputs(model: str | os.PathLike[str], gates: Gates, prompt: str | No
 def _gates(checkpoint: GateCheckpoint) -> Gates:
     """Gates that run, on MLX if it is installed."""
     if installed("mlx"):
-        from mlx_kvret.gates import from_checkpoint
+        from mlx_kvret.mlx_backend.gates import from_checkpoint
 
         return from_checkpoint(checkpoint)
     if not installed("torch"):

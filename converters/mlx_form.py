@@ -1,7 +1,7 @@
 """Gates as MLX loads them: in one float type, or with their large maps in 8 bits.
 
 ``kvret.json``         the shared manifest with "form": "mlx", "dtype" and "quantization"
-``gates.safetensors``  the parameters of :class:`mlx_kvret.gates.RetentionGates`, by their own names
+``gates.safetensors``  the parameters of the MLX backend's :class:`RetentionGates`, by their own names
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mlx_kvret.core.files import whole_folder
 from mlx_kvret.core.reading import exactly
 from mlx_kvret.core.tensors import FLOATS, Tensor, read_tensors, write_tensors
 from mlx_kvret.errors import CheckpointError, ConfigError
-from mlx_kvret.gates import RetentionGates, from_checkpoint, to_array, to_tensor
+from mlx_kvret.mlx_backend.gates import RetentionGates, from_checkpoint, to_array, to_tensor
 
 from .casting import DTYPES, common_dtype
 

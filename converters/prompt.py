@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kvret import hooks, wing
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.demo.language import story
 from mlx_kvret.errors import ConfigError
-from mlx_kvret.gates import RetentionGates
+from mlx_kvret.mlx_backend import api, hooks
+from mlx_kvret.mlx_backend.gates import RetentionGates
 
 TOKENS = 1024
 
@@ -31,7 +31,7 @@ def prompt_inputs(
         ModelMismatchError: the gates' shape is not the model's.
         UnsupportedModelError: mlx-lm cannot load it, or it cannot be hooked.
     """
-    network, tokenizer = wing.load(Path(model))
+    network, tokenizer = api.load(Path(model))
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so that no prompt can be read; add its tokenizer files")
     tokens = tokenizer.encode(story(TOKENS).text if text is None else text)[:TOKENS]

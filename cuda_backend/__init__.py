@@ -1,1 +1,1 @@
-"""The torch wing: the rooms of ``mlx_kvret`` under the same names, for CUDA and CPU."""
+"""The torch backend: the rooms of ``mlx_kvret/mlx_backend`` under the same names, for CUDA and CPU."""

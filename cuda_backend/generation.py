@@ -110,7 +110,7 @@ def stream_generate(
     }
     check_generation(given, asked)
     if cache is None:
-        from .wing import make_cache
+        from .api import make_cache
 
         cache = make_cache(model, **evict)
     else:

@@ -1,4 +1,4 @@
-"""How the next token is drawn on torch; the MLX wing's twin is ``mlx_kvret/sampling.py``."""
+"""How the next token is drawn on torch; the MLX backend's twin is ``mlx_kvret/mlx_backend/sampling.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bounded cache to the file format of :mod:`mlx_kvret.core.snapshot`, which every wing opens, and back."""
+"""A bounded cache in the file format of :mod:`mlx_kvret.core.snapshot`, which both backends open."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
     """What a cache holds, its entries in the order of their flat heads and positions.
 
     Raises:
-        UnsupportedFeatureError: a batch, a cache that evicts nothing, or a kind of layer no other wing knows.
+        UnsupportedFeatureError: a batch, a cache that evicts nothing, or a kind of layer only torch knows.
     """
     shared = cache.shared
     if shared is None:

@@ -1,4 +1,4 @@
-"""Which releases of torch and transformers the torch wing works with, told without importing them."""
+"""Which releases of torch and transformers the torch backend works with, told without importing them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 >>> model, tokenizer = mlx_kvret.load("demo")
 >>> mlx_kvret.generate(model, tokenizer, "remember Anna amber ... recall Anna", budget=64)
 
-Importing this package imports neither MLX nor torch; the wing that is used comes with the first call.
+Importing this package imports neither MLX nor torch; the backend that is used comes with the first call.
 """
 
 from .api import (

@@ -1,4 +1,4 @@
-"""The public functions. Each finds the wing a model belongs to and hands the call on."""
+"""The public functions. Each finds the backend a model belongs to and hands the call on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(
         trust_remote_code: run the Python code that the model's folder brings; never unless given.
         tokenizer_config: a dictionary of options of the tokenizer.
         options: of the backend's own loader: ``adapter_path``, ``lazy``, ``strict``, ... on MLX,
-            ``device``, ``dtype``, ``quantization_config``, ... on torch; see ``load`` in its ``wing``.
+            ``device``, ``dtype``, ``quantization_config``, ... on torch; see ``load`` in its ``backend``.
 
     Returns:
         ``(model, tokenizer)``; the tokenizer is None if the folder has none: prompts are then token ids.
@@ -39,7 +39,7 @@ def load(
     Raises:
         ConfigError, CheckpointError, ModelMismatchError, UnsupportedModelError, MissingDependencyError.
     """
-    return _wing(choose_backend(backend)).load(model, gates, **_device(backend, options))
+    return _backend(choose_backend(backend)).load(model, gates, **_device(backend, options))
 
 
 def attach(model: Any, gates: Any = "auto", **options: Any) -> Any:
@@ -58,12 +58,12 @@ def attach(model: Any, gates: Any = "auto", **options: Any) -> Any:
         ConfigError: options that cannot work, or that need gates.
         CheckpointError, ModelMismatchError, UnsupportedModelError: the model stays as it was.
     """
-    return wing_of(model).attach(model, gates, **options)
+    return backend_of(model).attach(model, gates, **options)
 
 
 def detach(model: Any) -> Any:
     """Undo :func:`attach` completely; returns the same model."""
-    return wing_of(model).detach(model)
+    return backend_of(model).detach(model)
 
 
 def make_cache(model: Any, budget: int | str | None = None, buffer: int | None = None, **options: Any) -> Any:
@@ -87,7 +87,7 @@ def make_cache(model: Any, budget: int | str | None = None, buffer: int | None =
         options: of :class:`~mlx_kvret.core.config.EvictionConfig`: ``scope``, ``policy``, ``min_per_head``,
             ``sinks``, ``window``, ``lookahead``, ``threshold``, ``policy_seed``.
     """
-    return wing_of(model).make_cache(model, budget, buffer, **options)
+    return backend_of(model).make_cache(model, budget, buffer, **options)
 
 
 def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
@@ -119,21 +119,21 @@ def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
         OutOfMemoryError: names a ``prefill_step_size`` that fits; the cache is as it was before the pass.
         CacheError: the cache cannot go on, and why.
     """
-    return str(wing_of(model).generate(model, tokenizer, prompt, **options))
+    return str(backend_of(model).generate(model, tokenizer, prompt, **options))
 
 
 def stream_generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Iterator[Any]:
     """As :func:`generate`, by token: mlx-lm's response fields, ``seen``, ``entries`` and ``cache_nbytes``."""
-    found: Iterator[Any] = wing_of(model).stream_generate(model, tokenizer, prompt, **options)
+    found: Iterator[Any] = backend_of(model).stream_generate(model, tokenizer, prompt, **options)
     return found
 
 
 def save_cache(model: Any, cache: Any, path: str | Path, notes: dict[str, str] | None = None) -> None:
     """Write a cache to a file, whole or not at all, with texts to be kept beside it.
 
-    Either wing opens the file (:mod:`mlx_kvret.core.snapshot`): a server's reading goes on on a laptop.
+    Either backend opens the file (:mod:`mlx_kvret.core.snapshot`): a server's reading goes on on a laptop.
     """
-    wing_of(model).save_cache(model, cache, path, notes)
+    backend_of(model).save_cache(model, cache, path, notes)
 
 
 def load_cache(model: Any, path: str | Path) -> tuple[Any, dict[str, str]]:
@@ -143,7 +143,7 @@ def load_cache(model: Any, path: str | Path) -> tuple[Any, dict[str, str]]:
         CheckpointError: not such a file, or damaged.
         ModelMismatchError: it belongs to another model or other gates.
     """
-    found: tuple[Any, dict[str, str]] = wing_of(model).load_cache(model, path)
+    found: tuple[Any, dict[str, str]] = backend_of(model).load_cache(model, path)
     return found
 
 
@@ -198,26 +198,26 @@ def _device(backend: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"device": "cuda" if chosen == "cuda" else "cpu"} | options
 
 
-def _wing(backend: str) -> Any:
+def _backend(backend: str) -> Any:
     if backend == "mlx":
-        return importlib.import_module("mlx_kvret.wing")
+        return importlib.import_module("mlx_kvret.mlx_backend.api")
     # before anything of theirs is imported, which may be there under another name
     importlib.import_module("cuda_backend.versions").check_versions()
-    return importlib.import_module("cuda_backend.wing")
+    return importlib.import_module("cuda_backend.api")
 
 
-def any_wing() -> Any:
-    """The wing of whatever is installed, for questions that every one of them answers alike."""
-    return _wing("mlx" if installed("mlx") else choose_backend("auto"))
+def any_backend() -> Any:
+    """The backend of whatever is installed, for questions that every one of them answers alike."""
+    return _backend("mlx" if installed("mlx") else choose_backend("auto"))
 
 
-def wing_of(model: Any) -> Any:
-    """The wing of a loaded model, told by the class it inherits from."""
+def backend_of(model: Any) -> Any:
+    """The backend of a loaded model, told by the class it inherits from."""
     families = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     if "mlx" in families:
-        return _wing("mlx")
+        return _backend("mlx")
     if "torch" in families:
-        return _wing("torch")
+        return _backend("torch")
     raise ConfigError(
         f"model is a {type(model).__name__}; expected one from mlx_kvret.load, mlx_lm.load or transformers"
     )

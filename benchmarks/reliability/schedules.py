@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from cuda_backend.bounded import Bounded as TorchBounded
-from mlx_kvret.bounded import Bounded as MLXBounded
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import due_groups, select
 from mlx_kvret.core.policies import random_score, recent_score
 from mlx_kvret.core.retention import retention_score
+from mlx_kvret.mlx_backend.bounded import Bounded as MLXBounded
 
 SHAPE = CacheShape(layers=2, kv_heads=2, key_dim=2, value_dim=2, itemsize=4, hidden_size=2)
 HEADS = SHAPE.heads
@@ -100,7 +100,7 @@ def schedule(seed: int) -> list[str]:
     chance = np.random.default_rng(seed)
     config, faults = configuration(chance), []
     gates = _gates() if config.policy == "learned" else None
-    wings: dict[str, Any] = {
+    backends: dict[str, Any] = {
         "mlx": MLXBounded(SHAPE, config, {}, gates),
         "torch": TorchBounded(SHAPE, config, {}, torch.device("cpu"), gates),
     }
@@ -110,26 +110,26 @@ def schedule(seed: int) -> list[str]:
         count = int(chance.integers(1, 13)) if chance.random() < 0.5 else 1
         # few values, so that ties are common
         log_beta = -chance.integers(0, 4, (HEADS, count)).astype(np.float32)
-        for name, wing in wings.items():
-            wing.settle()
-            for layer, recent in enumerate(wing.recents):
+        for name, backend in backends.items():
+            backend.settle()
+            for layer, recent in enumerate(backend.recents):
                 x = log_beta[layer * 2 : layer * 2 + 2].T
                 zeros = np.zeros((1, 2, count, 2), np.float32)
                 make = mx.array if name == "mlx" else torch.from_numpy
                 recent.observe(make(x if name == "mlx" else x[None].copy()))
                 recent.append(make(zeros), make(zeros))
-                wing.seen[layer] += count
+                backend.seen[layer] += count
         oracle.read(log_beta)
         if chance.random() < 0.3:
             back = int(chance.integers(1, count + 1))
             oracle.take_back(back)
-            for wing in wings.values():
-                wing.take_back(back)
+            for backend in backends.values():
+                backend.take_back(back)
         if chance.random() < 0.4 or step > 8:
             oracle.settle()
             expected = oracle.kept()
-            for name, wing in wings.items():
-                found = [head.tolist() for layer in wing.kept_positions() for head in layer]
+            for name, backend in backends.items():
+                found = [head.tolist() for layer in backend.kept_positions() for head in layer]
                 if found != expected:
                     faults.append(f"{name}, schedule {seed}, step {step}: {found}, expected {expected}")
     return faults

@@ -13,8 +13,8 @@ from mlx_kvret.errors import ConfigError, TrainingError, UnsupportedModelError
 from mlx_kvret.training.memory import Memory
 from mlx_kvret.training.run import Base
 
+from ..api import load_model, read_tokenizer
 from ..memory import out_of_memory
-from ..wing import load_model, read_tokenizer
 from .attention import ROWS
 from .loss import CHUNK_ELEMENTS
 

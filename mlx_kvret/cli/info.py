@@ -100,10 +100,10 @@ def show_known_gates(folder: Path, config: dict[str, Any], name: str) -> None:
 
 def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, Any]:
     """What a model is and what budgets cost; returns its config."""
-    from ..api import any_wing
+    from ..api import any_backend
     from ..core.request import eviction
 
-    config, shape = any_wing().cache_shape(folder)
+    config, shape = any_backend().cache_shape(folder)
     chosen = [(budget, eviction(shape, budget)) for budget in budgets]
     _table({
         "model": f"{folder} ({config.get('model_type', 'type unknown')})",
@@ -128,9 +128,9 @@ def show_backends() -> None:
     click.echo("\nbackends")
     _table(found)
     if found["mlx"] == "ok":
-        from ..kernels import status
+        from ..mlx_backend.kernels import status
 
-        click.echo(f"\nkernels of the MLX wing: {status()}")
+        click.echo(f"\nkernels of the MLX backend: {status()}")
 
 
 def _table(rows: dict[str, Any]) -> None:

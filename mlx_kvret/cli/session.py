@@ -31,10 +31,10 @@ def load(options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Generation options of the model's wing from ``temp``, ``top_p`` and ``seed``, taken out."""
-    from ..api import wing_of
+    """Generation options of the model's backend from ``temp``, ``top_p`` and ``seed``, taken out."""
+    from ..api import backend_of
 
-    found: dict[str, Any] = wing_of(model).sampling(
+    found: dict[str, Any] = backend_of(model).sampling(
         options.pop("temp"), options.pop("top_p"), options.pop("seed")
     )
     return found
@@ -157,10 +157,10 @@ def cut_note(last: Any, max_tokens: int) -> None:
 
 def stats_line(model: Any, cache: Any, last: Any) -> str:
     """The closing line: speed, tokens kept per head, and the memory of this cache and of a full one."""
-    from ..api import wing_of
+    from ..api import backend_of
 
-    wing = wing_of(model)
-    heads, full = wing.full_cache(model, cache)
+    backend = backend_of(model)
+    heads, full = backend.full_cache(model, cache)
     return (
         f"[{last.prompt_tokens} prompt tokens at {last.prompt_tps:.0f}/s, "
         f"{last.generation_tokens} generated at {last.generation_tps:.1f}/s; "

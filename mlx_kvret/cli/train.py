@@ -163,7 +163,7 @@ def command(
     records = Records(files, datasets, split, skip_bad)
     if backend == "torch" and device == "auto":
         device = "cpu"
-    engine = "mlx_kvret.training.on_mlx.engine" if chosen == "mlx" else "cuda_backend.training.engine"
+    engine = "mlx_kvret.mlx_backend.training.engine" if chosen == "mlx" else "cuda_backend.training.engine"
     train = importlib.import_module(engine).train
     gates = train(
         model, records, config, RunOptions(folder, resume, device, micro_batch, save_every, recompute)

@@ -29,7 +29,7 @@ def check_loading(
     unknown: Mapping[str, Any],
     elsewhere: Mapping[str, str],
 ) -> None:
-    """Refuse options that a wing's loader does not know, and values of the wrong type.
+    """Refuse options that a backend's loader does not know, and values of the wrong type.
 
     Args:
         load: the loader; its own named parameters are what it knows.

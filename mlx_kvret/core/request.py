@@ -1,4 +1,4 @@
-"""What a user asks of a wing, checked and put into the policy's terms; the same for every backend."""
+"""What a user asks of a backend, checked and put into the policy's terms; the same for every backend."""
 
 from __future__ import annotations
 

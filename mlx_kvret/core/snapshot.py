@@ -1,8 +1,8 @@
-"""A saved cache that every wing opens: a document read on a server goes on on a laptop.
+"""A saved cache that every backend opens: a document read on a server goes on on a laptop.
 
 One safetensors file holds N *entries* (one token in one KV head of one layer) in the order of their flat
 heads layer·H + h, those of a head by position. Layers are counted among the L that compete. Kept and recent
-entries stand side by side: how a wing lays out its memory is its own affair.
+entries stand side by side: how a backend lays out its memory is its own affair.
 
 ====================  =======  ==========================================================================
 ``counts``            (L, H)   I32, entries of each head; N is their sum
@@ -58,7 +58,7 @@ class WindowShape:
 class Snapshot:
     """The content of the file, checked on the way in and out.
 
-    ``extras`` maps a layer's index in the model to its tensors by name; what they mean is up to the wings.
+    ``extras`` maps a layer's index in the model to its tensors by name; what they mean is up to the backends.
     A snapshot is taken between forward passes, when no compaction is due any more.
 
     Raises:

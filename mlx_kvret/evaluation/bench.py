@@ -79,14 +79,14 @@ def open_bench(
     found = load_gate_sets(model, gates, config) if any(method.learned for method in methods) else {}
     engines: list[Engine] = []
     tokenizer: Any = None
-    looking = look or backend == "reference" or any(method.policy in REFERENCES for method in methods)
+    watched = look or backend == "reference" or any(method.policy in REFERENCES for method in methods)
     for checkpoint in found.values():
         # before gigabytes of weights are read
         checkpoint.check_model(config)
     if backend != "reference":
         network, tokenizer = _load(model, backend, dtype)
         engines.append(PublicEngine(network, tokenizer, chunk, buffer, batch))
-    if looking:
+    if watched:
         engine = _reference(model, chunk, buffer, batch, dtype)
         tokenizer = tokenizer or engine.tokenizer
         engines.append(engine)
@@ -144,7 +144,7 @@ def _reference(model: str | Path, chunk: int | None, buffer: int | None, batch: 
         )
     import torch
 
-    from cuda_backend.wing import load_model, read_tokenizer
+    from cuda_backend.api import load_model, read_tokenizer
 
     from .reference import ReferenceEngine
 

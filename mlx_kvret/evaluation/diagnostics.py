@@ -106,7 +106,7 @@ class _Watch:
 
 
 def retained(engine: PublicEngine, samples: Sequence[Sample], method: Method, budget: int) -> Floats:
-    """Entries per token of the text by layer, head and sixteenth of it, (L, H, bins), on either wing."""
+    """Entries per token of the text by layer, head and sixteenth of it, (L, H, bins), on either backend."""
     shares = []
     for sample in samples:
         cache = engine.new_cache(method, budget)

@@ -1,6 +1,6 @@
 """How samples are run. An engine reads texts into caches of a method and a budget, and asks its questions.
 
-:class:`PublicEngine` does it through the library's public functions, on either wing, one text at a time.
+:class:`PublicEngine` does it through the library's public functions, on either backend, one text at a time.
 :class:`~mlx_kvret.evaluation.reference.ReferenceEngine` is its twin in plain torch, many texts at a time; it
 shows attention, so it also runs the policies that look at it.
 """

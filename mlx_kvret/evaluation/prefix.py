@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .looking import Entries
+from .attention_policies import Entries
 from .methods import parse_method
 from .reading import Reading
 from .samples import Sample

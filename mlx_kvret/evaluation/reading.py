@@ -11,9 +11,9 @@ import torch
 
 from ..core.config import EvictionConfig
 from ..core.types import Floats
+from .attention_policies import Entries, evict, is_due, observed
 from .engine import Outcome, end_tokens, sample_score
 from .likelihood import on_torch
-from .looking import Entries, evict, is_due, observed
 from .methods import Method
 from .samples import Question, Sample, Turn, text_score
 

@@ -1,7 +1,7 @@
 """Reference engine: any transformers model whose attention all goes through the registry, many texts at once.
 
 The model is stock. Its attention function is replaced by one that keeps the entries of all layers itself, so
-that every policy can see keys, gates and attention. It is plain where the wings are fast, and their oracle.
+that every policy can see keys, gates and attention. Plain where the backends are fast, and their oracle.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from mlx_kvret import attach, demo
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.errors import CheckpointError, ConfigError, ModelMismatchError, UnsupportedModelError
-from mlx_kvret.gates import RetentionGates, from_checkpoint
+from mlx_kvret.mlx_backend.gates import RetentionGates, from_checkpoint
 
 
 def gates(kind="rg10", seed=0, **fields):

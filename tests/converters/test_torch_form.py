@@ -10,7 +10,7 @@ from released import DTYPES, config, state, write
 from safetensors.torch import load_file
 
 from converters import casting, convert, load_any, torch_form
-from cuda_backend import wing
+from cuda_backend import api
 from cuda_backend.gates import from_checkpoint
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import load_gates, save_gates
@@ -79,9 +79,9 @@ def test_types_that_differ_between_maps_stay_and_between_layers_are_refused(tmp_
     assert casting.common_dtype(load_any(tmp_path / "out").tensors) == "float32"
 
 
-def test_the_torch_wing_runs_gates_of_this_form(tmp_path):
+def test_the_torch_backend_runs_gates_of_this_form(tmp_path):
     convert(demo.GATES, tmp_path / "torch", "torch")
-    ours, expected = wing.read_gates(tmp_path / "torch"), wing.read_gates(demo.GATES)
+    ours, expected = api.read_gates(tmp_path / "torch"), api.read_gates(demo.GATES)
     x = torch.randn(5, expected.config.hidden_size, generator=torch.Generator().manual_seed(0))
     for layer in range(expected.config.layers):
         found = from_checkpoint(ours).log_beta(layer, x)

@@ -12,7 +12,7 @@ from released import DTYPES, HIDDEN, LAYERS, TEXT, VISION, assert_same_bits, con
 from converters import FORMS, convert, load_any, trimkv
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.errors import ConfigError, ModelMismatchError
-from mlx_kvret.gates import from_checkpoint
+from mlx_kvret.mlx_backend.gates import from_checkpoint
 
 
 @pytest.mark.parametrize("vision", [False, True])

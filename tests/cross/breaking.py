@@ -14,10 +14,10 @@ import cuda_backend.bounded
 import cuda_backend.cache
 import cuda_backend.pool
 import cuda_backend.recent
-import mlx_kvret.bounded
-import mlx_kvret.cache
-import mlx_kvret.pool
-import mlx_kvret.recent
+from mlx_kvret.mlx_backend import bounded as mlx_bounded
+from mlx_kvret.mlx_backend import cache as mlx_cache
+from mlx_kvret.mlx_backend import pool as mlx_pool
+from mlx_kvret.mlx_backend import recent as mlx_recent
 
 from .sides import Side
 
@@ -25,13 +25,13 @@ KINDS: tuple[type[BaseException], ...] = (KeyboardInterrupt, RuntimeError, Memor
 _RECENT = ("observe", "append", "forget_oldest")
 _PLACES: dict[str, list[tuple[Any, str]]] = {
     "mlx": [
-        *((mlx_kvret.recent.Recent, name) for name in (*_RECENT, "fetch", "_run_gate")),
-        *((mlx_kvret.pool.Pool, name) for name in ("grow", "destinations", "admit", "fill")),
-        *((mlx_kvret.cache.BoundedKVCache, name) for name in ("observe", "update_and_fetch", "attend")),
-        (mlx_kvret.cache.BoundedKVCache, "make_mask"),
-        *((mlx_kvret.bounded.Bounded, name) for name in ("settle", "put", "release", "_retention")),
-        (mlx_kvret.bounded, "select"),
-        (mlx_kvret.cache, "attend"),
+        *((mlx_recent.Recent, name) for name in (*_RECENT, "fetch", "_run_gate")),
+        *((mlx_pool.Pool, name) for name in ("grow", "destinations", "admit", "fill")),
+        *((mlx_cache.BoundedKVCache, name) for name in ("observe", "update_and_fetch", "attend")),
+        (mlx_cache.BoundedKVCache, "make_mask"),
+        *((mlx_bounded.Bounded, name) for name in ("settle", "put", "release", "_retention")),
+        (mlx_bounded, "select"),
+        (mlx_cache, "attend"),
     ],
     "torch": [
         *((cuda_backend.recent.Recent, name) for name in (*_RECENT, "run_gate", "scored")),
@@ -46,7 +46,7 @@ _PLACES: dict[str, list[tuple[Any, str]]] = {
 FILES = tuple(
     str(Path(module.__file__ or "").parent / name)
     for module, names in {
-        mlx_kvret.bounded: (
+        mlx_bounded: (
             "bounded",
             "cache",
             "forward",

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from cuda import tiny as on_torch
-from mlx_wing import tiny as on_mlx
+from mlx_backend import tiny as on_mlx
 
 import mlx_kvret
 from cuda_backend.cache import cache_argument

@@ -11,19 +11,19 @@ import torch
 
 import cuda_backend.cache
 import mlx_kvret
-import mlx_kvret.cache
+import mlx_kvret.mlx_backend.cache
 from cuda_backend.agreement import RoundedDifferently as RoundedOnTorch
+from cuda_backend.api import load_model
 from cuda_backend.training.student import Student as TorchStudent
-from cuda_backend.wing import load_model
-from mlx_kvret.agreement import RoundedDifferently
 from mlx_kvret.core.probing import COMPARED, agrees, chunkings, ordinary_ids, probe_length
 from mlx_kvret.errors import UnsupportedModelError
-from mlx_kvret.training.on_mlx.student import Student
-from mlx_kvret.wing import load_network
+from mlx_kvret.mlx_backend.agreement import RoundedDifferently
+from mlx_kvret.mlx_backend.api import load_network
+from mlx_kvret.mlx_backend.training.student import Student
 
 from .families import stock
 
-WINGS = {"mlx": mlx_kvret.cache, "torch": cuda_backend.cache}
+BACKENDS = {"mlx": mlx_kvret.mlx_backend.cache, "torch": cuda_backend.cache}
 
 
 def test_tokens_of_a_probe():
@@ -48,10 +48,10 @@ def test_what_counts_as_rounding():
     assert not agrees(float("nan"), 0.0078, lambda: 0.1)
 
 
-@pytest.mark.parametrize("backend", WINGS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_that_gives_something_else_is_refused(tmp_path: Path, backend: str, monkeypatch) -> None:
     stock("qwen3", "default", tmp_path)
-    own = WINGS[backend].attend
+    own = BACKENDS[backend].attend
 
     # wrong only once entries have left the newest ones
     def slightly_wrong(queries, view, *args, **kwargs):
@@ -59,14 +59,14 @@ def test_attention_that_gives_something_else_is_refused(tmp_path: Path, backend:
         return out * 1.03 if view.pool.capacity else out
 
     model = mlx_kvret.detach(mlx_kvret.load(tmp_path, backend=backend)[0])
-    monkeypatch.setattr(WINGS[backend], "attend", slightly_wrong)
+    monkeypatch.setattr(BACKENDS[backend], "attend", slightly_wrong)
     with pytest.raises(UnsupportedModelError, match=r"^qwen3 models give other logits from a bounded cache"):
         mlx_kvret.attach(model)
     monkeypatch.undo()
     mlx_kvret.attach(model)
 
 
-@pytest.mark.parametrize("backend", WINGS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_models_of_half_precision_are_accepted_for_use_and_training(tmp_path: Path, backend: str) -> None:
     theirs = stock("llama", "default", tmp_path)
     with torch.no_grad():

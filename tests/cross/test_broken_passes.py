@@ -12,7 +12,7 @@ import pytest
 
 import mlx_kvret
 from mlx_kvret.errors import CacheError
-from mlx_kvret.forward import FEW
+from mlx_kvret.mlx_backend.forward import FEW
 
 from .breaking import KINDS, Count, at_calls, at_lines, attempt
 from .sides import BACKENDS, Side, ids, kept
@@ -179,7 +179,7 @@ def test_a_prompt_that_does_not_fit_names_the_chunk_that_does(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = side_of(backend)
-    module = mlx_kvret.cache if backend == "mlx" else __import__("cuda_backend.cache").cache
+    module = mlx_kvret.mlx_backend.cache if backend == "mlx" else __import__("cuda_backend.cache").cache
     stock = module.attend
 
     def small(queries: Any, *rest: Any) -> Any:

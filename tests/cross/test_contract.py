@@ -13,7 +13,7 @@ import torch
 
 import mlx_kvret
 from mlx_kvret.errors import CacheError, ModelMismatchError
-from mlx_kvret.generation import TokenIds
+from mlx_kvret.mlx_backend.generation import TokenIds
 
 from .sides import BACKENDS, Side, Words, fork, ids, kept, log_softmax
 

@@ -1,4 +1,4 @@
-"""Prompts and options at the door of both wings: the same forms, the same refusals."""
+"""Prompts and options at the door of both backends: the same forms, the same refusals."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ import torch
 from transformers import DynamicCache
 
 import mlx_kvret
-from mlx_kvret import hooks
 from mlx_kvret.errors import UnsupportedModelError
-from mlx_kvret.rotation import FixedRoPE
+from mlx_kvret.mlx_backend import hooks
+from mlx_kvret.mlx_backend.rotation import FixedRoPE
 
 from .families import LENGTH, stock
 

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mlx_kvret.core.rope import Rope
 from mlx_kvret.errors import ConfigError, UnsupportedModelError
-from mlx_kvret.rotation import FixedRoPE, applies
+from mlx_kvret.mlx_backend.rotation import FixedRoPE, applies
 
 from .families import KINDS
 

@@ -1,4 +1,4 @@
-"""A cache saved by one wing goes on in the other."""
+"""A cache saved by one backend goes on in the other."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rounding import assert_near
 
 import cuda_backend.snapshots as torch_snapshots
 import mlx_kvret
-import mlx_kvret.hooks as mlx_hooks
-import mlx_kvret.snapshots as mlx_snapshots
+import mlx_kvret.mlx_backend.hooks as mlx_hooks
+import mlx_kvret.mlx_backend.snapshots as mlx_snapshots
 from cuda_backend import hooks
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.errors import CheckpointError, ModelMismatchError, UnsupportedFeatureError
 
-from .test_wings import IDS, Wings, kept
+from .test_backends import IDS, Backends, kept
 
 OPTIONS: list[dict[str, Any]] = [
     {"scope": "global"},
@@ -30,10 +30,10 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def step(wings: Wings, caches: tuple[Any, Any], part: np.ndarray) -> np.ndarray:
+def step(backends: Backends, caches: tuple[Any, Any], part: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        ours = wings.torch(torch.from_numpy(part)[None], cache=caches[0]).logits[0, -1].numpy()
-    theirs = np.array(wings.mlx(mx.array(part)[None], cache=caches[1])[0, -1])
+        ours = backends.torch(torch.from_numpy(part)[None], cache=caches[0]).logits[0, -1].numpy()
+    theirs = np.array(backends.mlx(mx.array(part)[None], cache=caches[1])[0, -1])
     # an angle of RoPE is rounded at the size of its position
     assert_near(ours, theirs, 2000)
     return ours
@@ -41,27 +41,27 @@ def step(wings: Wings, caches: tuple[Any, Any], part: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("tokens", [0, 15, 16, 61])
-def test_a_snapshot_crosses_the_wings(family: str, tokens: int, tmp_path: Path) -> None:
-    wings = Wings(family, tmp_path)
+def test_a_snapshot_crosses_the_backends(family: str, tokens: int, tmp_path: Path) -> None:
+    backends = Backends(family, tmp_path)
     for options in OPTIONS:
-        caches = wings.caches(EvictionConfig.create(**{"budget": 24, "buffer": 7} | options))
+        caches = backends.caches(EvictionConfig.create(**{"budget": 24, "buffer": 7} | options))
         for part in filter(len, np.split(IDS[:tokens], range(40, tokens, 13))):
-            step(wings, caches, part)
+            step(backends, caches, part)
         files = tmp_path / "torch.safetensors", tmp_path / "mlx.safetensors"
         write_snapshot(files[0], torch_snapshots.take(caches[0], {"from": "torch"}))
         write_snapshot(files[1], mlx_snapshots.take(caches[1], {"from": "mlx"}))
         swapped = (
-            hooks.reopened_cache(wings.torch, read_snapshot(files[1])),
-            mlx_hooks.reopened_cache(wings.mlx, read_snapshot(files[0])),
+            hooks.reopened_cache(backends.torch, read_snapshot(files[1])),
+            mlx_hooks.reopened_cache(backends.mlx, read_snapshot(files[0])),
         )
         assert kept(swapped[0]) == kept(swapped[1]) == kept(caches[0])
         for token in IDS[tokens : tokens + 12]:
-            expected = step(wings, caches, np.array([token]))
-            assert_near(step(wings, swapped, np.array([token])), expected, 2000)
+            expected = step(backends, caches, np.array([token]))
+            assert_near(step(backends, swapped, np.array([token])), expected, 2000)
             assert kept(swapped[0]) == kept(swapped[1]) == kept(caches[0])
 
 
-def test_the_demo_goes_on_in_the_other_wing(tmp_path: Path) -> None:
+def test_the_demo_goes_on_in_the_other_backend(tmp_path: Path) -> None:
     models = {backend: mlx_kvret.load("demo", backend=backend) for backend in ("torch", "mlx")}
     text = mlx_kvret.demo.STORY.read_text()
     for source, target in (("torch", "mlx"), ("mlx", "torch")):
@@ -77,20 +77,20 @@ def test_the_demo_goes_on_in_the_other_wing(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    wings = Wings("llama", tmp_path)
-    cache = wings.caches(EvictionConfig.create(budget=24))[0]
+    backends = Backends("llama", tmp_path)
+    cache = backends.caches(EvictionConfig.create(budget=24))[0]
     taken = torch_snapshots.take(cache, {})
-    assert hooks.reopened_cache(wings.torch, taken).entries == 0
+    assert hooks.reopened_cache(backends.torch, taken).entries == 0
     object.__setattr__(taken, "model", "hidden_size=31")
-    wings.made[0].owner["model"] = "hidden_size=32"
+    backends.made[0].owner["model"] = "hidden_size=32"
     with pytest.raises(ModelMismatchError, match="hidden_size"):
-        hooks.reopened_cache(wings.torch, taken)
-    other = Wings("gemma3_text", tmp_path / "other")
+        hooks.reopened_cache(backends.torch, taken)
+    other = Backends("gemma3_text", tmp_path / "other")
     object.__setattr__(taken, "model", "gemma3_text")
     with pytest.raises(CheckpointError, match="KV heads"):
         hooks.reopened_cache(other.torch, taken)
-    batch = wings.caches(EvictionConfig.create(budget=24))[0]
+    batch = backends.caches(EvictionConfig.create(budget=24))[0]
     with torch.no_grad():
-        wings.torch(torch.from_numpy(IDS[:12]).view(2, 6), cache=batch)
+        backends.torch(torch.from_numpy(IDS[:12]).view(2, 6), cache=batch)
     with pytest.raises(UnsupportedFeatureError, match="2 sequences"):
         torch_snapshots.take(batch, {})

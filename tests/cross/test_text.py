@@ -1,4 +1,4 @@
-"""Both wings say the same text for the same tokens: what the tokenizer makes of all of them."""
+"""Both backends say the same text for the same tokens: what the tokenizer makes of all of them."""
 
 import mlx.core as mx
 import numpy as np

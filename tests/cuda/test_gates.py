@@ -81,7 +81,7 @@ def test_maps_of_different_types(kind: str, shared: bool) -> None:
     if installed("mlx"):
         import mlx.core as mx
 
-        from mlx_kvret import gates as mlx_gates
+        from mlx_kvret.mlx_backend import gates as mlx_gates
 
         own = mlx_gates.from_checkpoint(checkpoint)
         other = [np.array(own.log_beta(layer, mx.array(part.numpy()))) for layer, part in enumerate(x)]

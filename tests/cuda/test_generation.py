@@ -1,4 +1,4 @@
-"""The public functions on the torch wing."""
+"""The public functions on the torch backend."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mlx_kvret
+from cuda_backend import api, versions
 from cuda_backend import cache as cache_module
-from cuda_backend import versions, wing
 from cuda_backend.kernels import dispatch
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import save_gates
@@ -33,9 +33,9 @@ def test_the_demo_answers_within_its_budget() -> None:
     model, tokenizer = mlx_kvret.load("demo", backend="torch")
     prompt = demo.STORY.read_text() + " recall Stella"
     *_, last = mlx_kvret.stream_generate(model, tokenizer, prompt, budget=64, max_tokens=4)
-    heads = wing.hooks.attachment(model).layout.shape.heads
+    heads = api.hooks.attachment(model).layout.shape.heads
     assert last.entries <= (64 + 8) * heads < last.seen * heads
-    assert last.cache_nbytes <= wing.hooks.attachment(model).layout.shape.nbytes(64, 8) * 1.2
+    assert last.cache_nbytes <= api.hooks.attachment(model).layout.shape.nbytes(64, 8) * 1.2
     texts = [mlx_kvret.generate(model, tokenizer, prompt, budget=b, max_tokens=4) for b in (64, "150kB")]
     assert texts == ["salmon", "salmon"]
 
@@ -70,11 +70,11 @@ def test_samplers_and_processors_decide() -> None:
     options = {"budget": 8, "max_tokens": 3}
     text = mlx_kvret.generate(model, None, IDS, logits_processors=[only], **options)
     assert text == "5 17 40 "
-    draws = [mlx_kvret.generate(model, None, IDS, **wing.sampling(5.0, 0.9, s), **options) for s in (1, 1, 2)]
+    draws = [mlx_kvret.generate(model, None, IDS, **api.sampling(5.0, 0.9, s), **options) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-    assert wing.sampling(0, 1.0, None) == {}
+    assert api.sampling(0, 1.0, None) == {}
     with pytest.raises(ConfigError, match="top_p"):
-        wing.sampling(0.5, 0.0, None)
+        api.sampling(0.5, 0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         mlx_kvret.attach(model, tmp_path / "gates")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="CUDA"):
-            wing.load("demo", device="cuda")
+            api.load("demo", device="cuda")
 
 
 def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +145,10 @@ def test_running_out_of_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyP
 
 
 def test_the_shape_of_a_cache_is_known_without_weights() -> None:
-    config, shape = wing.cache_shape(demo.MODEL)
+    config, shape = api.cache_shape(demo.MODEL)
     model, _ = mlx_kvret.load("demo", backend="torch")
-    assert shape == wing.hooks.attachment(model).layout.shape
+    assert shape == api.hooks.attachment(model).layout.shape
     assert config["hidden_size"] == shape.hidden_size
     cache = mlx_kvret.make_cache(model, 16)
     run(model, torch.tensor([IDS[:20]]), cache)
-    assert wing.full_cache(model, cache) == (shape.heads, 20 * shape.heads * shape.entry_bytes)
+    assert api.full_cache(model, cache) == (shape.heads, 20 * shape.heads * shape.entry_bytes)

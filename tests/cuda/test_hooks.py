@@ -9,7 +9,7 @@ import torch
 from rounding import assert_near
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
-from cuda_backend import hooks, wing
+from cuda_backend import api, hooks
 from cuda_backend.cache import cache_argument
 from cuda_backend.recent import Recent
 from mlx_kvret.errors import (
@@ -165,7 +165,7 @@ def test_models_whose_layers_share_keys_are_refused(tmp_path: Path) -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     model.config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="does not run this gemma3n_text model"):
-        wing.cache_shape(tmp_path)
+        api.cache_shape(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])

@@ -64,7 +64,7 @@ def load_gates(folder: Path) -> Content:
 
 @functools.cache
 def mlx_model() -> Any:
-    from mlx_wing.tiny import gated
+    from mlx_backend.tiny import gated
 
     return gated("gemma3_text", vocab_size=32)
 
@@ -137,8 +137,8 @@ def make_prompt_file(folder: Path) -> None:
 def load_prompt_file(folder: Path) -> Content:
     from mlx_lm.models.cache import load_prompt_cache
 
-    from mlx_kvret import hooks, snapshots
     from mlx_kvret.errors import KVRetError
+    from mlx_kvret.mlx_backend import hooks, snapshots
 
     try:
         layers = load_prompt_cache(str(folder / "it.safetensors"))
@@ -194,7 +194,7 @@ def load_model(backend: str) -> Callable[[Path], Content]:
 
 
 def load_shape(folder: Path) -> Content:
-    from cuda_backend.wing import cache_shape
+    from cuda_backend.api import cache_shape
 
     return Content(rest=str(cache_shape(folder)[1]))
 
@@ -204,11 +204,11 @@ def load_tokenizer(backend: str) -> Callable[[Path], Content]:
         from mlx_kvret.core.prompts import prompt_ids
 
         if backend == "mlx":
-            from mlx_kvret.wing import read_tokenizer
+            from mlx_kvret.mlx_backend.api import read_tokenizer
 
             found = read_tokenizer(folder, {})
         else:
-            from cuda_backend.wing import read_tokenizer
+            from cuda_backend.api import read_tokenizer
 
             found = read_tokenizer(folder)
         ids = prompt_ids(found, "remember Ada red", True)

@@ -1,4 +1,4 @@
-"""Standard tasks: the harness's three kinds of requests on either wing, and a whole task from local files."""
+"""Standard tasks: the harness's three kinds of requests on both backends, a whole task from local files."""
 
 import json
 

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvret.attention import LayerView
-from mlx_kvret.pool import Pool
+from mlx_kvret.mlx_backend.attention import LayerView
+from mlx_kvret.mlx_backend.pool import Pool
 
 
 def uniform(*shape, dtype=mx.float32):

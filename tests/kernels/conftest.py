@@ -11,4 +11,4 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Small caches are split too: heads are cut, and pieces cross heads."""
-    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE_BYTES", 1024)
+    monkeypatch.setattr("mlx_kvret.mlx_backend.kernels.decode_attention.PIECE_BYTES", 1024)

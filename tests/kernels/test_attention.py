@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_host import assert_close, check
 
-from mlx_kvret.attention import LayerView, attend_reference
-from mlx_kvret.kernels import HEAD_SIZES, TYPES
-from mlx_kvret.kernels.attention import attend
-from mlx_kvret.kernels.prefill_attention import by_head, tiled
+from mlx_kvret.mlx_backend.attention import LayerView, attend_reference
+from mlx_kvret.mlx_backend.kernels import HEAD_SIZES, TYPES
+from mlx_kvret.mlx_backend.kernels.attention import attend
+from mlx_kvret.mlx_backend.kernels.prefill_attention import by_head, tiled
 
 from .cases import uniform, view_with
 
@@ -130,7 +130,7 @@ def test_prefill_by_mlx_s_own_attention(sinks):
     seed=st.integers(0, 99),
 )
 def test_any_lengths_in_any_pieces(monkeypatch, lengths, recent, piece, seed):
-    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE_BYTES", piece * 256)
+    monkeypatch.setattr("mlx_kvret.mlx_backend.kernels.decode_attention.PIECE_BYTES", piece * 256)
     mx.random.seed(seed)
     view = view_with(lengths, recent, 32, 32)
     compare(queries_for(view, 2, 1), view, passes=("run",))

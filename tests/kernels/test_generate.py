@@ -1,4 +1,4 @@
-"""The whole MLX wing on its kernels: the same tokens, the same entries, and no waiting for the device."""
+"""The whole MLX backend on its kernels: the same tokens, the same entries, and no waiting for the device."""
 
 from collections import Counter
 
@@ -9,8 +9,8 @@ from metal_host import EMULATED, installed
 from mlx_lm.generate import generation_stream
 
 import mlx_kvret
-from mlx_kvret import kernels
-from mlx_kvret.kernels.launch import Kernel
+from mlx_kvret.mlx_backend import kernels
+from mlx_kvret.mlx_backend.kernels.launch import Kernel
 
 
 @pytest.fixture
@@ -81,7 +81,9 @@ def test_a_thousand_tokens_without_waiting_for_the_device(path, monkeypatch):
 
     stock = Kernel.__call__
     monkeypatch.setattr(Kernel, "__call__", launch)
-    monkeypatch.setattr("mlx_kvret.kernels.launch._evaluated", lambda arrays: True)  # the first build
+    monkeypatch.setattr(
+        "mlx_kvret.mlx_backend.kernels.launch._evaluated", lambda arrays: True
+    )  # the first build
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)  # does not wait, but has no place in a trace
 
     def decode(token):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from metal_host import installed
 
-from mlx_kvret.kernels import compaction_plan
+from mlx_kvret.mlx_backend.kernels import compaction_plan
 
 from .cases import pool_with, uniform
 

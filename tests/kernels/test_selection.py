@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metal_host import check, installed
 
-from mlx_kvret import selection
 from mlx_kvret.core import eviction
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.kernels import compaction_plan, score_select
-from mlx_kvret.pool import Pool
+from mlx_kvret.mlx_backend import selection
+from mlx_kvret.mlx_backend.kernels import compaction_plan, score_select
+from mlx_kvret.mlx_backend.pool import Pool
 
 AWKWARD = [math.nan, -math.inf, math.inf, -0.0, 0.0, 1e-45, -1e-45, 3.4e38]
 

@@ -6,10 +6,10 @@ import mlx.core as mx
 import pytest
 from metal_host import EMULATED, installed
 
-from mlx_kvret import attention, kernels
 from mlx_kvret.errors import ConfigError, KernelError
-from mlx_kvret.kernels import score_select
-from mlx_kvret.kernels.launch import Kernel
+from mlx_kvret.mlx_backend import attention, kernels
+from mlx_kvret.mlx_backend.kernels import score_select
+from mlx_kvret.mlx_backend.kernels.launch import Kernel
 
 from .cases import uniform, view_with
 

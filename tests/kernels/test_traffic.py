@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from metal_host import EMULATED
 
-from mlx_kvret.kernels import decode_attention
+from mlx_kvret.mlx_backend.kernels import decode_attention
 
 from .traffic import compaction, decode, prefill
 
@@ -16,7 +16,7 @@ MOST_MEMORY = 32 * 1024
 @pytest.fixture(autouse=True)
 def _real_pieces(monkeypatch):
     """In place of the small ones of other tests; still small for 4 heads."""
-    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE_BYTES", 25_600)
+    monkeypatch.setattr("mlx_kvret.mlx_backend.kernels.decode_attention.PIECE_BYTES", 25_600)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -31,7 +31,7 @@ def test_decoding_reads_each_entry_once(lengths, group, tokens):
 
 
 def test_all_that_decoding_moves_is_little_more_than_the_entries(monkeypatch):
-    monkeypatch.setattr("mlx_kvret.kernels.decode_attention.PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr("mlx_kvret.mlx_backend.kernels.decode_attention.PIECE_BYTES", PIECE_BYTES)
     seen = decode([1000] * 4, recent=13, group=4, size=128)
     assert 1.0 < seen.loaded + seen.stored <= 1.1
 

@@ -6,9 +6,9 @@ import metal_host
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvret.kernels import compaction_plan, score_select
-from mlx_kvret.kernels.attention import attend
-from mlx_kvret.kernels.prefill_attention import ROWS, tiled
+from mlx_kvret.mlx_backend.kernels import compaction_plan, score_select
+from mlx_kvret.mlx_backend.kernels.attention import attend
+from mlx_kvret.mlx_backend.kernels.prefill_attention import ROWS, tiled
 
 from .cases import uniform, view_with
 

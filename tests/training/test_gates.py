@@ -34,7 +34,7 @@ def test_names_and_shapes_are_the_checkpoint_s(kind, shared, tmp_path):
 @pytest.mark.parametrize("kind, shared", [("rg", False), ("rg10", True)])
 def test_equal_mlx_gates(kind, shared, activation, stored, tmp_path):
     mx = pytest.importorskip("mlx.core")
-    from mlx_kvret.gates import from_checkpoint as mlx_from_checkpoint
+    from mlx_kvret.mlx_backend.gates import from_checkpoint as mlx_from_checkpoint
 
     torch.manual_seed(0)
     gates = RetentionGates(config(kind, shared, activation=activation))

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, softmax
 
 from cuda_backend.training.loss import active, capacity, distillation
-from mlx_kvret.training.on_mlx.loss import capacity as mlx_capacity
+from mlx_kvret.mlx_backend.training.loss import capacity as mlx_capacity
 
 
 @pytest.mark.parametrize("slack", [0.0, 0.4])

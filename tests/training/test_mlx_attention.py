@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import EPS, assert_near, assert_norm_near
 
-from mlx_kvret.training.on_mlx.attention import PackedMask, decay_attention, naive_decay_attention
-from mlx_kvret.training.on_mlx.soft_size import naive_soft_size, soft_size
+from mlx_kvret.mlx_backend.training.attention import PackedMask, decay_attention, naive_decay_attention
+from mlx_kvret.mlx_backend.training.soft_size import naive_soft_size, soft_size
 from training.attention_terms import attention_terms, soft_size_terms
 
 SCALE = 0.3

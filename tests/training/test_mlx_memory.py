@@ -6,11 +6,11 @@ import pytest
 from mlx_lm.models import qwen3
 
 from mlx_kvret.core.config import GateConfig
-from mlx_kvret.gates import RetentionGates
+from mlx_kvret.mlx_backend.gates import RetentionGates
+from mlx_kvret.mlx_backend.training.memory import memory_of
+from mlx_kvret.mlx_backend.training.step import gradient
+from mlx_kvret.mlx_backend.training.student import Student
 from mlx_kvret.training.config import TrainConfig
-from mlx_kvret.training.on_mlx.memory import memory_of
-from mlx_kvret.training.on_mlx.step import gradient
-from mlx_kvret.training.on_mlx.student import Student
 from mlx_kvret.training.packing import Batch
 
 TOKENS = 1024

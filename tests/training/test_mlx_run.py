@@ -12,11 +12,11 @@ from cuda_backend.training import engine as torch_engine
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.demo import MODEL
 from mlx_kvret.errors import ConfigError, TrainingError
-from mlx_kvret.gates import from_checkpoint
+from mlx_kvret.mlx_backend.gates import from_checkpoint
+from mlx_kvret.mlx_backend.training import engine
+from mlx_kvret.mlx_backend.training.engine import train
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.log import read_log
-from mlx_kvret.training.on_mlx import engine
-from mlx_kvret.training.on_mlx.engine import train
 from mlx_kvret.training.records import Records
 from mlx_kvret.training.run import RunOptions
 

@@ -13,11 +13,11 @@ from cuda_backend.training import step as torch_step
 from cuda_backend.training.processes import Single
 from cuda_backend.training.student import Student as TorchStudent
 from mlx_kvret.core.config import GateConfig
-from mlx_kvret.gates import RetentionGates
+from mlx_kvret.mlx_backend.api import load_network
+from mlx_kvret.mlx_backend.gates import RetentionGates
+from mlx_kvret.mlx_backend.training.step import gradient
+from mlx_kvret.mlx_backend.training.student import Student
 from mlx_kvret.training.config import TrainConfig
-from mlx_kvret.training.on_mlx.step import gradient
-from mlx_kvret.training.on_mlx.student import Student
-from mlx_kvret.wing import load_network
 
 from .test_step import packed
 from .tiny_models import tiny_model
@@ -74,7 +74,7 @@ def test_micro_batches(saved):
 
 def test_blocks_and_chunks(saved, monkeypatch):
     for module, name in (("attention", "BLOCK"), ("soft_size", "BLOCK"), ("loss", "CHUNK")):
-        monkeypatch.setattr(f"mlx_kvret.training.on_mlx.{module}.{name}_ELEMENTS", 700)
+        monkeypatch.setattr(f"mlx_kvret.mlx_backend.training.{module}.{name}_ELEMENTS", 700)
     compare(Student(load_network(saved)[0]))
 
 

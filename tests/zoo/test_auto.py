@@ -1,4 +1,4 @@
-"""Gates that are known for a model are found by themselves, for it and its copies only; both wings."""
+"""Gates that are known for a model are found by themselves, for it and its copies only; both backends."""
 
 import json
 import logging
@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import mlx_kvret
 from cuda_backend import hooks as torch_hooks
-from mlx_kvret import hooks as mlx_hooks
 from mlx_kvret.core.config import EvictionDefaults
 from mlx_kvret.errors import ConfigError
+from mlx_kvret.mlx_backend import hooks as mlx_hooks
 from mlx_kvret.zoo import auto, known
 from zoo.bases import NAME, base, write_gates, write_model, write_quantized
 

@@ -39,7 +39,7 @@ def folder():
         pytest.skip(f"the real model is not in the cache and cannot be fetched: {error}")
 
 
-def test_logits_on_both_wings(folder):
+def test_logits_on_both_backends(folder):
     tolerance = smollm2.TOLERANCE[folder.name.removeprefix("smollm2-")]
     for backend in ("mlx", "torch"):
         model, tokenizer = mlx_kvret.load("smollm2", None, backend=backend)

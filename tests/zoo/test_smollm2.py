@@ -50,7 +50,7 @@ def test_weights_are_those_that_transformers_reads(packed, folder):
         assert getattr(ours.config, field) == pytest.approx(getattr(theirs.config, field)), field
 
 
-def test_both_wings_compute_the_same(folder):
+def test_both_backends_compute_the_same(folder):
     models = [mlx_kvret.load(folder, None, backend=backend)[0] for backend in ("mlx", "torch")]
     import mlx.core as mx
 

@@ -1,0 +1,310 @@
+"""The cache as mlx-lm knows it: a list with one entry per layer, here with entries that share one budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_cache
+import numpy as np
+
+from ..core.absent import Absent
+from ..core.passes import Passes
+from ..core.state import State
+from ..core.types import Ints
+from ..errors import CacheError, ModelMismatchError, UnsupportedFeatureError, UnsupportedModelError
+from .attention import LayerView, attend
+from .bounded import Bounded
+from .saved import Loaded, layer_state
+
+# what the layers share whose forward pass is under way
+running: ContextVar[Bounded | None] = ContextVar("kvret_running", default=None)
+
+
+class BoundedKVCache(mlx_cache._BaseCache):
+    """One competing layer's entry: mlx-lm's single-sequence cache contract on a shared :class:`Bounded`.
+
+    What it cannot do (batches, quantisation) is absent, for hosts ask with ``hasattr``.
+
+    ``offset`` is the number of tokens seen, not cached: RoPE positions are true positions. ``padded`` is for
+    models that compute on the fetched keys (latent attention): they get heads padded to equal length.
+    """
+
+    def __init__(self, shared: Bounded, layer: int, padded: bool = False) -> None:
+        self.shared, self.layer, self.padded = shared, layer, padded
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> Loaded:
+        """mlx-lm loads layers one by one; they are joined when the model first sees all of them."""
+        return Loaded(state)
+
+    @classmethod
+    def owner_of(cls, keys: Any) -> BoundedKVCache | None:
+        """The cache whose :meth:`update_and_fetch` returned exactly this array in the pass under way.
+
+        Layers that share another's keys have no cache of their own.
+        """
+        shared = running.get()
+        owner: BoundedKVCache | None = None if shared is None else shared.fetchers.get(id(keys))
+        return owner if owner is not None and owner.fetched and owner.fetched[0] is keys else None
+
+    @property
+    def offset(self) -> int:
+        return self.shared.seen[self.layer]
+
+    @property
+    def fetched(self) -> tuple[mx.array, mx.array] | None:
+        """What :meth:`update_and_fetch` returned in this pass, or would have returned if not ``padded``."""
+        return self.shared.recents[self.layer].fetched
+
+    def observe(self, x: mx.array) -> None:
+        """Take in the layer's attention input (1, T, hidden)."""
+        self._check_pass()
+        if x.shape[0] != 1:
+            _refuse(f"a batch of {x.shape[0]} sequences", "run one sequence at a time")
+        self.shared.recents[self.layer].observe(x[0])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add the step's keys and values (1, H, T, D).
+
+        Returns the rectangle (1, H, r, D), from which :func:`.attention.attend` goes on to the pool,
+        or, if ``padded``, all visible entries (1, H, W + r, D), W being the longest head of all layers.
+        """
+        self._check_pass()
+        recent = self.shared.recents[self.layer]
+        recent.append(keys, values)
+        self.shared.seen[self.layer] += keys.shape[2]
+        fetched = recent.fetch()
+        if not self.padded or self._width() == 0:
+            self.shared.fetchers[id(fetched[0])] = self
+            return fetched
+        old_keys, old_values, _ = self.view().kept(0, keys.shape[1], self._width())
+        return (
+            mx.concatenate([old_keys[None], recent.keys], axis=2),
+            mx.concatenate([old_values[None], recent.values], axis=2),
+        )
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """mlx-lm's ``scaled_dot_product_attention`` for this cache; (1, Hq, T, D) to (1, Hq, T, Dv)."""
+        fetched = self.fetched
+        if not self.padded and fetched and keys is fetched[0] and values is fetched[1]:
+            causal = isinstance(mask, str) or any(mask is made for made in self.shared.masks)
+            if mask is None or causal:
+                return attend(queries, self.view(), scale, causal, sinks)
+        elif self.padded and isinstance(mask, mx.array):
+            bias = self.padding_bias() + (mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask)
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=bias.astype(queries.dtype), sinks=sinks
+            )
+        raise UnsupportedModelError(
+            "this model's attention changes its mask or the cached keys in a way that cannot follow evicted "
+            "entries; use another model"
+        )
+
+    def view(self) -> LayerView:
+        """What the layer attends to, after :meth:`update_and_fetch`."""
+        assert self.fetched is not None
+        return LayerView(self.shared.pool, self.layer, *self.fetched)
+
+    def padding_bias(self) -> mx.array:
+        """0 for the real and -inf for the padded entries of :meth:`update_and_fetch`, (H, 1, W + r)."""
+        view, width = self.view(), self._width()
+        _, real = view.pool.lookup.padded(view.first, view.kv_heads, width) if width else (None, None)
+        visible = mx.zeros((view.kv_heads, 1, width + view.keys.shape[2]))
+        if real is not None:
+            visible[:, 0, :width] = mx.where(real, 0.0, -mx.inf)
+        return visible
+
+    def _width(self) -> int:
+        offsets = self.shared.pool.lookup.on_host()
+        return int((offsets[1:] - offsets[:-1]).max())
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """mlx-lm's mask for N new tokens, as if every layer held the same entries, all of them visible."""
+        self._check_pass()
+        if window_size is not None:
+            raise UnsupportedModelError(
+                f"this model masks a window of {window_size} tokens over a cache of all tokens, which has no "
+                "meaning once entries are evicted; use a model with sliding-window caches"
+            )
+        if N == 1:
+            return None
+        if not (self.padded or return_array):
+            return "causal"
+        recent = self.shared.recents[self.layer].length
+        places = mx.arange(-self._width() if self.padded else 0, recent + N)
+        mask = places <= recent + mx.arange(N)[:, None]
+        self.shared.masks.append(mask)
+        return mask
+
+    def _check_pass(self) -> None:
+        if running.get() is not self.shared:
+            raise ModelMismatchError(
+                "a bounded cache was given to a model that is not attached, or to a part of one; attach the "
+                "model it was made for with mlx_kvret.attach(model, gates) and call the whole model, or give "
+                "this one a cache of its own"
+            )
+
+    # -------------------------------------------------- prompt files and trimming
+
+    @property
+    def state(self) -> list[Any]:
+        """Arrays and strings that mlx-lm saves; the first layer carries what all share."""
+        return layer_state(self.shared, self.layer)
+
+    @state.setter
+    def state(self, state: list[Any]) -> None:
+        raise CacheError("a bounded layer is not restored on its own; load the whole prompt file")
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.shared.layer_nbytes(self.layer)
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of tokens can be taken back, for hosts ask no further: none was decided upon.
+
+        :meth:`trim` takes back the newest ones at any time, and speculative decoding is answered in
+        :mod:`mlx_kvret.mlx_backend.hosts`.
+        """
+        self.shared.passes.repair()
+        waiting = self.shared.recents[self.layer].length
+        return self.offset == waiting and self.shared.schedule.next(self.offset, waiting) is None
+
+    def trim(self, n: int) -> int:
+        """Take back the newest ``n`` tokens, or all if there are fewer.
+
+        Raises:
+            UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
+        """
+        self.shared.passes.repair()
+        recent, n = self.shared.recents[self.layer], min(n, self.offset)
+        if n > recent.length:
+            raise UnsupportedFeatureError(
+                f"cannot take back {n} tokens: all but the newest {recent.length} have been through a "
+                "compaction; make a new cache and read the prompt again"
+            )
+        twin, seen = copy.copy(recent), list(self.shared.seen)
+        twin.trim(n)
+        seen[self.layer] -= n
+        self.shared.put(State([(recent, vars(twin)), (self.shared, {"seen": seen})]))
+        return n
+
+
+class BoundedCacheList(mlx_cache.CacheList):
+    """mlx-lm's list of one layer's entries, of which one is bounded: without batches, which that one has not.
+
+    Hosts ask the list, not its entries, which methods there are.
+    """
+
+    merge, extract, filter, extend, prepare, finalize = (Absent() for _ in range(6))
+
+
+class BoundedCache(list[Any]):
+    """A prompt cache: one entry per layer, as mlx-lm wants it, and figures over all of them.
+
+    Entries of competing layers are :class:`BoundedKVCache`; sliding-window and state-space layers keep their
+    own kind. ``shared`` is None if nothing is ever evicted (policy ``"full"``).
+    """
+
+    def __init__(self, entries: Iterable[Any], shared: Bounded | None, competing: list[Any]) -> None:
+        super().__init__(entries)
+        self.shared, self.competing = shared, competing
+        self.passes = Passes() if shared is None else shared.passes
+        self._identity = ""
+
+    @property
+    def identity(self) -> str:
+        """The model and gates it belongs to."""
+        return self._identity if self.shared is None else self.shared.identity
+
+    @identity.setter
+    def identity(self, identity: str) -> None:
+        if self.shared is not None:
+            self.shared.identity = identity
+        self._identity = identity
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen so far."""
+        self.passes.repair()
+        return int(self.competing[0].offset)
+
+    @property
+    def entries(self) -> int:
+        """Cached entries of the competing layers: one token in one KV head of one layer each."""
+        self.settle()
+        return self.unsettled_entries
+
+    @property
+    def unsettled_entries(self) -> int:
+        """Entries before a compaction that is due; unlike ``entries`` this leaves all tokens trimmable."""
+        if self.shared is not None:
+            return self.shared.unsettled_entries
+        self.passes.repair()
+        return sum(c.offset * c.keys.shape[1] for c in self.competing if c.keys is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything cached: keys, values, retention, positions, tables, waiting gate inputs."""
+        self.settle()
+        return self.unsettled_nbytes
+
+    @property
+    def unsettled_nbytes(self) -> int:
+        """Bytes before a compaction that is due."""
+        self.passes.repair()
+        return sum(c.nbytes for c in self)
+
+    def settle(self) -> None:
+        """Carry out a compaction that is due now instead of before the next forward pass."""
+        if self.shared is not None:
+            self.shared.settle()
+        self.passes.check()
+
+    def kept_positions(self) -> list[list[Ints]]:
+        """For each competing layer, for each KV head, the sorted positions of its entries."""
+        if self.shared is not None:
+            return self.shared.kept_positions()
+        self.passes.check()
+        heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
+        return [[np.arange(c.offset)] * n for c, n in zip(self.competing, heads, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
+        self.settle()
+        entries = copy.deepcopy(list(self), memo)
+        # memo maps each old entry to its copy
+        twin = BoundedCache(entries, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+        twin.identity = self.identity
+        # another thread could not compute what this one has built
+        mx.eval([list(vars(part).values()) for part in _others(entries)])
+        return twin
+
+
+def _others(entries: list[Any]) -> list[Any]:
+    parts = [part for entry in entries for part in getattr(entry, "caches", (entry,))]
+    return [part for part in parts if not isinstance(part, BoundedKVCache)]
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise UnsupportedFeatureError(f"{what} does not work with a bounded cache; {instead}")
+
+
+# mlx-lm's loader looks the classes of saved entries up by name in its own module
+vars(mlx_cache).update(BoundedKVCache=BoundedKVCache, BoundedCacheList=BoundedCacheList)

@@ -1,0 +1,29 @@
+"""Which kernel serves which attention call; the twin is :func:`..attention.attend_reference`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .decode_attention import MAX_TOKENS, decode_attention, fits
+from .prefill_attention import prefill_attention
+
+if TYPE_CHECKING:
+    from ..attention import LayerView
+
+
+def attend(
+    queries: mx.array,
+    view: LayerView,
+    scale: float,
+    causal: bool = True,
+    sinks: mx.array | None = None,
+    softcap: float = 0.0,
+) -> mx.array:
+    """As :func:`..attention.attend`."""
+    _, query_heads, tokens, key_dim = queries.shape
+    rows = query_heads // view.kv_heads * tokens
+    few = tokens <= MAX_TOKENS and fits(rows, key_dim, view.values.shape[3])
+    chosen = decode_attention if few else prefill_attention
+    return chosen(queries, view, scale, causal, sinks, softcap)

@@ -1,0 +1,119 @@
+"""Metal sources of this folder as kernels: built by MLX once per set of template arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+
+from ...errors import KernelError
+
+Template = dict[str, Any]
+
+
+@functools.cache
+def _source(file: str) -> str:
+    return resources.files(__package__).joinpath(file).read_text("utf-8")
+
+
+@functools.cache
+def constant(*values: float, dtype: mx.Dtype = mx.int32) -> mx.array:
+    """A small array of host numbers, made once."""
+    return mx.array(values, dtype)
+
+
+class Kernel:
+    """``<name>.metal``, the body of a kernel, after the functions of ``header``.
+
+    Inputs may have any strides if ``strided``; else MLX copies what is not row-contiguous.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        header: str | None = None,
+        strided: bool = False,
+        atomic: bool = False,
+    ) -> None:
+        self.name, self.header = name, header
+        self._how: dict[str, Any] = {
+            "input_names": list(inputs),
+            "output_names": list(outputs),
+            "ensure_row_contiguous": not strided,
+            "atomic_outputs": atomic,
+        }
+        self._made: dict[Callable[..., Any], Any] = {}
+        self._built: set[tuple[Any, ...]] = set()
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[tuple[Sequence[int], mx.Dtype]],
+        grid: tuple[int, int, int],
+        threadgroup: int,
+        init_value: float | None = None,
+        **template: Any,
+    ) -> list[mx.array]:
+        """Launch ``grid`` threadgroups of ``threadgroup`` threads; shapes and types of the ``outputs``.
+
+        Raises:
+            KernelError: MLX cannot build the source for these types and sizes, or has no Metal.
+        """
+        factory = mx.fast.metal_kernel
+        if factory not in self._made:
+            header = _source(self.header) if self.header else ""
+            self._made[factory] = factory(
+                name=f"kvret_{self.name}", source=_source(f"{self.name}.metal"), header=header, **self._how
+            )
+        variant = (factory, *template.items(), *(a.dtype for a in inputs))
+        try:
+            made: list[mx.array] = self._made[factory](
+                inputs=list(inputs),
+                template=list(template.items()),
+                grid=(grid[0] * threadgroup, grid[1], grid[2]),
+                threadgroup=(threadgroup, 1, 1),
+                output_shapes=[shape for shape, _ in outputs],
+                output_dtypes=[dtype for _, dtype in outputs],
+                init_value=init_value,
+            )
+            # MLX builds when it evaluates, far from here: a source that fails is better found now
+            if variant not in self._built and _evaluated(made):
+                self._built.add(variant)
+        except RuntimeError as error:
+            types = [_name(a.dtype) for a in inputs]
+            raise self._failure(error, dict.fromkeys(types), template) from error
+        return made
+
+    def _failure(self, error: RuntimeError, types: Iterable[str], template: Template) -> Exception:
+        text = str(error)
+        if "No Metal back-end" in text:
+            return KernelError(
+                f"the kernel {self.name} needs Metal and this MLX has none; set MLX_KVRET_KERNELS=reference"
+            )
+        if "metal library" in text or "Unable to load" in text or "Unable to build" in text:
+            how = ", ".join([*types, *(f"{name}={value}" for name, value in template.items())])
+            return KernelError(
+                f"Metal cannot build mlx_kvret/mlx_backend/kernels/{self.name}.metal for {how}; "
+                f"set MLX_KVRET_KERNELS=reference to go on without it. {text}"
+            )
+        return error
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _evaluated(arrays: list[mx.array]) -> bool:
+    """Evaluate, unless inside a trace, where nothing can be."""
+    try:
+        mx.eval(arrays)
+    except ValueError as error:
+        if "function transformation" not in str(error):
+            raise
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""Scores and selection on the device, the MLX twin of :mod:`mlx_kvret.core.eviction`.
+
+Candidates stand in rows, one row per group of competing heads. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.config import EvictionConfig
+from ..core.policies import random_score
+from . import kernels
+from .kernels import score_select
+
+
+def retention_score(log_beta: mx.array, position: mx.array, seen: int, lookahead: int = 1) -> mx.array:
+    """As :func:`mlx_kvret.core.retention.retention_score`; any shape, float32."""
+    if kernels.enabled():
+        return score_select.retention_score(log_beta, position, seen, lookahead)
+    return retention_score_reference(log_beta, position, seen, lookahead)
+
+
+def retention_score_reference(
+    log_beta: mx.array, position: mx.array, seen: int, lookahead: int = 1
+) -> mx.array:
+    """:func:`retention_score` in plain MLX."""
+    score = (seen + 1 - position).astype(mx.float32) * log_beta
+    return score + _log_geometric_sum(log_beta, lookahead) if lookahead > 1 else score
+
+
+def _log_geometric_sum(log_beta: mx.array, terms: int) -> mx.array:
+    flat = mx.abs(log_beta) < 1e-30
+    safe = mx.where(flat, -1.0, log_beta)
+    ratio = mx.expm1(terms * safe) / mx.expm1(safe)
+    return mx.log(mx.where(flat, float(terms), ratio))
+
+
+def static_score(config: EvictionConfig, keys: mx.array, head: int, position: np.ndarray) -> mx.array:
+    """The part of a baseline's score that never changes: (H, T) of one layer's new tokens.
+
+    ``keys`` (H, T, D), ``head`` the layer's first flat head, ``position`` (T,). ``keydiff`` has none: zeros.
+    """
+    shape = keys.shape[:2]
+    if config.policy == "knorm":
+        return -mx.linalg.norm(keys.astype(mx.float32), axis=-1)
+    if config.policy == "recent":
+        return mx.broadcast_to(mx.array(position.astype(np.float32)), shape)
+    if config.policy == "random":
+        heads = head + np.arange(shape[0])
+        return mx.array(random_score(position[None, :], heads[:, None], config.policy_seed))
+    return mx.zeros(shape)
+
+
+def keydiff_score(keys: mx.array, head: mx.array, heads: int) -> mx.array:
+    """As :func:`mlx_kvret.core.policies.keydiff_score`; entries of a head ≥ ``heads`` do not count."""
+    unit = _unit(keys.astype(mx.float32))
+    mean = _unit(mx.zeros((heads + 1, keys.shape[-1])).at[head].add(unit))
+    return -(unit * mean[head]).sum(-1)
+
+
+def _unit(x: mx.array) -> mx.array:
+    return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def select(
+    score: mx.array,
+    position: mx.array,
+    head: mx.array,
+    seen: int,
+    config: EvictionConfig,
+    size: int,
+    heads: int,
+) -> mx.array:
+    """Which candidates stay, as a mask; all arguments (groups, N). A ``head`` ≥ ``heads`` marks no entry.
+
+    The rule is that of :func:`mlx_kvret.core.eviction.select` for groups that are due: protected entries
+    first, then by score, ties to the newer token and then to the lower head; of these the first M·``size``.
+    """
+    must = (position < config.sinks) | (position >= seen - config.window)
+    if config.min_per_head:
+        order = _order(score, must, head < heads, position, head, seen, heads)
+        must = must | (_rank_in_head(order, head, heads) < config.min_per_head)
+    chosen = score_select.select if kernels.enabled() else select_reference
+    lowest = -math.inf if config.threshold is None else math.log(config.threshold)
+    return chosen(score, must, position, head, config.budget * size, seen, heads, lowest)
+
+
+def select_reference(
+    score: mx.array,
+    must: mx.array,
+    position: mx.array,
+    head: mx.array,
+    wanted: int,
+    seen: int,
+    heads: int,
+    lowest: float,
+) -> mx.array:
+    """The first ``wanted`` of each row that ``must`` stay or score at least ``lowest``, by sorting all."""
+    alive = head < heads
+    order = _order(score, must, alive, position, head, seen, heads)
+    keep = mx.zeros(score.shape, mx.bool_)
+    keep = mx.put_along_axis(keep, order[:, :wanted], mx.array(True), axis=1) & alive
+    if lowest > -math.inf:
+        keep = keep & (must | (score >= lowest))
+    return keep
+
+
+def _order(
+    score: mx.array,
+    must: mx.array,
+    alive: mx.array,
+    position: mx.array,
+    head: mx.array,
+    seen: int,
+    heads: int,
+) -> mx.array:
+    """Indices of the candidates of each row, best first, (groups, N)."""
+    newest_first = (seen - position).astype(mx.int64) * (heads + 1) + head
+    by_tie = mx.argsort(newest_first, axis=1)
+    # every key is made unique by its place, so that no sort needs to be stable
+    key = mx.where(alive, _ascending_bits(score) + (must.astype(mx.int64) << 32) + 1, 0)
+    key = (2**34 - mx.take_along_axis(key, by_tie, axis=1)) * score.shape[1]
+    best_first = mx.sort(key + mx.arange(score.shape[1], dtype=mx.int64), axis=1)
+    return mx.take_along_axis(by_tie, (best_first % score.shape[1]).astype(mx.uint32), axis=1)
+
+
+def _ascending_bits(score: mx.array) -> mx.array:
+    """float32 to int64 in [0, 2^32) of the same order; NaN counts as the lowest, -0 as 0."""
+    score = mx.where(mx.isnan(score), -math.inf, score) + 0.0
+    bits = score.view(mx.uint32)
+    return mx.where(bits >> 31, ~bits, bits | 0x80000000).astype(mx.int64)
+
+
+def _rank_in_head(order: mx.array, head: mx.array, heads: int) -> mx.array:
+    """Each candidate's place among those of its own head, (groups, N)."""
+    count = head.shape[1]
+    place = mx.broadcast_to(mx.arange(count, dtype=mx.int64), head.shape)
+    rank = mx.put_along_axis(mx.zeros(head.shape, mx.int64), order, place, axis=1)
+    by_head = mx.argsort(head.astype(mx.int64) * count + rank, axis=1)
+    sorted_head = mx.take_along_axis(head, by_head, axis=1)
+    new = mx.concatenate(
+        [mx.ones((head.shape[0], 1), mx.bool_), sorted_head[:, 1:] != sorted_head[:, :-1]], axis=1
+    )
+    start = mx.cummax(mx.where(new, place, 0), axis=1)
+    return mx.put_along_axis(mx.zeros(head.shape, mx.int64), by_head, place - start, axis=1)

@@ -1,0 +1,130 @@
+"""A bounded cache in the file format of :mod:`mlx_kvret.core.snapshot`, which both backends open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_cache
+import numpy as np
+
+from ..core.snapshot import Snapshot
+from ..errors import CheckpointError, UnsupportedFeatureError
+from .cache import BoundedCache, BoundedKVCache
+from .filling import fill
+from .gates import to_array, to_tensor
+
+if TYPE_CHECKING:
+    from .bounded import Bounded
+    from .hooks import Attachment
+    from .probe import Layout
+
+
+def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
+    """What a cache holds, its entries in the order of their flat heads and positions.
+
+    Raises:
+        UnsupportedFeatureError: the cache evicts nothing, or has a kind of layer that no other backend knows.
+    """
+    shared = cache.shared
+    if shared is None:
+        raise UnsupportedFeatureError(
+            "a cache of policy 'full' is mlx-lm's own; save it with mlx_lm.models.cache.save_prompt_cache"
+        )
+    kept = shared.kept_positions()
+    heads = [positions for layer in kept for positions in layer]
+    slots, tokens = _places(shared, [len(positions) for positions in heads]), shared.recents[0].length
+    keys, values = (_in_order(shared, name, slots) for name in ("keys", "values"))
+    retention = mx.concatenate([shared.pool.retention, _recent_retention(shared, tokens)])
+    return Snapshot(
+        model=shared.owner["model"],
+        gates=shared.owner.get("gates", ""),
+        eviction=shared.config,
+        seen=shared.seen[0],
+        counts=np.array([[len(p) for p in layer] for layer in kept], np.int32),
+        position=np.concatenate(heads).astype(np.int32),
+        retention=np.array(retention[mx.array(slots)]).astype(np.float32),
+        keys=to_tensor(keys),
+        values=to_tensor(values),
+        extras={i: _window_state(c) for i, c in enumerate(cache) if not isinstance(c, BoundedKVCache)},
+        notes=notes,
+    )
+
+
+def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCache:
+    """A cache that goes on where the snapshot was taken; ``stock`` are the model's empty entries.
+
+    Raises:
+        ModelMismatchError: the snapshot belongs to another model or other gates.
+        CheckpointError: its shape is not the model's.
+    """
+    snapshot.check(made.owner["model"], made.owner.get("gates", ""), snapshot.eviction)
+    cache = made.layout.bounded_cache(stock, snapshot.eviction, made.gates, made.owner)
+    others = [i for i, entry in enumerate(cache) if not isinstance(entry, BoundedKVCache)]
+    snapshot.check_shape(made.layout.shape, others)
+    assert cache.shared is not None
+    if snapshot.seen:
+        fill(cache.shared, snapshot)
+    for layer in others:
+        _restore_window(cache[layer], snapshot, layer, made.layout)
+    return cache
+
+
+def _places(shared: Bounded, counts: list[int]) -> np.ndarray:
+    """For each entry in the snapshot's order its index into the pool's slots and then the rectangles'."""
+    pool, tokens = shared.pool, shared.recents[0].length
+    table, offsets = np.array(pool.lookup.table), pool.lookup.on_host()
+    position = np.array(pool.position)
+    places = []
+    for head in range(shared.shape.heads):
+        slots = table[offsets[head] : offsets[head + 1]]
+        rectangle = len(position) + head * tokens + np.arange(tokens)
+        places += [slots[np.argsort(position[slots])], rectangle]
+    return np.concatenate(places).astype(np.int32)
+
+
+def _in_order(shared: Bounded, name: str, places: np.ndarray) -> mx.array:
+    if not shared.seen[0]:
+        # nothing has told the arrays their width yet
+        return mx.zeros((0, shared.shape.key_dim if name == "keys" else shared.shape.value_dim))
+    pool, recents = getattr(shared.pool, name), shared.recents
+    parts = [pool] if shared.pool.capacity else [pool[:, :0]]
+    if recents[0].length:
+        rectangles = [getattr(recent, name)[0] for recent in recents]
+        parts.append(mx.concatenate([r.reshape(-1, r.shape[-1]) for r in rectangles]))
+        if not shared.pool.capacity:
+            parts[0] = mx.zeros((len(pool), parts[1].shape[1]), parts[1].dtype)
+    return mx.concatenate(parts)[mx.array(places)]
+
+
+def _recent_retention(shared: Bounded, tokens: int) -> mx.array:
+    if not tokens:
+        return mx.zeros((0,))
+    start = shared.seen[0] - tokens
+    rows = [shared._retention(layer, tokens, start) for layer in range(shared.shape.layers)]
+    return mx.concatenate(rows).reshape(-1)
+
+
+def _window_state(entry: Any) -> dict[str, Any]:
+    """Keys and values of a sliding-window layer, (H, n, D), oldest first."""
+    if type(entry) is not mlx_cache.RotatingKVCache:
+        raise UnsupportedFeatureError(
+            f"a cache with {type(entry).__name__} layers has no common file format; save it with "
+            "mlx_lm.models.cache.save_prompt_cache"
+        )
+    if entry.keys is None:
+        return {}
+    return {name: to_tensor(entry._temporal_order(getattr(entry, name))[0]) for name in ("keys", "values")}
+
+
+def _restore_window(entry: Any, snapshot: Snapshot, layer: int, layout: Layout) -> None:
+    known = layout.others.get((layer, None))
+    if type(entry) is not mlx_cache.RotatingKVCache or known is None:
+        raise CheckpointError(
+            f"layer {layer} of the model keeps a {type(entry).__name__}, for which saved caches have no "
+            "form; load the model the cache was saved with"
+        )
+    if state := snapshot.window(layer, entry.max_size, known.window):
+        entry.keys, entry.values = (to_array(state[name])[None] for name in ("keys", "values"))
+        entry.offset, entry._idx = snapshot.seen, entry.keys.shape[2]
+        mx.eval(entry.keys, entry.values)  # for other threads
