@@ -26,12 +26,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from cuda_backend import hooks
-from cuda_backend.attention import LayerView
 from cuda_backend.cache import BoundedCache, cache_argument
 from cuda_backend.gates import RetentionGates
 from cuda_backend.kernels.dispatch import attend
 from cuda_backend.pool import Pool
 from cuda_backend.step import Step, decoder_step
+from cuda_backend.view import LayerView
 from mlx_kvret.core.config import EvictionConfig, GateConfig
 
 RESULTS = Path(__file__).parent / "results" / "cuda_decode.md"

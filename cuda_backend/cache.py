@@ -20,10 +20,10 @@ from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import ModelMismatchError, UnsupportedFeatureError
 
-from .attention import LayerView
 from .bounded import Bounded
 from .kernels.dispatch import append, attend
 from .modes import ordinary
+from .view import LayerView
 
 # the cache of the forward pass that is under way
 running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)

@@ -18,6 +18,7 @@ from mlx_kvret.core.request import Sampling, check_generation, check_max_tokens,
 from mlx_kvret.errors import UnsupportedFeatureError
 
 from . import hooks
+from .attaching import make_cache
 from .cache import BoundedCache, cache_argument
 from .loops import end_text
 from .memory import explained
@@ -110,8 +111,6 @@ def stream_generate(
     }
     check_generation(given, asked)
     if cache is None:
-        from .api import make_cache
-
         cache = make_cache(model, **evict)
     else:
         hooks.check_cache(model, cache)

@@ -8,12 +8,9 @@ model's own. The decoder announces each forward pass to its cache, and undoes it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,56 +22,27 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from mlx_kvret.core.budget import CacheShape
-from mlx_kvret.core.config import EvictionConfig, GateConfig
-from mlx_kvret.core.fingerprint import check_identity, identity
+from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.core.fingerprint import check_identity
 from mlx_kvret.core.machine import check_fits
 from mlx_kvret.core.request import NO_GATES, own_eviction
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
 from . import hosts
+from .attachment import Attachment, attachment
 from .cache import BoundedCache, BoundedKVCache, running
 from .forward import unwrap, wrap
 from .gates import RetentionGates
 from .memory import free_bytes
 from .modes import ordinary
 from .modules import attention_modules
-from .probe import Layout, layout_of, probe, stock_layers
+from .probe import layout_of, probe, stock_layers
 from .rope import Fixed, fix
 from .snapshots import reopen
 
 # what names of our attention functions begin with
 NAME = "kvret_"
-
-
-@dataclass
-class Attachment:
-    """What is known of an attached model: its layout, its gates, and how it is detached."""
-
-    layout: Layout
-    gates: RetentionGates | None
-    owner: dict[str, str]
-    eviction: EvictionConfig
-    implementation: str
-    rope: Fixed
-    handles: list[Any] = field(default_factory=list)
-    _identity: str = ""
-
-    def identity(self, model: nn.Module) -> str:
-        """Which model, with which gates, may use a cache made here: of the same config and weights."""
-        if not self._identity:
-            self._identity = identity(self.owner, _weights(model))
-        return self._identity
-
-    @property
-    def gate_config(self) -> GateConfig | None:
-        return None if self.gates is None else self.gates.config
-
-
-def attachment(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, or None."""
-    found: Attachment | None = vars(model).get("_kvret")
-    return found
 
 
 def install(
@@ -156,13 +124,6 @@ def check_cache(model: PreTrainedModel, cache: Any) -> None:
         )
     cache.passes.check()
     check_identity(made.identity(model), cache.identity)
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """A few values of every weight."""
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        yield name, flat[:: max(1, len(flat) // 8)].float().cpu().numpy()
 
 
 def _own_cache(model: PreTrainedModel) -> BoundedCache:

@@ -16,8 +16,8 @@ from .cache import BoundedCache, BoundedKVCache
 from .gates import to_tensor
 
 if TYPE_CHECKING:
+    from .attachment import Attachment
     from .bounded import Bounded
-    from .hooks import Attachment
     from .probe import Layout
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

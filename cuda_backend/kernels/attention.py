@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention import LayerView
+from ..view import LayerView
 
 # a piece's partial result must weigh little beside its entries
 PIECE_ENTRIES = 128

@@ -12,8 +12,8 @@ import torch
 from mlx_kvret.core.config import EvictionConfig
 
 from .. import attention, selection
-from ..attention import LayerView
 from ..pool import Pool
+from ..view import LayerView
 
 # as many query tokens as decode attention takes, and rows of queries per KV head
 FEW_TOKENS, FEW_ROWS = 8, 128

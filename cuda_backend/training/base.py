@@ -13,7 +13,7 @@ from mlx_kvret.errors import ConfigError, TrainingError, UnsupportedModelError
 from mlx_kvret.training.memory import Memory
 from mlx_kvret.training.run import Base
 
-from ..api import load_model, read_tokenizer
+from ..loading import load_model, read_tokenizer
 from ..memory import out_of_memory
 from .attention import ROWS
 from .loss import CHUNK_ELEMENTS

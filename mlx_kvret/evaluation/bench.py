@@ -144,7 +144,7 @@ def _reference(model: str | Path, chunk: int | None, buffer: int | None, batch: 
         )
     import torch
 
-    from cuda_backend.api import load_model, read_tokenizer
+    from cuda_backend.loading import load_model, read_tokenizer
 
     from .reference import ReferenceEngine
 

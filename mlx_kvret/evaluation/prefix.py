@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from .attention_policies import Entries
 from .methods import parse_method
-from .reading import Reading
+from .reading import Engine, Reading
 from .samples import Sample
-
-if TYPE_CHECKING:
-    from .reference import ReferenceEngine
 
 # bytes of beginnings that are held at a time
 ROOM = 2 << 30
@@ -26,7 +22,7 @@ ROOM = 2 << 30
 class Prefix:
     """The state of a reading after ``tokens`` tokens of the first turn, as any policy would have it."""
 
-    def __init__(self, engine: ReferenceEngine, samples: Sequence[Sample], chunk: int, tokens: int) -> None:
+    def __init__(self, engine: Engine, samples: Sequence[Sample], chunk: int, tokens: int) -> None:
         notes = ("attention", "queries", "inputs")
         found = Reading(engine, samples, parse_method("full"), None, chunk, notes=notes)
         turns = [sample.turns[0] for sample in samples]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +17,26 @@ from .likelihood import on_torch
 from .methods import Method
 from .samples import Question, Sample, Turn, text_score
 
-if TYPE_CHECKING:
-    from .prefix import Prefix
-    from .reference import ReferenceEngine
-
 OBSERVED = 32
 # what policies want to know of what was read: attention paid so far, the last queries
 _NOTES = {"h2o": ("attention",), "snapkv": ("queries",)}
 Looker = Callable[[int, torch.Tensor, Entries], None]
+
+
+class Engine(Protocol):
+    """Whose attention function asks a reading: a model, and the gates of learned policies."""
+
+    model: Any
+    tokenizer: Any
+    gates: Any
+    reading: Reading | None
+
+
+class Beginning(Protocol):
+    """The first tokens of a turn, read already."""
+
+    def enter(self, reading: Reading) -> int:
+        """Put a new reading behind them; returns their number."""
 
 
 class Reading:
@@ -37,12 +49,12 @@ class Reading:
 
     def __init__(
         self,
-        engine: ReferenceEngine,
+        engine: Engine,
         samples: Sequence[Sample],
         method: Method,
         config: EvictionConfig | None,
         chunk: int,
-        prefix: Prefix | None = None,
+        prefix: Beginning | None = None,
         notes: Collection[str] | None = None,
     ) -> None:
         self.engine, self.samples, self.method, self.config = engine, samples, method, config

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
-from mlx_lm.utils import load_model, load_tokenizer
 
 from ..core.budget import CacheShape
-from ..core.checkpoint import GateCheckpoint, check_base
-from ..core.fingerprint import fingerprint
-from ..core.loading import check_loading, check_needless, reading_tokenizer, tried
-from ..core.model_folder import model_config as stored_config
-from ..core.request import Sampling, check_eviction, eviction, own_eviction
+from ..core.checkpoint import GateCheckpoint
+from ..core.loading import check_loading
+from ..core.request import Sampling
 from ..core.snapshot import read_snapshot, write_snapshot
-from ..core.tensors import tensors_id
-from ..core.types import Array
-from ..errors import CheckpointError, KVRetError, UnsupportedModelError
 from ..hub import resolve
 from ..zoo import auto
-from ..zoo.identity import Subject, is_norm
-from . import hooks, rope, snapshots
+from . import hooks, snapshots
 from .adapters import add_adapter
+from .attaching import attach, attach_best_known, attach_these, detach, make_cache
 from .cache import BoundedCache
-from .gates import RetentionGates, from_checkpoint, to_tensor
 from .generation import generate, stream_generate
+from .loading import load_network, read_gates, read_tokenizer
 from .sampling import sampler_of
 
 __all__ = [
@@ -45,11 +35,6 @@ __all__ = [
     "stream_generate",
 ]
 
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
-
-
-# how MLX says that weights are not those of the model
-_WEIGHTS = re.compile(r"Missing \d+ parameters|Received \d+ parameters not in model|Expected shape")
 # options of transformers, and why they do nothing here
 _TORCH_ONLY = {
     "device": "MLX computes on its default device; call mx.set_default_device",
@@ -98,114 +83,10 @@ def load(
         add_adapter(network, adapter)
     tokenizer = read_tokenizer(folder, config, trust_remote_code, tokenizer_config or {})
     if searched:
-        _attach_best(network, config, (str(model), str(folder)), changed=adapter is not None)
+        attach_best_known(network, config, (str(model), str(folder)), changed=adapter is not None)
     else:
-        _attach(network, checkpoint, config)
+        attach_these(network, checkpoint, config)
     return network, tokenizer
-
-
-def read_tokenizer(
-    folder: Path,
-    config: dict[str, Any],
-    trust_remote_code: bool = False,
-    options: dict[str, Any] | None = None,
-) -> Any:
-    """A model folder's tokenizer as mlx-lm wraps it; None where there is none."""
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        check_needless(options, folder)
-        return None
-    given = {"trust_remote_code": trust_remote_code} | (options or {})
-    with reading_tokenizer(folder):
-        return tried(load_tokenizer(folder, given, eos_token_ids=config.get("eos_token_id")))
-
-
-def plain_tokenizer(folder: Path) -> Any:
-    """A model folder's tokenizer of transformers, without mlx-lm's wrapping; None where there is none."""
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        return None
-    from transformers import AutoTokenizer
-
-    with reading_tokenizer(folder):
-        return tried(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-
-
-def load_network(
-    folder: Path, rope_length: int | None = None, **options: Any
-) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's ``load_model`` with errors that say what to do: a model without hooks, and its config.
-
-    Its positions are what the config says, see :mod:`mlx_kvret.mlx_backend.rope`; ``rope_length`` as there.
-    """
-    stored = stored_config(folder)
-    try:
-        network, config = rope.loaded(load_model, folder, stored, rope_length, **options)
-    except KVRetError:
-        raise
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} holds no model: {error}; expected config.json and safetensors"
-        ) from error
-    except (RuntimeError, KeyError, MemoryError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error!r}); copy or download the model again") from error
-    except (Exception, SystemExit) as error:
-        # model files take a config at its word, and end the process where a package they want is missing
-        if _WEIGHTS.search(str(error)):
-            raise CheckpointError(
-                f"{folder} does not hold the weights of its model: {error}; copy or download it again"
-            ) from error
-        raise UnsupportedModelError(f"mlx-lm cannot load {folder}: {error}") from error
-    return network, config
-
-
-def read_gates(
-    gates: str | Path | GateCheckpoint, revision: str | None = None
-) -> GateCheckpoint | RetentionGates:
-    """Gates from a folder or hub id in any form; those in the MLX form come ready to run."""
-    if isinstance(gates, GateCheckpoint):
-        return gates
-    from converters import detect, load_any
-
-    folder = resolve(gates, "gates", revision)
-    if detect(folder) != "mlx":
-        return load_any(folder)
-    from converters.mlx_form import load_mlx_gates
-
-    return load_mlx_gates(folder)
-
-
-def attach(
-    model: nn.Module, gates: str | Path | GateCheckpoint | None = auto.AUTO, **options: Any
-) -> nn.Module:
-    """As :func:`mlx_kvret.attach`."""
-    check_eviction(options)
-    args = getattr(model, "args", None)
-    config = {name: value for name, value in vars(args).items() if value is not None} if args else {}
-    rope.check(model)
-    if gates == auto.AUTO and options.get("policy", "learned") == "learned":
-        return _attach_best(model, config, (), options)
-    checkpoint = None if gates is None or gates == auto.AUTO else read_gates(gates)
-    return _attach(model, checkpoint, config, options)
-
-
-def detach(model: nn.Module) -> nn.Module:
-    """As :func:`mlx_kvret.detach`."""
-    hooks.remove(model)
-    return model
-
-
-def make_cache(
-    model: nn.Module, budget: int | str | None = None, buffer: int | None = None, **options: Any
-) -> BoundedCache:
-    """As :func:`mlx_kvret.make_cache`."""
-    attached = hooks.attachment(model)
-    if attached is None:
-        learned = options.get("policy", "learned") == "learned"
-        attached = hooks.attachment(attach(model, auto.AUTO if learned else None))
-    assert attached is not None
-    if budget is None and buffer is None and not options:
-        return hooks.new_cache(model, attached, attached.eviction)
-    config = eviction(attached.layout.shape, budget, buffer, gates=attached.gate_config, **options)
-    return hooks.new_cache(model, attached, config)
 
 
 def full_cache(model: nn.Module, cache: BoundedCache) -> tuple[int, int]:
@@ -245,49 +126,3 @@ def load_cache(model: nn.Module, path: str | Path) -> tuple[BoundedCache, dict[s
     """As :func:`mlx_kvret.load_cache`."""
     snapshot = read_snapshot(path)
     return hooks.reopened_cache(model, snapshot), snapshot.notes
-
-
-def _attach_best(
-    model: nn.Module,
-    config: dict[str, Any],
-    names: tuple[str, ...],
-    options: dict[str, Any] | None = None,
-    changed: bool = False,
-) -> nn.Module:
-    """Attach with the gates that are known for the model, if there are any."""
-    subject = Subject(config, names, lambda: _norms(model), changed)
-    return auto.attach_best(subject, read_gates, lambda gates: _attach(model, gates, config, options))
-
-
-def _norms(model: nn.Module) -> dict[str, Array]:
-    """The norms' weights by name, float32."""
-    weights: Any = tree_flatten(model.parameters())
-    return {
-        name: np.array(array.astype(mx.float32))
-        for name, array in weights
-        if is_norm(name) and array.ndim == 1
-    }
-
-
-def _attach(
-    model: nn.Module,
-    gates: GateCheckpoint | RetentionGates | None,
-    config: dict[str, Any],
-    options: dict[str, Any] | None = None,
-) -> nn.Module:
-    owner = {"model": fingerprint(config) + rope.mark(model)}
-    if gates is not None:
-        check_base(gates.config, config)
-        gates = from_checkpoint(gates) if isinstance(gates, GateCheckpoint) else gates
-        weights: Any = tree_flatten(gates.parameters())
-        owner["gates"] = tensors_id({name: to_tensor(array) for name, array in weights})
-    before = hooks.attachment(model)
-    if before is not None:
-        # a refusal leaves the model as it was
-        if gates is not None:
-            before.layout.check_gates(gates)
-        own_eviction(before.layout.shape, None if gates is None else gates.config, options or {})
-    hooks.remove(model)
-    # gates and options do not change what the hooks give
-    hooks.install(model, gates, owner, options, compute=before is None)
-    return model

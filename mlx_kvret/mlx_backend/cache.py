@@ -16,9 +16,10 @@ from ..core.passes import Passes
 from ..core.state import State
 from ..core.types import Ints
 from ..errors import CacheError, ModelMismatchError, UnsupportedFeatureError, UnsupportedModelError
-from .attention import LayerView, attend
+from .attention import attend
 from .bounded import Bounded
 from .saved import Loaded, layer_state
+from .view import LayerView
 
 # what the layers share whose forward pass is under way
 running: ContextVar[Bounded | None] = ContextVar("kvret_running", default=None)

@@ -19,6 +19,7 @@ from ..core.prompts import check_ids, prompt_ids
 from ..core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
 from ..errors import ConfigError, UnsupportedFeatureError
 from . import hooks
+from .attaching import make_cache
 from .cache import BoundedCache
 from .loops import Text
 from .sampling import sampler_of
@@ -92,12 +93,7 @@ def stream_generate(
     asked = Sampling(temp, top_p, seed)
     check_generation(options, asked)
     check_max_tokens(max_tokens)
-    if cache is None:
-        from .api import make_cache
-
-        cache = make_cache(model, **eviction)
-    else:
-        cache = hooks.checked_cache(model, cache)
+    cache = make_cache(model, **eviction) if cache is None else hooks.checked_cache(model, cache)
     ids = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
     if asked.temp:
         options["sampler"] = sampler_of(asked)

@@ -11,17 +11,14 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as mlx_cache
-import numpy as np
-from mlx.utils import tree_flatten
 
-from ..core.config import EvictionConfig, GateConfig
-from ..core.fingerprint import check_identity, identity
+from ..core.config import EvictionConfig
+from ..core.fingerprint import check_identity
 from ..core.machine import check_fits
 from ..core.request import NO_GATES, own_eviction
 from ..core.snapshot import Snapshot
@@ -32,12 +29,13 @@ from ..errors import (
 )
 from . import hosts
 from .agreement import check_agreement
+from .attachment import Attachment, Namespaces, attachment
 from .cache import BoundedCache, BoundedKVCache
-from .dispatch import Namespace, User, give_back, take_over
+from .dispatch import give_back, take_over
 from .forward import leaves, run
 from .gates import RetentionGates
 from .memory import free_bytes
-from .probe import Layout, probe
+from .probe import probe
 from .snapshots import reopen
 
 ATTENTION = "scaled_dot_product_attention"
@@ -50,45 +48,6 @@ REFUSED = {
     "plamo2": "it calls MLX's attention directly instead of mlx-lm's function",
     "deepseek_v41": "it calls MLX's attention directly instead of mlx-lm's function",
 }
-
-
-class Namespaces(User):
-    """Where the functions of one model's attentions find mlx-lm's attention function: their globals."""
-
-    def __init__(self, attentions: list[Namespace]) -> None:
-        self.attentions = attentions
-
-
-@dataclass
-class Attachment:
-    """What is known of an attached model: its layout, its gates, and how new caches are made."""
-
-    layout: Layout
-    gates: RetentionGates | None
-    owner: dict[str, str]
-    namespaces: Namespaces
-    eviction: EvictionConfig
-    _identity: str = ""
-
-    def identity(self, model: nn.Module) -> str:
-        """Which model, with which gates, may use a cache made here: of the same config and weights."""
-        if not self._identity:
-            self._identity = identity(self.owner, _weights(model))
-        return self._identity
-
-    @property
-    def gate_config(self) -> GateConfig | None:
-        return None if self.gates is None else self.gates.config
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        """Of a copied model: hooks of its own, the same gates, which never change."""
-        return replace(self, namespaces=Namespaces(self.namespaces.attentions))
-
-
-def attachment(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, or None."""
-    found: Attachment | None = model.__dict__.get("_kvret")
-    return found
 
 
 def install(
@@ -191,14 +150,6 @@ def _identity_of(cache: list[Any]) -> str | None:
     if isinstance(cache, BoundedCache):
         return cache.identity
     return next((part.shared.identity for part in leaves(cache) if isinstance(part, BoundedKVCache)), None)
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """A few values of every weight."""
-    flat: Any = tree_flatten(model.parameters())
-    parts = [weight.reshape(-1)[:: max(1, weight.size // 8)].astype(mx.float32) for _, weight in flat]
-    values = np.split(np.array(mx.concatenate(parts)), np.cumsum([part.size for part in parts])[:-1])
-    return zip([name for name, _ in flat], values, strict=True)
 
 
 def reopened_cache(model: nn.Module, snapshot: Snapshot) -> BoundedCache:

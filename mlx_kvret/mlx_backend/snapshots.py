@@ -15,8 +15,8 @@ from .filling import fill
 from .gates import to_array, to_tensor
 
 if TYPE_CHECKING:
+    from .attachment import Attachment
     from .bounded import Bounded
-    from .hooks import Attachment
     from .probe import Layout
 
 

@@ -11,12 +11,12 @@ import pytest
 from mlx_lm.models import gemma3_text
 
 from converters import convert, load_any
-from converters.agreement import agreement, synthetic_inputs
-from converters.prompt import attention_inputs, prompt_inputs
 from mlx_kvret import attach, demo
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.errors import CheckpointError, ConfigError, ModelMismatchError, UnsupportedModelError
+from mlx_kvret.evaluation.gate_agreement import agreement, synthetic_inputs
+from mlx_kvret.evaluation.gate_inputs import attention_inputs, prompt_inputs
 from mlx_kvret.mlx_backend.gates import RetentionGates, from_checkpoint
 
 

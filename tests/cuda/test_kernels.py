@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
-from cuda_backend.attention import LayerView, attend, naive_attend
+from cuda_backend.attention import attend, naive_attend
 from cuda_backend.kernels.attention import decode_attention, prefill_attention
 from cuda_backend.kernels.moving import append, fill, naive_append, naive_fill
 from cuda_backend.kernels.select import select_triton
 from cuda_backend.pool import Pool
 from cuda_backend.selection import select
+from cuda_backend.view import LayerView
 from mlx_kvret.core.config import EvictionConfig
 
 pytestmark = pytest.mark.skipif(

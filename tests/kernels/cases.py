@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvret.mlx_backend.attention import LayerView
 from mlx_kvret.mlx_backend.pool import Pool
+from mlx_kvret.mlx_backend.view import LayerView
 
 
 def uniform(*shape, dtype=mx.float32):

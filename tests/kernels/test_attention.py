@@ -6,10 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metal_host import assert_close, check
 
-from mlx_kvret.mlx_backend.attention import LayerView, attend_reference
+from mlx_kvret.mlx_backend.attention import attend_reference
 from mlx_kvret.mlx_backend.kernels import HEAD_SIZES, TYPES
 from mlx_kvret.mlx_backend.kernels.attention import attend
 from mlx_kvret.mlx_backend.kernels.prefill_attention import by_head, tiled
+from mlx_kvret.mlx_backend.view import LayerView
 
 from .cases import uniform, view_with
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from rounding import assert_near
 
-from mlx_kvret.mlx_backend.attention import LayerView, attend
+from mlx_kvret.mlx_backend.attention import attend
 from mlx_kvret.mlx_backend.pool import Pool
+from mlx_kvret.mlx_backend.view import LayerView
 
 CASES = {
     "an empty head": [0, 5],

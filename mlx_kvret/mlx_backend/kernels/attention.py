@@ -10,7 +10,7 @@ from .decode_attention import MAX_TOKENS, decode_attention, fits
 from .prefill_attention import prefill_attention
 
 if TYPE_CHECKING:
-    from ..attention import LayerView
+    from ..view import LayerView
 
 
 def attend(

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .launch import Kernel, Template, constant
 
 if TYPE_CHECKING:
-    from ..attention import LayerView
+    from ..view import LayerView
 
 MAX_TOKENS = 8
 SIMDGROUPS = 8

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .launch import Kernel, constant
 
 if TYPE_CHECKING:
-    from ..attention import LayerView
+    from ..view import LayerView
 
 SIMDGROUPS = 8
 ROWS = SIMDGROUPS * 8

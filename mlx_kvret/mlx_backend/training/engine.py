@@ -21,8 +21,8 @@ from ...training.profile import profile
 from ...training.records import Records
 from ...training.report import Losses
 from ...training.run import Base, Run, RunOptions
-from ..api import load_network, plain_tokenizer
 from ..gates import DTYPES, RetentionGates, to_array, to_tensor
+from ..loading import load_network, plain_tokenizer
 from ..memory import free_bytes
 from .attention import PackedMask
 from .memory import memory_of

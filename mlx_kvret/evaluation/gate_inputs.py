@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.demo.language import story
-from mlx_kvret.errors import ConfigError
-from mlx_kvret.mlx_backend import api, hooks
-from mlx_kvret.mlx_backend.gates import RetentionGates
+from ..core.config import EvictionConfig
+from ..demo.language import story
+from ..errors import ConfigError
+from ..mlx_backend import api, hooks
+from ..mlx_backend.gates import RetentionGates
 
 TOKENS = 1024
 

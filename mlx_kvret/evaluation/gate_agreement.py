@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_kvret.core.config import EvictionConfig, GateConfig, Scope
-from mlx_kvret.core.eviction import select
-from mlx_kvret.core.retention import retention_score
-from mlx_kvret.core.types import Array, Floats, Mask
-from mlx_kvret.errors import ConfigError
+from ..core.config import EvictionConfig, GateConfig, Scope
+from ..core.eviction import select
+from ..core.retention import retention_score
+from ..core.types import Array, Floats, Mask
+from ..errors import ConfigError
 
 FRACTIONS = (2, 4, 8)
 TOKENS = 512

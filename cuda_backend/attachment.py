@@ -1,0 +1,54 @@
+"""What is known of an attached model, and where it is kept: on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mlx_kvret.core.config import EvictionConfig, GateConfig
+from mlx_kvret.core.fingerprint import identity
+
+from .gates import RetentionGates
+from .probe import Layout
+from .rope import Fixed
+
+
+@dataclass
+class Attachment:
+    """What is known of an attached model: its layout, its gates, and how it is detached."""
+
+    layout: Layout
+    gates: RetentionGates | None
+    owner: dict[str, str]
+    eviction: EvictionConfig
+    implementation: str
+    rope: Fixed
+    handles: list[Any] = field(default_factory=list)
+    _identity: str = ""
+
+    def identity(self, model: nn.Module) -> str:
+        """Which model, with which gates, may use a cache made here: of the same config and weights."""
+        if not self._identity:
+            self._identity = identity(self.owner, _weights(model))
+        return self._identity
+
+    @property
+    def gate_config(self) -> GateConfig | None:
+        return None if self.gates is None else self.gates.config
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, or None."""
+    found: Attachment | None = vars(model).get("_kvret")
+    return found
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """A few values of every weight."""
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        yield name, flat[:: max(1, len(flat) // 8)].float().cpu().numpy()
