@@ -57,7 +57,6 @@ def test_random_takes_shares_and_resizes():
             held.append((slabs.share(hold), mark))
         elif held:
             held.pop(rng.randrange(len(held)))
-            hold = None
         if rng.random() < 0.05:
             source = slabs.resize(max(1, len(slabs.used)))
             contents = [contents[index] for index in source] + [None] * (slabs.count - len(source))
@@ -65,3 +64,4 @@ def test_random_takes_shares_and_resizes():
         assert slabs.used == sorted({own.index for own, _ in held})
         for own, mark in held:
             assert slabs.shared(own) == (sum(other is mark for _, other in held) > 1)
+        hold = own = None  # names of the loop hold slabs too
