@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 from ..errors import CacheError, ConfigError, KVRetError
+from ..texts import check_stdin
 from . import options as shared
 from .ending import tell
-from .session import check_stdin, cut_note, load, note, prefill_progress, read_line, sampling, say, stats_line
+from .session import cut_note, load, note, prefill_progress, read_line, sampling, say, stats_line
 
 COMMANDS = {
     "/stats": "speed of the last answer, tokens kept, KV memory",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from ..texts import read_text
 from .ending import leaving_at_once
-from .session import note, read_text
+from .session import note
 
 EPILOG = """\b
 Examples:

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
+from ..texts import read_text
 from . import options as shared
-from .session import cut_note, load, note, prefill_progress, read_text, sampling, say, stats_line
+from .session import cut_note, load, note, prefill_progress, sampling, say, stats_line
 
 
 @click.command("generate")
