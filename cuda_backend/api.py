@@ -12,7 +12,7 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.loading import check_loading
 from mlx_kvret.core.model_folder import model_config
-from mlx_kvret.core.request import Sampling
+from mlx_kvret.core.sampling import Sampling, drawing
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.errors import (
     ConfigError,
@@ -25,10 +25,10 @@ from mlx_kvret.zoo import auto
 from . import hooks, snapshots
 from .attaching import attach, attach_any, detach, make_cache
 from .cache import BoundedCache
-from .generation import generate, stream_generate
+from .generation import generate, stream_generate, vocabulary
 from .loading import checked_device, checked_dtype, load_model, read_gates, read_tokenizer
 from .probe import refusals
-from .sampling import sampler_of
+from .sampling import processors_of, sampler_of
 
 __all__ = [
     "attach",
@@ -126,10 +126,9 @@ def full_cache(model: PreTrainedModel, cache: BoundedCache) -> tuple[int, int]:
     return shape.heads, others + shape.full_nbytes(cache.seen)
 
 
-def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
-    """Options of :func:`stream_generate` that draw tokens with a temperature; 0 is greedy."""
-    draw = sampler_of(Sampling(temp, top_p, seed))
-    return {} if draw is None else {"sampler": draw}
+def sampling(model: PreTrainedModel, asked: Sampling) -> dict[str, Any]:
+    """Options of :func:`stream_generate` that draw tokens as asked, for several calls: a seed is set once."""
+    return drawing(asked, vocabulary(model), sampler_of, processors_of)
 
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:

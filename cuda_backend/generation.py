@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from mlx_kvret.core.detokenizer import Detokenizer
 from mlx_kvret.core.prompts import prompt_ids
-from mlx_kvret.core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
+from mlx_kvret.core.request import check_generation, check_max_tokens, figures, split_eviction
+from mlx_kvret.core.sampling import SAMPLING, drawing, split_sampling
 from mlx_kvret.errors import UnsupportedFeatureError
 
 from . import hooks
@@ -22,10 +23,8 @@ from .attaching import make_cache
 from .cache import BoundedCache, cache_argument
 from .loops import end_text
 from .memory import explained
-from .sampling import Sampler, sampler_of
+from .sampling import Processor, Sampler, processors_of, sampler_of
 from .step import decoder_step
-
-Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -74,9 +73,6 @@ def stream_generate(
     max_tokens: int = 256,
     cache: BoundedCache | None = None,
     draft_model: Any = None,
-    temp: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
     sampler: Sampler | None = None,
     logits_processors: Sequence[Processor] | None = None,
     prefill_step_size: int = 2048,
@@ -96,12 +92,12 @@ def stream_generate(
         ConfigError: a prompt or an option that cannot work, or options that contradict each other.
         CacheError: out of memory; the cache is as it was before the pass.
     """
-    evict, _ = split_eviction(options, cache is not None, _OPTIONS, _MLX_ONLY)
+    evict, rest = split_eviction(options, cache is not None, _OPTIONS, _MLX_ONLY)
+    asked, _ = split_sampling(rest)
     if draft_model is not None:
         raise UnsupportedFeatureError(
             "draft_model does not work here; call model.generate(ids, cache=cache, assistant_model=...)"
         )
-    asked = Sampling(temp, top_p, seed)
     check_max_tokens(max_tokens)
     given = {
         "sampler": sampler,
@@ -117,7 +113,9 @@ def stream_generate(
     listed = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
     ids = torch.tensor([listed], device=model.device)
     reader: Any = TokenIds() if tokenizer is None else tokenizer
-    choose = _Choice(sampler or sampler_of(asked), logits_processors or (), ids)
+    own: dict[str, Any] = {"sampler": sampler, "logits_processors": logits_processors or ()}
+    own |= drawing(asked, vocabulary(model), sampler_of, processors_of, logits_processors)
+    choose = _Choice(**own, ids=ids)
     return _responses(
         model, reader, ids, cache, choose, max_tokens, prefill_step_size, prompt_progress_callback
     )
@@ -177,7 +175,7 @@ def _responses(
         end_text(cache, read + given)
 
 
-_OPTIONS = tuple(inspect.signature(stream_generate).parameters)[3:-1]
+_OPTIONS = (*tuple(inspect.signature(stream_generate).parameters)[3:-1], *SAMPLING)
 
 
 def generate(
@@ -236,8 +234,10 @@ def _read(
 class _Choice:
     """From logits (1, V) to the next token (1,) and its log probabilities, without waiting for the device."""
 
-    def __init__(self, sampler: Sampler | None, processors: Sequence[Processor], ids: torch.Tensor) -> None:
-        self._sampler, self._processors, self._ids = sampler, processors, ids
+    def __init__(
+        self, sampler: Sampler | None, logits_processors: Sequence[Processor], ids: torch.Tensor
+    ) -> None:
+        self._sampler, self._processors, self._ids = sampler, logits_processors, ids
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for process in self._processors:

@@ -6,11 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from mlx_kvret.core.request import Sampling
+from mlx_kvret.core.sampling import Sampling
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def sampler_of(asked: Sampling) -> Sampler | None:
@@ -19,13 +29,71 @@ def sampler_of(asked: Sampling) -> Sampler | None:
         return None
     if asked.seed is not None:
         torch.manual_seed(asked.seed)
+    # in the order of transformers' own generate
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(asked.temp))])
+    if asked.top_k:
+        warpers.append(TopKLogitsWarper(asked.top_k))
     if asked.top_p < 1:
         warpers.append(TopPLogitsWarper(asked.top_p))
-    # neither warper looks at the tokens before
+    if asked.min_p:
+        warpers.append(MinPLogitsWarper(asked.min_p, min_tokens_to_keep=asked.min_tokens_to_keep))
+    if asked.xtc_probability:
+        warpers.append(ExcludeTop(asked.xtc_probability, asked.xtc_threshold, asked.xtc_special_tokens))
+    # no warper looks at the tokens before
     nothing: Any = torch.zeros(1, 0, dtype=torch.long)
 
     def draw(logprobs: torch.Tensor) -> torch.Tensor:
         return torch.multinomial(warpers(nothing, logprobs).softmax(-1), 1)[:, 0]
 
     return draw
+
+
+def processors_of(asked: Sampling) -> list[Processor]:
+    """Functions of the tokens (1, n) and the logits (1, V) that return logits: the bias and the penalties."""
+    made: list[Processor] = []
+    if asked.logit_bias:
+        bias: Any = {(token,): float(added) for token, added in asked.logit_bias.items()}
+        made.append(SequenceBiasLogitsProcessor(bias))
+    for kind, strength, size in asked.penalties():
+        penalty: Any = (
+            RepetitionPenaltyLogitsProcessor(strength) if kind == "repetition" else Counted(kind, strength)
+        )
+        made.append(Recent(penalty, size))
+    return made
+
+
+class Recent:
+    """A processor that looks back at the last ``size`` tokens only."""
+
+    def __init__(self, process: Processor, size: int) -> None:
+        self._process, self._size = process, size
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return self._process(ids[:, -self._size :], logits)
+
+
+class Counted:
+    """Takes a penalty off the logits of tokens that were there: once, or as often as they were."""
+
+    def __init__(self, kind: str, strength: float) -> None:
+        self._often, self._strength = kind == "frequency", strength
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        count = torch.zeros_like(logits).scatter_add_(1, ids, torch.ones_like(ids, dtype=logits.dtype))
+        return logits - self._strength * (count if self._often else count.clamp(max=1))
+
+
+class ExcludeTop(LogitsProcessor):
+    """XTC, which transformers lacks: at times all tokens above a probability but the least likely of them
+    are left out, and never the ``special`` ones."""
+
+    def __init__(self, probability: float, threshold: float, special: Any) -> None:
+        self._probability, self._threshold, self._special = probability, threshold, list(special or ())
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        share = scores.softmax(-1)
+        above = share.masked_fill(share <= self._threshold, torch.inf)
+        out = share > above.amin(-1, keepdim=True)
+        out[:, self._special] = False
+        now = torch.rand(len(scores), 1, device=scores.device) < self._probability
+        return scores.masked_fill(out & now, -torch.inf)

@@ -99,7 +99,9 @@ def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
         budget, buffer and eviction options: as of :func:`make_cache`.
         max_tokens: the most tokens to generate (256).
         cache: a cache to go on with, whose tokens come before the prompt; instead of ``budget`` and the like.
-        temp, top_p, seed: draw tokens instead of taking the likeliest; a seed makes that repeatable.
+        temp, top_p, top_k, min_p, seed, ...: draw tokens instead of taking the likeliest.
+        logit_bias, repetition_penalty, ...: change the logits first. These and those are mlx-lm's, on every
+            backend: :class:`~mlx_kvret.core.sampling.Sampling` has them all.
         sampler: log probabilities (1, V) to a token (1,), instead of ``temp`` and the like.
         logits_processors: functions of the tokens and the logits that return logits.
         prefill_step_size: tokens of the prompt read in one forward pass (2048).

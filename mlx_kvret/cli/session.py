@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..core.plain import plain, spoken
+from ..core.sampling import Sampling
 from ..errors import ConfigError
 from ..texts import MOST_BYTES
 from .ending import leaving_at_once
@@ -30,9 +31,8 @@ def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Generation options of the model's backend from ``temp``, ``top_p`` and ``seed``, taken out."""
     from ..api import backend_of
 
-    found: dict[str, Any] = backend_of(model).sampling(
-        options.pop("temp"), options.pop("top_p"), options.pop("seed")
-    )
+    asked = Sampling(options.pop("temp"), options.pop("top_p"), options.pop("seed"))
+    found: dict[str, Any] = backend_of(model).sampling(model, asked)
     return found
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConfigError
 from .advice import advised
 from .budget import CacheShape, parse_budget, tokens_within
 from .config import DEFAULT_BUDGET, MOST_TOKENS, EvictionConfig, GateConfig
-from .options import MAX_SEED, all_callable, check_known, number, short, whole
+from .options import all_callable, check_known, short, whole
+from .sampling import Sampling
 
 EVICTION = tuple(field.name for field in dataclasses.fields(EvictionConfig))
 NO_GATES = (
@@ -31,41 +31,6 @@ class Finished(Protocol):
     entries: int
     seen: int
     cache_nbytes: int
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
-
-    Args:
-        temp: temperature; 0 takes the likeliest token.
-        top_p: draw from the likeliest tokens that have this much probability together; 1 is all.
-        seed: makes the draws repeatable.
-    """
-
-    temp: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        number("temp", self.temp, "0 (greedy) or a number from 1e-30 to 1e30", 0, 1e30)
-        if 0 < self.temp < 1e-30:
-            raise ConfigError(f"temp is {self.temp}; expected 0 (greedy) or a number from 1e-30 to 1e30")
-        # float32 sums of probabilities tell no smaller share from nothing
-        number("top_p", self.top_p, "a number from 0.001 to 1 (all tokens)", 1e-3, 1)
-        if self.seed is not None:
-            whole("seed", self.seed, 0, MAX_SEED)
-        if self.temp == 0 and (self.seed is not None or self.top_p != 1):
-            name = "top_p" if self.seed is None else "seed"
-            raise ConfigError(
-                f"{name} has no effect with a temp of 0, which always takes the likeliest token; "
-                f"drop it, or give a temp such as 0.7 (the random policy's own seed is policy_seed)"
-            )
-
-    @property
-    def asked(self) -> bool:
-        """Whether anything but the default was asked for."""
-        return self != Sampling()
 
 
 def eviction(
@@ -149,7 +114,9 @@ def check_generation(options: Mapping[str, Any], sampling: Sampling) -> None:
             raise ConfigError(f"{name} is {short(value)}; expected a function")
     all_callable("logits_processors", options.get("logits_processors"))
     if options.get("sampler") is not None and sampling.asked:
-        raise ConfigError("sampler decides alone how tokens are drawn; drop temp, top_p and seed, or drop it")
+        raise ConfigError(
+            f"sampler decides alone how tokens are drawn; drop {', '.join(sampling.asked)}, or drop it"
+        )
 
 
 def figures(last: Finished) -> str:

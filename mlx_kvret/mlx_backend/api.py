@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache
 from ..core.budget import CacheShape
 from ..core.checkpoint import GateCheckpoint
 from ..core.loading import check_loading
-from ..core.request import Sampling
+from ..core.sampling import Sampling, drawing
 from ..core.snapshot import read_snapshot, write_snapshot
 from ..hub import resolve
 from ..zoo import auto
@@ -20,9 +20,9 @@ from . import hooks, snapshots
 from .adapters import add_adapter
 from .attaching import attach, attach_best_known, attach_these, detach, make_cache
 from .cache import BoundedCache
-from .generation import generate, stream_generate
+from .generation import generate, stream_generate, vocabulary
 from .loading import load_network, read_gates, read_tokenizer
-from .sampling import sampler_of
+from .sampling import processors_of, sampler_of
 
 __all__ = [
     "attach",
@@ -109,10 +109,9 @@ def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     return config, hooks.install(model, None, {}, compute=False).layout.shape
 
 
-def sampling(temp: float, top_p: float, seed: int | None) -> dict[str, Any]:
-    """Options of :func:`stream_generate` that draw tokens with a temperature; 0 is greedy."""
-    draw = sampler_of(Sampling(temp, top_p, seed))
-    return {} if draw is None else {"sampler": draw}
+def sampling(model: nn.Module, asked: Sampling) -> dict[str, Any]:
+    """Options of :func:`stream_generate` that draw tokens as asked, for several calls: a seed is set once."""
+    return drawing(asked, vocabulary(model), sampler_of, processors_of)
 
 
 def save_cache(

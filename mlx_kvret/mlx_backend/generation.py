@@ -16,13 +16,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.detokenizer import Detokenizer
 from ..core.prompts import check_ids, prompt_ids
-from ..core.request import Sampling, check_generation, check_max_tokens, figures, split_eviction
+from ..core.request import check_generation, check_max_tokens, figures, split_eviction
+from ..core.sampling import SAMPLING, drawing, split_sampling
 from ..errors import ConfigError, UnsupportedFeatureError
 from . import hooks
 from .attaching import make_cache
 from .cache import BoundedCache
 from .loops import Text
-from .sampling import sampler_of
+from .sampling import processors_of, sampler_of
 
 CACHE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
 # what mlx-lm calls the table that turns token ids into vectors
@@ -72,9 +73,6 @@ def stream_generate(
     max_tokens: int = 256,
     cache: BoundedCache | list[Any] | None = None,
     draft_model: nn.Module | None = None,
-    temp: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
     **options: Any,
 ) -> Iterator[Response]:
     """As :func:`mlx_kvret.stream_generate`; other ``options`` go to ``mlx_lm.stream_generate``.
@@ -90,13 +88,13 @@ def stream_generate(
         )
     known, elsewhere = _loop_options(draft_model is not None)
     eviction, options = split_eviction(options, cache is not None, known, elsewhere)
-    asked = Sampling(temp, top_p, seed)
+    asked, options = split_sampling(options)
     check_generation(options, asked)
     check_max_tokens(max_tokens)
     cache = make_cache(model, **eviction) if cache is None else hooks.checked_cache(model, cache)
     ids = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
-    if asked.temp:
-        options["sampler"] = sampler_of(asked)
+    more = options.get("logits_processors")
+    options |= drawing(asked, vocabulary(model), sampler_of, processors_of, more)
     held: list[Any] = cache
     if draft_model is not None:
         if hooks.attachment(draft_model) is not None:
@@ -149,7 +147,7 @@ def _loop_options(draft: bool) -> tuple[set[str], dict[str, str]]:
     """Options of mlx-lm's loop with or without a draft model, and why those of the other do nothing."""
     loops = generate_step, speculative_generate_step
     taken, other = (set(inspect.signature(loop).parameters) for loop in (loops[draft], loops[not draft]))
-    ours = {"max_tokens", "cache", "draft_model", "temp", "top_p", "seed"}
+    ours = {"max_tokens", "cache", "draft_model", *SAMPLING}
     known = (taken - {"model", "prompt", "stream", *CACHE_OPTIONS}) | ours
     why = "mlx-lm drops it where there is a draft model" if draft else "it needs a draft_model"
     return known, dict.fromkeys(other - known - {"model", "prompt", "stream"}, why)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from ..core.request import Sampling
+from ..core.sampling import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
+Processor = Callable[[mx.array, mx.array], mx.array]
 
 
 def sampler_of(asked: Sampling) -> Sampler | None:
@@ -18,6 +20,30 @@ def sampler_of(asked: Sampling) -> Sampler | None:
         return None
     if asked.seed is not None:
         mx.random.seed(asked.seed)
-    draw: Sampler = make_sampler(asked.temp, asked.top_p)
+
+    @functools.cache
+    def chain(vocabulary: int) -> Sampler:
+        made: Sampler = make_sampler(
+            asked.temp,
+            asked.top_p,
+            asked.min_p,
+            min(asked.min_tokens_to_keep, vocabulary),
+            # mlx-lm refuses to keep all of them
+            asked.top_k if asked.top_k < vocabulary else 0,
+            asked.xtc_probability,
+            asked.xtc_threshold,
+            list(asked.xtc_special_tokens or ()),
+        )
+        return made
+
     # divided by a low temperature, float16 would overflow
-    return lambda logprobs: draw(logprobs.astype(mx.float32))
+    return lambda logprobs: chain(logprobs.shape[-1])(logprobs.astype(mx.float32))
+
+
+def processors_of(asked: Sampling) -> list[Processor]:
+    """Functions of the tokens (n,) and the logits (1, V) that return logits: the bias and the penalties."""
+    given: dict[str, float | int] = {}
+    for kind, strength, size in asked.penalties():
+        given |= {f"{kind}_penalty": strength, f"{kind}_context_size": size}
+    made: list[Processor] = make_logits_processors(dict(asked.logit_bias or {}), **given)
+    return made
