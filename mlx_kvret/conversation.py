@@ -11,9 +11,10 @@ Pure logic: the only thing it asks for is a tokenizer (:mod:`.chat_template`).
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .chat_template import Message, Template, check_text
@@ -21,6 +22,10 @@ from .errors import CacheError, CheckpointError, ConfigError
 
 # plain words, so that no template and no filter has a reason to change them
 _ANSWER, _USER, _SYSTEM = "Quorvexa", "Brimlotu", "Zandofik"
+# that begin differently: what is encoded alike before both is so before whatever comes
+_NEXT = ("Vexalim", "Tombrika")
+# between a text that was read and what is asked about it
+BETWEEN = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Turn:
 
     ``ids`` follow what the transcript holds; the first ``start`` of them have been read already, by a turn
     that was broken off. ``ids[:head]`` close the last answer and open the turn, ``ids[tail:]`` close it and
-    open the answer.
+    open the answer. An ``open`` turn is a text that was read and that the next message joins, so its
+    ``ids[tail:]`` are not read with it. ``lead`` is the part of ``text`` that was read before in this way.
     """
 
     text: str
@@ -37,19 +43,26 @@ class Turn:
     head: int
     tail: int
     start: int = 0
+    open: bool = False
+    lead: str = ""
+
+    @property
+    def end(self) -> int:
+        """How many of ``ids`` are read."""
+        return self.tail if self.open else len(self.ids)
 
     @property
     def new(self) -> list[int]:
         """Token ids to read now."""
-        return self.ids[self.start :]
+        return self.ids[self.start : self.end]
 
 
 class Transcript:
     """A conversation as messages and as the token ids that are in a cache.
 
     ``messages`` are an optional system message, then users' and assistant's in turn. :meth:`plan` says what
-    to read for a new turn and changes nothing that a failure would have to undo; :meth:`account` is told what
-    came of it.
+    to read for a new turn, :meth:`plan_text` for a text that the next turn joins; they change nothing that a
+    failure would have to undo, and :meth:`account` is told what came of it.
 
     Raises:
         ConfigError: no chat template, one that is broken, or one that does not take the system message.
@@ -81,6 +94,12 @@ class Transcript:
         """What the cache has read, in order."""
         return self.context + (self._begun[0].ids[: self._begun[1]] if self._begun else [])
 
+    def copy(self) -> Transcript:
+        """One that goes on by itself."""
+        twin = copy.copy(self)
+        twin.messages, twin.context, twin._owed = list(self.messages), list(self.context), list(self._owed)
+        return twin
+
     def _check_system(self) -> None:
         user, system = {"role": "user", "content": _USER}, {"role": "system", "content": _SYSTEM}
         shown = self.template.render([*([] if self.system is None else [system]), user])
@@ -98,18 +117,38 @@ class Transcript:
         Raises:
             ConfigError: the template refuses; the transcript is as before.
         """
-        turn = self._plan(text)
+        return self._behind(text, Transcript._plan)
+
+    def plan_text(self, text: str) -> Turn:
+        """What must be read of a text about which something will be asked; the next message joins it.
+
+        Raises:
+            ConfigError: the template refuses; the transcript is as before.
+        """
+        return self._behind(text, Transcript._plan_open)
+
+    def _behind(self, text: str, plan: Callable[[Transcript, str], Turn]) -> Turn:
+        """A turn that goes on with what was begun, if it can; else that is over."""
+        turn = plan(self, text)
         if self._begun is None:
             return turn
         begun, read = self._begun
+        complete = begun.open and read == begun.end
+        leads = [begun.text if complete else begun.lead]
+        if begun.open and not complete and (cut := self._cut()):
+            leads.append(cut)
         same = max(read - begun.head, 0)
-        rest = turn.ids[turn.head + same :]
-        if rest and turn.ids[turn.head :][:same] == begun.ids[begun.head :][:same]:
-            # the text begins as what was read of the last one
-            ids, shift = begun.ids[: begun.head + same] + rest, begun.head - turn.head
-            return Turn(text, ids, begun.head, turn.tail + shift, start=read)
+        for lead in leads:
+            if lead:
+                turn = plan(self, f"{lead}{BETWEEN}{text.lstrip()}")
+            rest = turn.ids[turn.head + same : turn.end]
+            if rest and turn.ids[turn.head :][:same] == begun.ids[begun.head :][:same]:
+                # the text begins as what was read of the last one
+                ids = begun.ids[: begun.head + same] + turn.ids[turn.head + same :]
+                tail = turn.tail + begun.head - turn.head
+                return replace(turn, ids=ids, head=begun.head, tail=tail, start=read, lead=lead)
         closed = self._closed()
-        turn = closed._plan(text)
+        turn = plan(closed, text)
         vars(self).update(vars(closed))
         return turn
 
@@ -126,7 +165,7 @@ class Transcript:
             CacheError: the cache holds tokens that nobody knows.
         """
         if not said:
-            done = min(turn.start + read, len(turn.ids))
+            done = min(turn.start + read, turn.end)
             self._begun = (turn, done) if done else None
         else:
             known = turn.new + list(said)
@@ -145,21 +184,21 @@ class Transcript:
 
     def _closed(self) -> Transcript:
         """A copy in which a turn that was broken off is over: the text cut where reading ended, no answer."""
-        copy: Transcript = object.__new__(Transcript)
-        vars(copy).update(vars(self))
+        twin = self.copy()
         if self._begun is None:
-            return copy
+            return twin
         turn, read = self._begun
-        copy._owed = turn.ids[read : turn.head] + turn.ids[max(read, turn.tail) :]
-        cut = self.template.decode(turn.ids[turn.head : min(read, turn.tail)])
-        copy.context = self.context + turn.ids[:read]
-        copy.messages = [
-            *self.messages,
-            {"role": "user", "content": cut},
-            {"role": "assistant", "content": ""},
-        ]
-        copy._begun = copy._stop = None
-        return copy
+        twin._owed = turn.ids[read : turn.head] + turn.ids[max(read, turn.tail) :]
+        twin.context += turn.ids[:read]
+        twin.messages += [{"role": "user", "content": self._cut()}, {"role": "assistant", "content": ""}]
+        twin._begun = twin._stop = None
+        return twin
+
+    def _cut(self) -> str:
+        """What was read of a message that was broken off."""
+        assert self._begun is not None
+        turn, read = self._begun
+        return self.template.decode(turn.ids[turn.head : min(read, turn.tail)])
 
     def _plan(self, text: str) -> Turn:
         check_text(text)
@@ -186,6 +225,12 @@ class Transcript:
                 ids, head, tail = ids[done:], head - done, tail - done
         owed = self._owed
         return Turn(text, owed + ids, len(owed) + head, len(owed) + tail)
+
+    def _plan_open(self, text: str) -> Turn:
+        """A text up to where it is encoded alike whatever follows, and how its message would end."""
+        one, two = (self._plan(text + BETWEEN + self._word(word, text)) for word in _NEXT)
+        end = one.head + _common(one.ids[one.head :], two.ids[two.head :])
+        return Turn(text, one.ids[:end] + one.ids[one.tail :], one.head, end, open=True)
 
     def _history(self, word: str) -> list[Message]:
         """The messages with a placeholder for each answer, and without what the template would repeat."""
@@ -244,7 +289,8 @@ class Transcript:
         if self._begun is not None:
             turn, read = self._begun
             state["begun"] = {
-                "text": turn.text, "ids": turn.ids, "head": turn.head, "tail": turn.tail, "read": read
+                "text": turn.text, "ids": turn.ids, "head": turn.head, "tail": turn.tail, "read": read,
+                "open": turn.open, "lead": turn.lead,
             }  # fmt: skip
         return {"messages": json.dumps(self.messages), "tokens": json.dumps(state)}
 
@@ -274,10 +320,14 @@ class Transcript:
         """Take over what was saved; a ValueError, TypeError or KeyError if it is not that."""
         begun = state["begun"]
         if begun is not None:
-            turn = Turn(_text(begun["text"]), _ids(begun["ids"]), begun["head"], begun["tail"])
+            # earlier files have no open turns
+            turn = Turn(
+                _text(begun["text"]), _ids(begun["ids"]), begun["head"], begun["tail"],
+                open=begun.get("open", False) is True, lead=_text(begun.get("lead", "")),
+            )  # fmt: skip
             read, size = begun["read"], len(turn.ids)
             _ids([turn.head, turn.tail, read])
-            if not (turn.head <= turn.tail <= size and 0 < read <= size):
+            if not (turn.head <= turn.tail <= size and 0 < read <= turn.end):
                 raise ValueError("a turn that was broken off ends before it begins")
             self._begun = turn, read
         self.messages = [{"role": _text(m["role"]), "content": _text(m["content"])} for m in messages]
