@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from mlx_kvret.zoo import auto
 from . import hooks, snapshots
 from .attaching import attach, attach_any, detach, make_cache
 from .cache import BoundedCache
-from .generation import generate, stream_generate, vocabulary
+from .generation import generate, stop_tokens, stream_generate, vocabulary
 from .loading import checked_device, checked_dtype, load_model, read_gates, read_tokenizer
+from .prefill import read_tokens, take_back
 from .probe import refusals
 from .sampling import processors_of, sampler_of
 
@@ -37,8 +39,11 @@ __all__ = [
     "load",
     "load_cache",
     "make_cache",
+    "read_tokens",
     "save_cache",
+    "stop_tokens",
     "stream_generate",
+    "take_back",
 ]
 
 # options of mlx-lm, and why they do nothing here
@@ -129,6 +134,12 @@ def full_cache(model: PreTrainedModel, cache: BoundedCache) -> tuple[int, int]:
 def sampling(model: PreTrainedModel, asked: Sampling) -> dict[str, Any]:
     """Options of :func:`stream_generate` that draw tokens as asked, for several calls: a seed is set once."""
     return drawing(asked, vocabulary(model), sampler_of, processors_of)
+
+
+def add_stop_tokens(model: PreTrainedModel, tokenizer: Any, tokens: Sequence[int]) -> None:
+    """Have these tokens end a text too."""
+    settings: Any = model.generation_config
+    settings.eos_token_id = sorted(stop_tokens(model, tokenizer).union(tokens))
 
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:

@@ -15,7 +15,19 @@ from ..errors import CacheError, ConfigError, KVRetError
 from ..texts import check_stdin
 from . import options as shared
 from .ending import tell
-from .session import cut_note, load, note, prefill_progress, read_line, sampling, say, stats_line
+from .habits import refusals, renamed
+from .session import (
+    cut_note,
+    load,
+    note,
+    prefill_progress,
+    read_line,
+    required,
+    sampling,
+    say,
+    stats_line,
+    template_of,
+)
 
 COMMANDS = {
     "/stats": "speed of the last answer, tokens kept, KV memory",
@@ -30,9 +42,11 @@ _TAKES_FILE = {name.split()[0]: " " in name for name in COMMANDS}
 
 @click.command("chat")
 @shared.model_options
-@click.option("--system", help="System message, where the model's chat template takes one.")
+@shared.prompt_options
 @shared.eviction_options
 @shared.sampling_options
+@refusals
+@renamed("--system", "--system-prompt")
 def command(**options: Any) -> None:
     """Talk to a model within a fixed KV budget.
 
@@ -50,10 +64,10 @@ def command(**options: Any) -> None:
     evict = shared.eviction(options)
     check_stdin()
     model, tokenizer = load(options)
-    if tokenizer is None:
-        raise ConfigError("the model folder has no tokenizer; from Python, give mlx_kvret.generate token ids")
-    conversation = Conversation(model, tokenizer, options.pop("system"), evict)
-    draw = sampling(model, options) | {"max_tokens": options["max_tokens"]}
+    template = template_of(required(tokenizer), options)
+    conversation = Conversation(model, tokenizer, options.pop("system_prompt"), evict, template)
+    draw = sampling(model, tokenizer, options)
+    draw |= {name: options[name] for name in ("max_tokens", "prefill_step_size")}
     budget = settings(conversation.cache).get("budget")
     kept = "every token" if budget is None else f"up to {budget:,} tokens per head"
     note(f"Commands: {'  '.join(COMMANDS)}. The cache keeps {kept}.", err=True)
@@ -70,15 +84,24 @@ def command(**options: Any) -> None:
 class Conversation:
     """A transcript, and the cache that has read it."""
 
-    def __init__(self, model: Any, tokenizer: Any, system: str | None, eviction: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        system: str | None,
+        eviction: dict[str, Any],
+        template: Any = None,
+    ) -> None:
         self.model, self.tokenizer, self.system, self.eviction = model, tokenizer, system, eviction
+        # the tokenizer's chat template, with settings of its own
+        self.template = tokenizer if template is None else template
         self.reset()
 
     def reset(self) -> None:
         from ..api import make_cache
         from ..conversation import Transcript
 
-        self.transcript = Transcript(self.tokenizer, self.system)
+        self.transcript = Transcript(self.template, self.system)
         self.cache = make_cache(self.model, **self.eviction)
         self.last: Any = None
 
@@ -186,7 +209,7 @@ class Conversation:
         from ..conversation import Transcript
 
         cache, notes = load_cache(self.model, path)
-        transcript = Transcript.resumed(self.tokenizer, notes, cache.seen)
+        transcript = Transcript.resumed(self.template, notes, cache.seen)
         before = settings(self.cache)
         self.transcript, self.cache, self.last = transcript, cache, None
         note(f"[loaded {cache.seen} tokens of conversation]")

@@ -7,53 +7,81 @@ from typing import Any
 
 import click
 
+from ..core.options import whole
 from ..errors import ConfigError
 from ..texts import read_text
 from . import options as shared
-from .session import cut_note, load, note, prefill_progress, sampling, say, stats_line
+from .habits import refusals, renamed
+from .session import (
+    cut_note,
+    draft_of,
+    load,
+    note,
+    prefill_progress,
+    required,
+    sampling,
+    say,
+    stats_line,
+    template_of,
+)
 
 
 @click.command("generate")
 @shared.model_options
-@click.option("--prompt", help="The prompt; after --file: what to ask about the file.")
+@click.option("--prompt", "-p", help="The prompt, '-' for stdin; after --file: what to ask about the file.")
 @click.option("--file", help="Text to read first; '-' is stdin, 'demo' the demo's story of 4,096 tokens.")
-@click.option("--system", help="System message, where the model's chat template takes one.")
-@click.option("--raw", is_flag=True, help="Take the prompt as it is, without the model's chat template.")
+@shared.prompt_options
+@click.option("--prefill-response", help="What the answer begins with; control tokens in it count.")
+@click.option(
+    "--ignore-chat-template",
+    is_flag=True,
+    help="Take the prompt as it is, without the model's chat template.",
+)
 @shared.eviction_options
 @shared.sampling_options
-@click.option("--chunk", type=int, default=2048, show_default=True, help="Tokens read at a time.")
-@click.option("--stats", is_flag=True, help="Close with a line on speed, kept tokens and KV memory.")
+@click.option("--draft-model", help="Smaller model that proposes tokens (speculative decoding), on MLX.")
+@click.option("--num-draft-tokens", type=int, help="Tokens it proposes at a time.  [default: 3]")
+@click.option(
+    "--verbose",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    metavar="[true|false]",
+    help="Close with a line on speed, kept tokens and KV memory.",
+)
+@refusals
+@renamed("--system", "--system-prompt")
+@renamed("--raw", "--ignore-chat-template", is_flag=True)
+@renamed("--chunk", "--prefill-step-size", type=int)
+@renamed("--stats", "--verbose", is_flag=True)
 def command(**options: Any) -> None:
     """Generate text from a prompt of any length within a fixed KV budget.
 
     On every backend the prompt is one message in the model's chat template, if it has one, and names of
-    control tokens in it are text. With --raw, and for models without a template, the text is read as it is
-    and control tokens in it count. (The functions mlx_kvret.generate and stream_generate take text as --raw
-    does.)
+    control tokens in it are text. With --ignore-chat-template, and for models without a template, the text
+    is read as it is and control tokens in it count. (The functions mlx_kvret.generate and stream_generate
+    take text in this way.)
+
+    Flags of mlx_lm.generate mean here what they mean there, or are refused by name.
 
     \b
     Examples:
-      mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64 --stats
+      mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64 --verbose
       mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64 --policy recent
       mlx-kvret generate --model mlx-community/Qwen3-4B-4bit --gates ./gates --file book.txt \\
           --prompt "Who is the murderer?" --budget 256MB
       cat notes.txt | mlx-kvret generate --model ./model --gates ./gates --file -
     """
     from ..api import make_cache, stream_generate
-    from ..core.prompts import has_chat_template
 
     text = prompt_text(options.pop("prompt"), options.pop("file"))
-    evict, stats, chunk = shared.eviction(options), options.pop("stats"), options.pop("chunk")
-    if chunk < 1:
-        raise ConfigError(f"--chunk is {chunk}; expected at least 1")
+    evict, verbose = shared.eviction(options), options.pop("verbose")
+    draft, proposed = options.pop("draft_model"), options.pop("num_draft_tokens")
+    check_draft(draft, proposed, options["backend"])
     model, tokenizer = load(options)
-    system, raw = options.pop("system"), options.pop("raw")
-    if tokenizer is None:
-        raise ConfigError("the model folder has no tokenizer; from Python, give mlx_kvret.generate token ids")
-    plain = raw or not has_chat_template(tokenizer)
-    if system is not None and plain:
-        raise ConfigError("--system needs a chat template; drop it or --raw")
-    prompt = text if plain else message_ids(tokenizer, system, text)
+    prompt, answer = read_prompt(required(tokenizer), text, options)
+    loop: dict[str, Any] = draft_of(tokenizer, draft, proposed) | sampling(model, tokenizer, options)
     cache, last = make_cache(model, **evict), None
     with prefill_progress() as progress:
         for last in stream_generate(
@@ -62,22 +90,53 @@ def command(**options: Any) -> None:
             prompt,
             cache=cache,
             max_tokens=options["max_tokens"],
-            prefill_step_size=chunk,
-            prompt_progress_callback=progress,
-            **sampling(model, options),
+            prefill_step_size=options["prefill_step_size"],
+            # mlx-lm's loop with a draft model tells nobody
+            **loop | ({} if draft else {"prompt_progress_callback": progress}),
         ):
-            say(last.text)
+            say(f"{answer}{last.text}")
+            answer = ""
     click.echo()
     cut_note(last, options["max_tokens"])
-    if stats and last is not None:
+    if verbose and last is not None:
         note(stats_line(model, cache, last), err=True)
 
 
-def message_ids(tokenizer: Any, system: str | None, text: str) -> list[int]:
-    """Token ids of one message in the model's chat template."""
-    from ..conversation import Transcript
+def check_draft(draft: str | None, tokens: int | None, backend: str) -> None:
+    """Refuse a draft model that cannot work, before a model is loaded."""
+    from ..api import choose_backend
 
-    return Transcript(tokenizer, system).plan(text).new
+    if tokens is not None:
+        if draft is None:
+            raise ConfigError("--num-draft-tokens has no effect without --draft-model; drop it, or give both")
+        whole("--num-draft-tokens", tokens, 1)
+    if draft is not None and choose_backend(backend) != "mlx":
+        raise ConfigError(
+            "--draft-model works on MLX only; on torch, call model.generate(ids, cache=cache, "
+            "assistant_model=...) of transformers from Python"
+        )
+
+
+def read_prompt(tokenizer: Any, text: str, options: dict[str, Any]) -> tuple[str | list[int], str]:
+    """What the model reads, and what its answer begins with; takes their options out.
+
+    Raises:
+        ConfigError: options of a chat template where none is used, or ones that it does not take.
+    """
+    from ..conversation import Transcript
+    from ..core.prompts import has_chat_template
+
+    ignored, known = options.pop("ignore_chat_template"), has_chat_template(tokenizer)
+    system, answer = options.pop("system_prompt"), options.pop("prefill_response")
+    if known and not ignored:
+        template = template_of(tokenizer, options, answer or "")
+        return Transcript(template, system).plan(text).new, answer or ""
+    settings = options.pop("chat_template_config")
+    given = {"--system-prompt": system, "--prefill-response": answer, "--chat-template-config": settings}
+    if lost := [flag for flag, value in given.items() if value is not None]:
+        why = "drop --ignore-chat-template" if known else "this model has none"
+        raise ConfigError(f"{lost[0]} needs a chat template ({why}); write it into the prompt instead")
+    return text, ""
 
 
 def prompt_text(prompt: str | None, file: str | None) -> str:
@@ -85,8 +144,11 @@ def prompt_text(prompt: str | None, file: str | None) -> str:
     if prompt is None and file is None:
         if sys.stdin is not None and sys.stdin.isatty():
             raise ConfigError("there is nothing to read; give --prompt, --file, or pipe text in")
-        file = "-"
-    parts = [part for part in (read_text(file) if file else None, prompt) if part is not None]
+        prompt = "-"
+    if prompt == file == "-":
+        raise ConfigError("--prompt and --file are both standard input; give one of them as a text or a file")
+    asked = read_text("-") if prompt == "-" else prompt
+    parts = [part for part in (read_text(file) if file else None, asked) if part is not None]
     text = "\n\n".join(parts)
     if not text.strip():
         raise ConfigError("the prompt is empty; give at least one word")

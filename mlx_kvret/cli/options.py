@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
 
 from ..core.config import Policy, Scope
-from ..core.request import EVICTION, Sampling, check_eviction, check_max_tokens
+from ..core.options import short, whole
+from ..core.request import EVICTION, check_eviction, check_max_tokens
+from ..core.sampling import SAMPLING, Sampling
+from ..errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(function: F) -> F:
-    """``--model --gates --backend``."""
+    """``--model --gates --backend`` and what else says what is loaded."""
     for option in (
+        click.option("--adapter-path", help="Folder or hub id of an adapter that mlx-lm has trained."),
+        click.option("--trust-remote-code", is_flag=True,
+                     help="Run the Python code that the model's folder brings."),
+        click.option("--revision", help="Branch, tag or commit of the model's hub repository."),
         click.option("--backend", default="auto", show_default=True,
                      type=click.Choice(["auto", "mlx", "cuda", "torch"]), help="What runs the model."),
         click.option("--gates", default="auto", show_default=True,
@@ -69,19 +77,93 @@ def eviction(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def check_sampling(options: dict[str, Any]) -> None:
-    """Refuse what :func:`sampling_options` gave and cannot work, before a model is loaded."""
-    Sampling(options["temp"], options["top_p"], options["seed"])
-    check_max_tokens(options["max_tokens"])
-
-
 def sampling_options(function: F) -> F:
     """``--max-tokens`` and how the next token is drawn."""
     for option in (
+        click.option("--logit-bias", help="What is added to the logits of tokens, by id or text, as JSON: "
+                     '\'{"42": -100, "Yes": 5}\'.'),
+        click.option("--repetition-context-size", type=int, default=20, show_default=True,
+                     help="Tokens of prompt and answer that --repetition-penalty looks back at."),
+        click.option("--repetition-penalty", type=float,
+                     help="Divide the logits of tokens that were there; 1.1 is usual."),
         click.option("--seed", type=int, help="Make sampling repeatable."),
+        click.option("--xtc-threshold", type=float, default=0.1, show_default=True,
+                     help="Probability from which on a token is a choice that XTC may exclude."),
+        click.option("--xtc-probability", type=float, default=0.0, show_default=True,
+                     help="How often all choices but the least likely are excluded (XTC)."),
+        click.option("--top-k", type=int, default=0, show_default=True,
+                     help="Draw from this many of the likeliest tokens; 0 is all."),
+        click.option("--min-tokens-to-keep", type=int, default=1, show_default=True,
+                     help="Likeliest tokens that --min-p never leaves out."),
+        click.option("--min-p", type=float, default=0.0, show_default=True,
+                     help="Leave out tokens less likely than this share of the likeliest."),
         click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling."),
         click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy."),
-        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most new tokens."),
+        click.option("--max-tokens", "-m", type=int, default=256, show_default=True, help="Most new tokens."),
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def check_sampling(options: dict[str, Any]) -> None:
+    """Refuse what cannot work of :func:`sampling_options` and :func:`prompt_options`, before a model is
+    loaded; commands may have some of them only.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    Sampling(**{name: options[name] for name in SAMPLING if name in options and name != "logit_bias"})
+    json_object("--logit-bias", options.get("logit_bias"), '{"42": -100}')
+    json_object("--chat-template-config", options.get("chat_template_config"), '{"enable_thinking": false}')
+    if "max_tokens" in options:
+        check_max_tokens(options["max_tokens"])
+    if "prefill_step_size" in options:
+        whole("--prefill-step-size", options["prefill_step_size"], 1)
+
+
+def prompt_options(function: F) -> F:
+    """How a prompt becomes tokens, how they are read, and what ends the answer."""
+    for option in (
+        click.option("--prefill-step-size", type=int, default=2048, show_default=True,
+                     help="Tokens of the prompt read at a time."),
+        click.option("--extra-eos-token", multiple=True, cls=Several,
+                     help="Token that ends an answer too, by its text or id; as many as there are."),
+        click.option("--chat-template-config", help="Variables of the model's chat template, as JSON: "
+                     "'{\"enable_thinking\": false}'."),
+        click.option("--system-prompt", help="System message, where the model's chat template takes one."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+class Several(click.Option):
+    """An option that takes every word up to the next option, as argparse's ``nargs="+"`` does."""
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        option = parser._long_opt[self.opts[0]]
+        take = option.process
+
+        def take_all(value: Any, state: Any) -> None:
+            take(value, state)
+            while state.rargs and not state.rargs[0].startswith("-"):
+                take(state.rargs.pop(0), state)
+
+        option.process = take_all
+
+
+def json_object(flag: str, text: str | None, example: str) -> dict[str, Any]:
+    """What a flag was given as JSON; empty if it was not given.
+
+    Raises:
+        ConfigError: it is no JSON, or no object.
+    """
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag} is no JSON ({error}); give an object such as '{example}'") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{flag} is {short(found)}; expected a JSON object such as '{example}'")
+    return found

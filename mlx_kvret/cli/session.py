@@ -3,36 +3,112 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from ..core.options import short
 from ..core.plain import plain, spoken
-from ..core.sampling import Sampling
+from ..core.sampling import SAMPLING, Sampling
 from ..errors import ConfigError
 from ..texts import MOST_BYTES
 from .ending import leaving_at_once
-from .options import check_sampling
+from .options import check_sampling, json_object
 
 
 def load(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer from a command's ``model``, ``gates`` and ``backend``, which are taken out."""
+    """Model and tokenizer as a command's options say, which are taken out."""
     check_sampling(options)
     with leaving_at_once():
         from ..api import load
 
         gates = options.pop("gates")
-        return load(options.pop("model"), None if gates == "none" else gates, backend=options.pop("backend"))
+        named = {name: options.pop(name, None) for name in ("revision", "adapter_path", "trust_remote_code")}
+        model, tokenizer = load(
+            options.pop("model"),
+            None if gates == "none" else gates,
+            backend=options.pop("backend"),
+            **{name: value for name, value in named.items() if value},
+        )
+    add_stops(model, tokenizer, options.pop("extra_eos_token", ()))
+    return model, tokenizer
 
 
-def sampling(model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Generation options of the model's backend from ``temp``, ``top_p`` and ``seed``, taken out."""
+def add_stops(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Have texts end with these tokens too."""
+    if tokens:
+        from ..api import backend_of
+
+        backend_of(model).add_stop_tokens(model, tokenizer, [token_id(tokenizer, text) for text in tokens])
+
+
+def token_id(tokenizer: Any, text: str) -> int:
+    """The id of a token that was named by its text or, as in mlx-lm, by its id.
+
+    Raises:
+        ConfigError: there is no such token, or the text is several.
+    """
+    vocabulary = required(tokenizer).get_vocab()
+    if text.isdecimal():
+        if (found := int(text)) > max(vocabulary.values()):
+            raise ConfigError(f"the model has no token {text}; its last is {max(vocabulary.values())}")
+        return found
+    ids = [vocabulary[text]] if text in vocabulary else tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ConfigError(
+            f"{short(text)} is {len(ids)} tokens of this model, not one; give a token's own text or its id"
+        )
+    return int(ids[0])
+
+
+def required(tokenizer: Any) -> Any:
+    """The tokenizer, where a command cannot do without."""
+    if tokenizer is None:
+        raise ConfigError("the model folder has no tokenizer; from Python, give mlx_kvret.generate token ids")
+    return tokenizer
+
+
+def draft_of(tokenizer: Any, name: str | None, tokens: int | None) -> dict[str, Any]:
+    """Options that have a smaller model of the same tokens propose some, for this one to check.
+
+    Raises:
+        ConfigError: it has other tokens, or none.
+    """
+    if name is None:
+        return {}
+    from ..api import detach, load
+
+    draft, spoken = load(name, None, backend="mlx")
+    own, other = required(tokenizer).get_vocab(), {} if spoken is None else spoken.get_vocab()
+    if any(other.get(text, own[text]) != own[text] for text in own) or not own.keys() & other.keys():
+        raise ConfigError(f"the draft model {name} has other tokens than the model; give one of its family")
+    return {"draft_model": detach(draft), "num_draft_tokens": 3 if tokens is None else tokens}
+
+
+def template_of(tokenizer: Any, options: dict[str, Any], answer: str = "") -> Any:
+    """The model's chat template with the ``chat_template_config`` that was given, which is taken out."""
+    from ..chat_template import Template
+
+    settings = json_object("--chat-template-config", options.pop("chat_template_config"), "{}")
+    return Template(tokenizer, settings, answer)
+
+
+def sampling(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Generation options of the model's backend from those of drawing tokens, which are taken out."""
     from ..api import backend_of
 
-    asked = Sampling(options.pop("temp"), options.pop("top_p"), options.pop("seed"))
-    found: dict[str, Any] = backend_of(model).sampling(model, asked)
+    backend, given = backend_of(model), {name: options.pop(name) for name in SAMPLING if name in options}
+    bias = json_object("--logit-bias", given.pop("logit_bias", None), "{}")
+    by_id = {token_id(tokenizer, text): added for text, added in bias.items()}
+    if len(by_id) < len(bias):
+        raise ConfigError("--logit-bias names a token twice, by its text and its id; name it once")
+    if given.get("xtc_probability"):
+        # what mlx_lm.generate never excludes
+        lines = tokenizer.encode("\n", add_special_tokens=False)
+        given["xtc_special_tokens"] = [*map(int, lines), *backend.stop_tokens(model, tokenizer)]
+    found: dict[str, Any] = backend.sampling(model, Sampling(**given, logit_bias=by_id or None))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .attaching import attach, attach_best_known, attach_these, detach, make_cac
 from .cache import BoundedCache
 from .generation import generate, stream_generate, vocabulary
 from .loading import load_network, read_gates, read_tokenizer
+from .prefill import read_tokens, take_back
 from .sampling import processors_of, sampler_of
 
 __all__ = [
@@ -31,8 +32,11 @@ __all__ = [
     "load",
     "load_cache",
     "make_cache",
+    "read_tokens",
     "save_cache",
+    "stop_tokens",
     "stream_generate",
+    "take_back",
 ]
 
 # options of transformers, and why they do nothing here
@@ -112,6 +116,17 @@ def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
 def sampling(model: nn.Module, asked: Sampling) -> dict[str, Any]:
     """Options of :func:`stream_generate` that draw tokens as asked, for several calls: a seed is set once."""
     return drawing(asked, vocabulary(model), sampler_of, processors_of)
+
+
+def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Tokens that end a text; mlx-lm's wrapper around the tokenizer has them all."""
+    return {int(token) for token in tokenizer.eos_token_ids}
+
+
+def add_stop_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[int]) -> None:
+    """Have these tokens end a text too."""
+    for token in tokens:
+        tokenizer.add_eos_token(str(token))
 
 
 def save_cache(

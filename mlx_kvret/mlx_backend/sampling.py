@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -42,7 +43,7 @@ def sampler_of(asked: Sampling) -> Sampler | None:
 
 def processors_of(asked: Sampling) -> list[Processor]:
     """Functions of the tokens (n,) and the logits (1, V) that return logits: the bias and the penalties."""
-    given: dict[str, float | int] = {}
+    given: dict[str, Any] = {}
     for kind, strength, size in asked.penalties():
         given |= {f"{kind}_penalty": strength, f"{kind}_context_size": size}
     made: list[Processor] = make_logits_processors(dict(asked.logit_bias or {}), **given)

@@ -68,7 +68,7 @@ LINES = {
     "no output": (["train", "demo"], "--output"),
     # bytes that are no text
     "latin-1 prompt": ([*GENERATE, "--prompt", "caf\udce9"], "UTF-8"),
-    "latin-1 system": ([*CHAT, "--system", "caf\udce9"], "UTF-8"),
+    "latin-1 system": ([*CHAT, "--system-prompt", "caf\udce9"], "UTF-8"),
     "latin-1 model": (["info", "caf\udce9"], "UTF-8"),
     "latin-1 file name": ([*GENERATE, "--file", "caf\udce9"], "UTF-8"),
     "latin-1 file": ([*GENERATE, "--file", "{here}/latin"], "UTF-8"),
@@ -102,7 +102,9 @@ LINES = {
     "a tokenizer that is no text": (["chat", "--model", "{here}/letters"], "tokenizer"),
     "broken template": (["chat", "--model", "{here}/template", "--policy", "recent"], "chat template"),
     "angry template": (["generate", "--model", "{here}/angry", *ASK], "chat template"),
-    "a system message without a template": ([*GENERATE, *ASK, "--system", "be", "--raw"], "--system"),
+    "a system message without a template": (
+        [*GENERATE, *ASK, "--system-prompt", "be", "--ignore-chat-template"], "--system-prompt",
+    ),
     # gates
     "no gates": ([*GENERATE, *ASK, "--gates", "{here}/none"], "{here}/none"),
     "no gates in the folder": ([*GENERATE, *ASK, "--gates", "{here}/folder"], "folder"),
@@ -118,7 +120,7 @@ LINES = {
     "budget of words": (["info", "demo", "--budget", "lots"], "budget 'lots'"),
     "endless digits": ([*GENERATE, *ASK, "--budget", "9" * 5000], "budget"),
     "context of nothing": (["info", "demo", "--context", "0"], "--context"),
-    "chunk of nothing": ([*GENERATE, *ASK, "--chunk", "0"], "--chunk"),
+    "chunk of nothing": ([*GENERATE, *ASK, "--prefill-step-size", "0"], "--prefill-step-size"),
     "no tokens": ([*GENERATE, *ASK, "--max-tokens", "0"], "max_tokens"),
     "nan": ([*GENERATE, *ASK, "--temp", "nan"], "temp"),
     # training and evaluation end in the same place

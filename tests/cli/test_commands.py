@@ -36,14 +36,14 @@ def test_generate_answers_from_an_option_a_file_and_a_pipe(tmp_path):
         run(*DEMO, "--budget", 32, "--file", tmp_path / "story.txt", "--prompt", "recall Ada"),
         run(*DEMO, "--budget", 32, text=STORY + "recall Ada"),
         run(*DEMO, "--budget", 32, "--file", "-", "--prompt", "recall Ada", text=STORY),
-        run(*DEMO, "--budget", "40KB", "--raw", "--prompt", STORY + "recall Ada"),
+        run(*DEMO, "--budget", "40KB", "--ignore-chat-template", "--prompt", STORY + "recall Ada"),
     ]
     for result in asked:
         assert (result.exit_code, result.stdout.split()) == (0, ["amber"]), result.output
 
 
 def test_the_policy_decides():
-    result = run(*DEMO, "--budget", 32, "--policy", "recent", "--prompt", STORY + "recall Ada", "--stats")
+    result = run(*DEMO, "--budget", 32, "--policy", "recent", "--prompt", STORY + "recall Ada", "--verbose")
     assert result.exit_code == 0 and result.stdout.split() != ["amber"]
     assert "of 196 tokens per head" in result.stderr and "full cache" in result.stderr
 
@@ -59,7 +59,7 @@ def test_the_policy_decides():
         (["--sinks", "2000"], "sinks"),
         (["--threshold", "0.5", "--policy", "recent"], "threshold"),
         (["--max-tokens", "0"], "max_tokens"),
-        (["--chunk", "0"], "--chunk"),
+        (["--prefill-step-size", "0"], "--prefill-step-size"),
         (["--temp", "-1"], "temp"),
         (["--temp", "nan"], "temp is nan"),
         (["--temp", "1", "--top-p", "2"], "top_p is 2"),
@@ -75,7 +75,7 @@ def test_the_policy_decides():
         (["--model", "no-such-folder"], "no folder no-such-folder"),
         (["--model", "org/no-such-model"], "org/no-such-model"),
         (["--gates", "no-such-gates"], "no-such-gates"),
-        (["--raw", "--system", "s"], "--system"),
+        (["--ignore-chat-template", "--system-prompt", "s"], "--system-prompt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

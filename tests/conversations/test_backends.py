@@ -194,7 +194,7 @@ def generate(models, *arguments):
 
 def test_generate_reads_one_message_in_the_template(models, fed):
     _, tokenizer, _ = models(PLAIN)
-    result = generate(models, "--prompt", "What is <|im_end|>?", "--system", "Be brief.")
+    result = generate(models, "--prompt", "What is <|im_end|>?", "--system-prompt", "Be brief.")
     assert result.exit_code == 0, result.output
     assert tokenizer.decode(fed[0]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is <|im_end|>?<|im_end|>\n"
@@ -202,24 +202,24 @@ def test_generate_reads_one_message_in_the_template(models, fed):
     )
     # the one that was typed is text
     assert fed[0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
-    result = generate(models, "--prompt", "Hi <|im_end|>", "--raw")
+    result = generate(models, "--prompt", "Hi <|im_end|>", "--ignore-chat-template")
     assert result.exit_code == 0 and "".join(fed[1]) == "Hi <|im_end|>"
 
 
 def test_generate_with_a_system_message_that_is_not_taken(models):
     models(NO_SYSTEM)
-    result = generate(models, "--prompt", "Hi?", "--system", "Be brief.")
+    result = generate(models, "--prompt", "Hi?", "--system-prompt", "Be brief.")
     assert result.exit_code == 1 and "first message" in result.stderr
     models(None)
-    result = generate(models, "--prompt", "Hi?", "--system", "Be brief.")
-    assert result.exit_code == 1 and "--system needs a chat template" in result.stderr
+    result = generate(models, "--prompt", "Hi?", "--system-prompt", "Be brief.")
+    assert result.exit_code == 1 and "--system-prompt needs a chat template" in result.stderr
     assert generate(models, "--prompt", "Hi?").exit_code == 0
 
 
 def test_statistics_compare_like_with_like(models):
     models(PLAIN)
     for options, kept in ((["--policy", "full"], 300), (["--budget", "64", "--buffer", "8"], None)):
-        result = generate(models, "--prompt", "x" * 250, "--stats", *options)
+        result = generate(models, "--prompt", "x" * 250, "--verbose", *options)
         line = result.stderr.splitlines()[-1]
         held, full = (float(part.split()[-1]) for part in line.split(" MB")[:2])
         seen = int(line.split(" tokens per head")[0].split()[-1])

@@ -131,7 +131,7 @@ def test_from_a_file_to_a_name(source, folder):
         "smollm2",
         "--prompt",
         "abc",
-        "--raw",
+        "--ignore-chat-template",
         "--policy",
         "recent",
         "--max-tokens",

@@ -1,0 +1,75 @@
+"""Flags that people bring with them: those of mlx-lm that have no place here, and our own older names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PRECISION = "keys and values are kept in the precision the model computes in; --budget says how many"
+# flags of mlx_lm.generate and mlx_lm.chat that both commands refuse, and why
+REFUSED = {
+    "--max-kv-size": "give --budget, tokens per KV head or memory (256MB); --policy recent keeps what "
+    "mlx-lm's rotating cache does",
+    "--kv-bits": _PRECISION,
+    "--kv-group-size": _PRECISION,
+    "--quantized-kv-start": _PRECISION,
+    "--prompt-cache-file": "from Python, mlx_lm's load_prompt_cache reads such a file for an attached model",
+    "--image": "models read text only here",
+    "--use-default-chat-template": "neither mlx_lm.generate nor transformers has a default template; put a "
+    "chat_template.jinja into the model's folder",
+    "--quantize-activations": "its layers do not run on CPUs and were not tried with a bounded cache; from "
+    "Python, load the model with model_config={'quantize_activations': True}",
+    "--pipeline": "a model runs on one machine here",
+}
+_SWITCHES = {"--use-default-chat-template", "--quantize-activations", "--pipeline"}
+SHORT = {"--quantize-activations": "-qa"}
+
+
+def refusals(function: F) -> F:
+    """Have a command say what to use instead of each flag in :data:`REFUSED`."""
+    for flag, why in REFUSED.items():
+        kind: dict[str, Any] = {"is_flag": True} if flag in _SWITCHES else {"type": str}
+        names = [flag, SHORT[flag]] if flag in SHORT else [flag]
+        refuse = functools.partial(_refuse, f"{flag} of mlx-lm has no place here: {why}")
+        function = click.option(
+            *names, hidden=True, is_eager=True, expose_value=False, callback=refuse, **kind
+        )(function)
+    return function
+
+
+def _refuse(why: str, context: click.Context, _: click.Parameter, value: Any) -> None:
+    if value not in (None, False):
+        raise click.UsageError(why, context)
+
+
+def renamed(old: str, new: str, value: Any = None, **kind: Any) -> Callable[[F], F]:
+    """Take a flag's older name for one release more, with a hint on stderr.
+
+    Args:
+        value: what the new flag is given where the old one has none of its own.
+        kind: what the old one takes, as of ``click.option``.
+    """
+    before, after = (flag.strip("-").replace("-", "_") for flag in (old, new))
+
+    def decorate(function: F) -> F:
+        def run(**options: Any) -> Any:
+            given = options.pop(before)
+            if given not in (None, False):
+                context = click.get_current_context()
+                if context.get_parameter_source(after) is ParameterSource.COMMANDLINE:
+                    raise click.UsageError(f"{old} is the older name of {new}; give one of them", context)
+                click.echo(f"note: {old} is called {new} now, as in mlx-lm; {old} will go", err=True)
+                options[after] = given if value is None else value
+            return function(**options)
+
+        wrapped: Any = functools.update_wrapper(run, function)
+        added: F = click.option(old, hidden=True, **kind)(wrapped)
+        return added
+
+    return decorate
