@@ -18,6 +18,7 @@ except KeyboardInterrupt:
 _COMMANDS = {
     "generate": "Generate text from a prompt of any length.",
     "chat": "Talk to a model; the cache lives across turns.",
+    "serve": "Answer OpenAI's clients within a fixed KV memory.",
     "train": "Train retention gates for a model.",
     "eval": "Compare eviction policies on generated tasks.",
     "convert": "Convert gates from one form to another.",

@@ -1,0 +1,80 @@
+"""The few things that serving asks of a backend."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ..core.budget import CacheShape
+from ..core.config import EvictionConfig
+from ..core.snapshot import Snapshot
+from ..core.types import Array
+from .channels import Splitter
+from .drawing import Drawing
+
+# one that chooses a token (1,) from log probabilities (1, V), both on the device
+Choose = Any
+
+
+class Backend(Protocol):
+    """A model, its caches and its arrays; used by one thread only, but for what is plain data.
+
+    Attributes:
+        shape: of what the bounded layers cache.
+        eviction: what every cache is made with, the server's budget in it.
+        identity: the model and its gates, by content.
+        vocabulary: how many token ids the model has.
+        ends: the token ids that end an answer.
+    """
+
+    shape: CacheShape
+    eviction: EvictionConfig
+    identity: str
+    vocabulary: int | None
+    ends: frozenset[int]
+
+    def new_cache(self, budget: int | None) -> Any:
+        """An empty cache, with a budget of its own or the server's."""
+
+    def copy(self, cache: Any) -> Any:
+        """The same cache once more; neither sees what the other reads from now on."""
+
+    def read(self, cache: Any, ids: list[int]) -> None:
+        """One forward pass over tokens whose logits nobody wants."""
+
+    def logprobs(self, cache: Any, token: Any) -> Any:
+        """One forward pass over a token (1,): log probabilities (1, V) of the next."""
+
+    def chooser(self, asked: Drawing) -> Choose:
+        """How one row's next tokens are chosen."""
+
+    def host(self, logprobs: Any) -> Array:
+        """Log probabilities (V,) of one row, float32."""
+
+    def array(self, token: int) -> Any:
+        """A token (1,) on the device."""
+
+    def generator(self, rows: int) -> Any:
+        """A batch generator for so many rows that decode together; None where there is none."""
+
+    def take(self, cache: Any) -> Snapshot:
+        """What a cache holds, on the host."""
+
+    def reopen(self, snapshot: Snapshot) -> Any:
+        """A cache that goes on where a snapshot was taken. Raises KVRetError if it is another model's."""
+
+    def splitter(self, tokenizer: Any, ids: list[int], tools: list[dict[str, Any]] | None) -> Splitter:
+        """What finds thoughts and tool calls in the answer to a prompt."""
+
+    def free_bytes(self) -> int | None:
+        """Memory for caches; None where it cannot be told."""
+
+
+def backend_for(model: Any, tokenizer: Any, options: dict[str, Any]) -> Backend:
+    """The backend of a loaded model, whose caches are made with these eviction options."""
+    if "mlx" in {cls.__module__.partition(".")[0] for cls in type(model).__mro__}:
+        from .on_mlx import OnMLX
+
+        return OnMLX(model, tokenizer, options)
+    from .on_torch import OnTorch
+
+    return OnTorch(model, tokenizer, options)

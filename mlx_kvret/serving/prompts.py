@@ -1,0 +1,165 @@
+"""From what a client sent to token ids, and the places in them where a snapshot is worth keeping.
+
+They are the end of the system prompt, the prompt before the tail that opens the answer (what a template makes
+of the next turn goes on from there, even if it cuts thoughts out of this one), and the prompt but its last
+token, so that the same prompt again is read at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..chat_template import Template
+from ..chat_template import _speaker as speaker
+from ..core.plain import plain
+from ..core.prompts import check_ids, has_chat_template, prompt_ids
+from ..errors import ConfigError
+from .failures import Refusal
+from .job import Prompt
+from .requests import ChatRequest, CompletionRequest, Message
+
+# what apply_chat_template takes for itself
+_RESERVED = {
+    "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
+    "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "messages",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+# two users' messages that begin differently, in plain words that no template has a reason to change
+_USERS = ("Quorvexa", "brimlotu")
+
+
+class Prompter:
+    """Makes prompts with one tokenizer; one thread at a time.
+
+    Args:
+        owner: what must agree for a snapshot to be used: model, gates, eviction options.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int | None, owner: Sequence[str]) -> None:
+        self._tokenizer, self._vocabulary, self._owner = tokenizer, vocabulary, tuple(owner)
+        self._chats = has_chat_template(tokenizer)
+        self._speaker = speaker(tokenizer)
+
+    def completion(self, asked: CompletionRequest) -> Prompt:
+        """Text or token ids as they are, with the begin token where text lacks it."""
+        given = asked.prompt
+        text = given[0] if isinstance(given, list) and given and isinstance(given[0], str) else given
+        try:
+            ids = prompt_ids(self._tokenizer, text, True, self._vocabulary)
+        except ConfigError as error:
+            raise Refusal(400, str(error), param="prompt") from None
+        return self._prompt(ids, [], [], asked.kv_budget, asked.cache_salt)
+
+    def chat(self, asked: ChatRequest) -> Prompt:
+        """Messages in the model's chat template, up to where the answer begins."""
+        if not self._chats:
+            raise Refusal(400, "this model has no chat template; use /v1/completions", param="messages")
+        messages, options = [_plain(m) for m in asked.messages], self._options(asked)
+        ids = self._ids(messages, options, True)
+        check_ids(ids, self._vocabulary)
+        before_tail = _common(ids, self._ids(messages, options, False))
+        system = self._system_end(ids, messages, options)
+        return self._prompt(ids, [before_tail], [system], asked.kv_budget, asked.cache_salt)
+
+    def _options(self, asked: ChatRequest) -> dict[str, Any]:
+        """What the template is given besides the messages."""
+        options: dict[str, Any] = dict(asked.chat_template_kwargs or {})
+        if taken := sorted(_RESERVED & options.keys()):
+            raise Refusal(
+                400,
+                f"chat_template_kwargs holds {', '.join(taken)}, which the server sets itself; drop it",
+                param="chat_template_kwargs",
+            )
+        try:
+            Template(self._tokenizer, options)
+        except ConfigError as error:
+            raise Refusal(400, str(error), param="chat_template_kwargs") from None
+        if asked.reasoning_effort is not None:
+            options["reasoning_effort"] = asked.reasoning_effort
+        if asked.tools and asked.tool_choice != "none":
+            options["tools"] = [tool.model_dump(exclude_none=True) for tool in asked.tools]
+            probe = [{"role": "user", "content": _USERS[0]}]
+            if self._render(probe, options, True) == self._render(probe, options | {"tools": None}, True):
+                raise Refusal(400, "this model's chat template knows no tools; drop them", param="tools")
+        return options
+
+    def _system_end(self, ids: list[int], messages: list[dict[str, Any]], options: dict[str, Any]) -> int:
+        """How many tokens come before the first user's words, if there is a system prompt or tools; else 0.
+
+        What is the same whatever the user says is found by two other users.
+        """
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        if first is None or (first == 0 and "tools" not in options):
+            return 0
+        end = len(ids)
+        for word in _USERS:
+            try:
+                other = self._ids([*messages[:first], {"role": "user", "content": word}], options, True)
+            except Refusal:
+                return 0
+            end = min(end, _common(ids, other))
+        return end
+
+    def _ids(self, messages: list[dict[str, Any]], options: dict[str, Any], opened: bool) -> list[int]:
+        rendered = self._render(messages, options, opened)
+        return [int(token) for token in self._speaker.encode(rendered, add_special_tokens=False)]
+
+    def _render(self, messages: list[dict[str, Any]], options: dict[str, Any], opened: bool) -> str:
+        try:
+            given = json.loads(json.dumps(messages))
+            return str(
+                self._speaker.apply_chat_template(
+                    given, add_generation_prompt=opened, tokenize=False, **options
+                )
+            )
+        except Exception as error:  # a template is a program of its author's
+            why = " ".join(plain(f"{type(error).__name__}: {error}", 400).split())
+            raise Refusal(
+                400,
+                f"the model's chat template refuses these messages ({why}); change their roles or contents",
+                param="messages",
+            ) from None
+
+    def _prompt(
+        self, ids: list[int], turns: list[int], systems: list[int], budget: int | None, salt: str | None
+    ) -> Prompt:
+        last = len(ids) - 1
+        pinned = frozenset(place for place in systems if 0 < place <= last)
+        marks = frozenset(place for place in (*turns, last) if 0 < place <= last) | pinned
+        owner = (*self._owner, str(budget or ""), salt or "")
+        return Prompt(ids, marks, pinned, owner)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as templates expect it."""
+    # few templates know the newer name
+    role = "system" if message.role == "developer" else message.role
+    found: dict[str, Any] = {"role": role, "content": message.text}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.reasoning_content is not None:
+        found["reasoning_content"] = message.reasoning_content
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {
+                "name": call.function.name, "arguments": _arguments(call.function.arguments)}}
+            for call in message.tool_calls
+        ]  # fmt: skip
+    return found
+
+
+def _arguments(text: str) -> Any:
+    """Of a tool call, as templates expect them: a mapping, where they are one."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

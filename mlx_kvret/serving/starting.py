@@ -1,0 +1,95 @@
+"""From a loaded model to a service that is ready."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.options import whole
+from ..errors import ConfigError
+from .admission import Plan, plan
+from .app import Service
+from .backend import Backend, backend_for
+from .disk import Disk
+from .engine import OneByOne
+from .metrics import Metrics
+from .prefixes import Prefixes
+from .prompts import Prompter
+from .scheduler import Scheduler
+from .settings import Settings
+from .worker import Worker
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory and disk.
+
+    Args:
+        memory: bytes for all caches; half of what is free unless given.
+        rows: conversations at once, though more may fit.
+        chunk: tokens of a prompt read at a time.
+        snapshots: bytes of the memory for caches to go on from; a quarter unless given.
+        folder: where snapshots go that memory has no room for, and at the end all of them.
+        disk: bytes that the folder may take.
+    """
+
+    memory: int | None = None
+    rows: int = 16
+    chunk: int = 2048
+    snapshots: int | None = None
+    folder: Path | None = None
+    disk: int = 20 * 10**9
+
+    def __post_init__(self) -> None:
+        whole("rows", self.rows, 1)
+        whole("chunk", self.chunk, 1)
+
+
+def start(
+    model: Any, tokenizer: Any, options: dict[str, Any], settings: Settings, room: Room
+) -> tuple[Service, Plan]:
+    """A service whose thread waits for requests.
+
+    Args:
+        options: of every cache, as of :func:`mlx_kvret.make_cache`.
+
+    Raises:
+        ConfigError: the model cannot be served, or not in this memory.
+    """
+    if tokenizer is None:
+        raise ConfigError("the model's folder has no tokenizer; add one")
+    if options.get("policy") == "full":
+        raise ConfigError("policy full bounds nothing, so that no memory is ever enough; choose another one")
+    backend = backend_for(model, tokenizer, options)
+    memory = room.memory
+    if memory is None:
+        free = backend.free_bytes()
+        if free is None:
+            raise ConfigError("how much memory is free cannot be told here; give --memory")
+        memory = free // 2
+    planned = plan(backend.shape, backend.eviction, room.chunk, memory, room.rows, room.snapshots)
+    worker = Worker(lambda: _scheduler(backend, planned, settings, room), planned.rows, settings.queue)
+    prompter = Prompter(tokenizer, backend.vocabulary, owner_of(backend))
+    # the thread's own: a tokenizer changes while it encodes
+    reader = copy.deepcopy(tokenizer)
+    scheduler = worker.start()
+    return Service(settings, backend, prompter, tokenizer, reader, worker, scheduler), planned
+
+
+def owner_of(backend: Backend) -> tuple[str, str]:
+    """What must agree for a snapshot to be used: model, gates and eviction options."""
+    return backend.identity, json.dumps(backend.eviction.to_dict(), sort_keys=True)
+
+
+def _scheduler(backend: Backend, planned: Plan, settings: Settings, room: Room) -> Scheduler:
+    disk = None
+    if room.folder is not None:
+        # a model whose caches no file can hold is told now
+        backend.take(backend.new_cache(None))
+        disk = Disk(room.folder, room.disk, backend.take, backend.reopen)
+    prefixes = Prefixes(planned.kept, backend.copy, disk)
+    engine = OneByOne(backend)
+    return Scheduler(backend, engine, prefixes, Metrics(), planned.rows, room.chunk, settings.timeout)
