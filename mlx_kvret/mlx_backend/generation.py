@@ -23,7 +23,7 @@ from . import hooks
 from .attaching import make_cache
 from .cache import BoundedCache
 from .loops import Text
-from .sampling import processors_of, sampler_of
+from .sampling import behind, processors_of, sampler_of
 
 CACHE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
 # what mlx-lm calls the table that turns token ids into vectors
@@ -103,6 +103,7 @@ def stream_generate(
                 "back; detach it"
             )
         check_ids(ids, vocabulary(draft_model), "the draft model")
+        options["logits_processors"] = [behind(ids[:-1], p) for p in options.get("logits_processors") or ()]
         held = [*cache, *make_prompt_cache(draft_model)]
     reader: Any = TokenIds() if tokenizer is None else tokenizer
     rest = {"max_tokens": max_tokens, "draft_model": draft_model, "prompt_cache": held, **options}

@@ -48,3 +48,9 @@ def processors_of(asked: Sampling) -> list[Processor]:
         given |= {f"{kind}_penalty": strength, f"{kind}_context_size": size}
     made: list[Processor] = make_logits_processors(dict(asked.logit_bias or {}), **given)
     return made
+
+
+def behind(read: list[int], process: Processor) -> Processor:
+    """A processor for mlx-lm's loop with a draft model, which tells it nothing of what was ``read`` before."""
+    before = mx.array(read, mx.uint32)
+    return lambda tokens, logits: process(mx.concatenate([before, tokens]), logits)
