@@ -31,7 +31,6 @@ from .scheduler import Scheduler
 from .settings import Settings
 from .worker import Worker
 
-
 log = logging.getLogger(__name__)
 
 

@@ -12,6 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_kvret.serving.channels import Plain
+from mlx_kvret.serving.drawing import Drawing
+from mlx_kvret.serving.job import Job, Prompt
+from mlx_kvret.serving.metrics import Metrics
+from mlx_kvret.serving.prefixes import Prefixes
+from mlx_kvret.serving.scheduler import Scheduler
 from mlx_kvret.serving.server import Serving
 from mlx_kvret.serving.settings import Settings
 from mlx_kvret.serving.starting import Room, start
@@ -27,7 +33,7 @@ class Reply:
     """An HTTP response."""
 
     status: int
-    headers: dict[str, str]
+    headers: Any
     text: str
 
     def json(self) -> Any:
@@ -62,7 +68,7 @@ class Running:
         with contextlib.closing(connection):
             connection.request(method, path, body, given)
             found = connection.getresponse()
-            return Reply(found.status, dict(found.headers), found.read().decode())
+            return Reply(found.status, found.headers, found.read().decode())
 
     def post(self, path: str, /, **body: Any) -> Reply:
         return self.ask("POST", path, json.dumps(body), Content_Type="application/json")
@@ -127,3 +133,45 @@ def facts(count: int, start: int = 0) -> str:
     names = ["Ada", "Anna", "Bruno", "Clara", "Frank", "Hugo", "Ivan"]
     colours = ["amber", "black", "blue", "brown", "copper"]
     return " ".join(f"remember {names[i % 7]} {colours[i % 5]}" for i in range(start, start + count))
+
+
+class Asking:
+    """A scheduler without threads or HTTP, and what its jobs are told."""
+
+    def __init__(self, backend: Any, engine: Any, limit: int = 10**8, rows: int = 8, **options: Any) -> None:
+        prefixes = Prefixes(limit, backend.copy, options.pop("beside", None))
+        self.backend, self.metrics = backend, Metrics()
+        self.scheduler = Scheduler(
+            backend, engine, prefixes, self.metrics, rows, options.pop("chunk", 32), 60
+        )
+        assert not options
+
+    def job(self, ids: list[int], marks: Any = None, **options: Any) -> Job:
+        """A job that has been handed in; ``job.told`` is what it is told."""
+        told = list[Any]()
+        marks = frozenset({len(ids) - 1} - {0} if marks is None else marks)
+        drawing = options.pop("drawing", Drawing())
+        most = options.pop("max_tokens", 12)
+        prompt = Prompt(ids, marks, frozenset(options.pop("pinned", ())), options.pop("owner", ()))
+        ends = options.pop("ends", frozenset())
+        made = Job(prompt, drawing, most, ends, Plain(), told.append, str, top=0, **options)
+        made.told = told
+        self.scheduler.add(made)
+        return made
+
+    def run(self) -> None:
+        """To the end of all jobs."""
+        while not self.scheduler.idle:
+            self.scheduler.turn()
+
+    def answer(self, ids: list[int], marks: Any = None, **options: Any) -> Any:
+        """Tokens and their log probabilities, of one job and those that run beside it."""
+        job = self.job(ids, marks, **options)
+        self.run()
+        return answer(job)
+
+
+def answer(job: Job) -> list[tuple[int, float]]:
+    """Tokens and their log probabilities; the job must have ended well."""
+    assert job.told[-1].reason is not None
+    return [(one.token, one.logprob) for piece in job.told for one in piece.likely]
