@@ -15,7 +15,7 @@ from ..errors import CacheError, ConfigError, KVRetError
 from ..texts import check_stdin
 from . import options as shared
 from .ending import tell
-from .habits import refusals, renamed
+from .habits import older_names, refusals
 from .session import (
     cut_note,
     load,
@@ -46,7 +46,7 @@ _TAKES_FILE = {name.split()[0]: " " in name for name in COMMANDS}
 @shared.eviction_options
 @shared.sampling_options
 @refusals
-@renamed("--system", "--system-prompt")
+@older_names("--system")
 def command(**options: Any) -> None:
     """Talk to a model within a fixed KV budget.
 

@@ -11,7 +11,7 @@ from ..core.options import whole
 from ..errors import ConfigError
 from ..texts import read_text
 from . import options as shared
-from .habits import refusals, renamed
+from .habits import older_names, refusals
 from .session import (
     cut_note,
     draft_of,
@@ -51,10 +51,7 @@ from .session import (
     help="Close with a line on speed, kept tokens and KV memory.",
 )
 @refusals
-@renamed("--system", "--system-prompt")
-@renamed("--raw", "--ignore-chat-template", is_flag=True)
-@renamed("--chunk", "--prefill-step-size", type=int)
-@renamed("--stats", "--verbose", is_flag=True)
+@older_names("--system", "--raw", "--chunk", "--stats")
 def command(**options: Any) -> None:
     """Generate text from a prompt of any length within a fixed KV budget.
 

@@ -27,20 +27,30 @@ REFUSED = {
     "Python, load the model with model_config={'quantize_activations': True}",
     "--pipeline": "a model runs on one machine here",
 }
-_SWITCHES = {"--use-default-chat-template", "--quantize-activations", "--pipeline"}
+# older names of our own flags, and what they are called now
+RENAMED = {
+    "--system": "--system-prompt",
+    "--raw": "--ignore-chat-template",
+    "--chunk": "--prefill-step-size",
+    "--stats": "--verbose",
+}
+_SWITCHES = {"--use-default-chat-template", "--quantize-activations", "--pipeline", "--raw", "--stats"}
 SHORT = {"--quantize-activations": "-qa"}
 
 
 def refusals(function: F) -> F:
     """Have a command say what to use instead of each flag in :data:`REFUSED`."""
     for flag, why in REFUSED.items():
-        kind: dict[str, Any] = {"is_flag": True} if flag in _SWITCHES else {"type": str}
         names = [flag, SHORT[flag]] if flag in SHORT else [flag]
         refuse = functools.partial(_refuse, f"{flag} of mlx-lm has no place here: {why}")
         function = click.option(
-            *names, hidden=True, is_eager=True, expose_value=False, callback=refuse, **kind
+            *names, hidden=True, is_eager=True, expose_value=False, callback=refuse, **_kind(flag)
         )(function)
     return function
+
+
+def _kind(flag: str) -> dict[str, Any]:
+    return {"is_flag": True} if flag in _SWITCHES else {"type": int if flag == "--chunk" else str}
 
 
 def _refuse(why: str, context: click.Context, _: click.Parameter, value: Any) -> None:
@@ -48,28 +58,31 @@ def _refuse(why: str, context: click.Context, _: click.Parameter, value: Any) ->
         raise click.UsageError(why, context)
 
 
-def renamed(old: str, new: str, value: Any = None, **kind: Any) -> Callable[[F], F]:
-    """Take a flag's older name for one release more, with a hint on stderr.
-
-    Args:
-        value: what the new flag is given where the old one has none of its own.
-        kind: what the old one takes, as of ``click.option``.
-    """
-    before, after = (flag.strip("-").replace("-", "_") for flag in (old, new))
+def older_names(*flags: str) -> Callable[[F], F]:
+    """Have a command take some of :data:`RENAMED` for one release more, with a hint on stderr."""
 
     def decorate(function: F) -> F:
         def run(**options: Any) -> Any:
-            given = options.pop(before)
-            if given not in (None, False):
-                context = click.get_current_context()
-                if context.get_parameter_source(after) is ParameterSource.COMMANDLINE:
-                    raise click.UsageError(f"{old} is the older name of {new}; give one of them", context)
-                click.echo(f"note: {old} is called {new} now, as in mlx-lm; {old} will go", err=True)
-                options[after] = given if value is None else value
+            for old in flags:
+                _rename(old, RENAMED[old], options)
             return function(**options)
 
         wrapped: Any = functools.update_wrapper(run, function)
-        added: F = click.option(old, hidden=True, **kind)(wrapped)
-        return added
+        for old in flags:
+            wrapped = click.option(old, hidden=True, **_kind(old))(wrapped)
+        found: F = wrapped
+        return found
 
     return decorate
+
+
+def _rename(old: str, new: str, options: dict[str, Any]) -> None:
+    before, after = (flag.strip("-").replace("-", "_") for flag in (old, new))
+    given = options.pop(before)
+    if given in (None, False):
+        return
+    context = click.get_current_context()
+    if context.get_parameter_source(after) is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"{old} is the older name of {new}; give one of them", context)
+    click.echo(f"note: {old} is called {new} now, as in mlx-lm; {old} will go", err=True)
+    options[after] = given

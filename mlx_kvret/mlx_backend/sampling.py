@@ -51,6 +51,6 @@ def processors_of(asked: Sampling) -> list[Processor]:
 
 
 def behind(read: list[int], process: Processor) -> Processor:
-    """A processor for mlx-lm's loop with a draft model, which tells it nothing of what was ``read`` before."""
+    """A processor for mlx-lm's loop with a draft model, which does not tell it what was ``read``."""
     before = mx.array(read, mx.uint32)
     return lambda tokens, logits: process(mx.concatenate([before, tokens]), logits)
