@@ -19,9 +19,11 @@ from .api import (
     stream_generate,
 )
 from .errors import KVRetError
+from .reading import answer, read
 
 __all__ = [
     "KVRetError",
+    "answer",
     "attach",
     "backends",
     "detach",
@@ -29,6 +31,7 @@ __all__ = [
     "load",
     "load_cache",
     "make_cache",
+    "read",
     "save_cache",
     "stream_generate",
 ]

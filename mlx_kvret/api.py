@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from .core.installed import APPLE_SILICON, PACKAGES, command_for, driver_there, installed, missing
 from .errors import ConfigError, MissingDependencyError
+from .noted import note, notes_of
 
 Backend = Literal["auto", "mlx", "cuda", "torch"]
 
@@ -133,9 +135,10 @@ def stream_generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> 
 def save_cache(model: Any, cache: Any, path: str | Path, notes: dict[str, str] | None = None) -> None:
     """Write a cache to a file, whole or not at all, with texts to be kept beside it.
 
+    Without ``notes`` they are those of :func:`mlx_kvret.read`, if the cache has read nothing else since.
     Either backend opens the file (:mod:`mlx_kvret.core.snapshot`): a server's reading goes on on a laptop.
     """
-    backend_of(model).save_cache(model, cache, path, notes)
+    backend_of(model).save_cache(model, cache, path, notes_of(cache) if notes is None else notes)
 
 
 def load_cache(model: Any, path: str | Path) -> tuple[Any, dict[str, str]]:
@@ -145,8 +148,9 @@ def load_cache(model: Any, path: str | Path) -> tuple[Any, dict[str, str]]:
         CheckpointError: not such a file, or damaged.
         ModelMismatchError: it belongs to another model or other gates.
     """
-    found: tuple[Any, dict[str, str]] = backend_of(model).load_cache(model, path)
-    return found
+    cache, notes = backend_of(model).load_cache(model, path)
+    note(cache, notes)
+    return cache, notes
 
 
 def backends() -> dict[str, str]:
@@ -203,6 +207,8 @@ def _device(backend: str, options: dict[str, Any]) -> dict[str, Any]:
 def _backend(backend: str) -> Any:
     if backend == "mlx":
         return importlib.import_module("mlx_kvret.mlx_backend.api")
+    if (ours := sys.modules.get("cuda_backend.api")) is not None:
+        return ours
     # before anything of theirs is imported, which may be there under another name
     importlib.import_module("cuda_backend.versions").check_versions()
     return importlib.import_module("cuda_backend.api")

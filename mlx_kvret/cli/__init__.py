@@ -19,11 +19,14 @@ _COMMANDS = {
     "generate": "Generate text from a prompt of any length.",
     "chat": "Talk to a model; the cache lives across turns.",
     "serve": "Answer OpenAI's clients within a fixed KV memory.",
+    "read": "Read long texts once, and save what is remembered.",
+    "ask": "Ask many questions about one reading.",
     "train": "Train retention gates for a model.",
     "eval": "Compare eviction policies on generated tasks.",
     "convert": "Convert gates from one form to another.",
     "get": "Fetch a real model to try, or released gates.",
-    "info": "What a model or a gate folder is, and what a budget costs.",
+    "plan": "Which budget, and how many conversations, fit into a memory.",
+    "info": "What a model, a gate folder or a saved cache is, and what a budget costs.",
 }
 
 

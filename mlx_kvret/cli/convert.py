@@ -8,7 +8,7 @@ import click
 
 from ..texts import read_text
 from .ending import leaving_at_once
-from .session import note
+from .screen import note
 
 EPILOG = """\b
 Examples:

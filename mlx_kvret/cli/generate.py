@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,17 +13,16 @@ from ..errors import ConfigError
 from ..texts import read_text
 from . import options as shared
 from .habits import older_names, refusals
+from .screen import note, progress
 from .session import (
+    chosen_template,
     cut_note,
     draft_of,
     load,
-    note,
-    prefill_progress,
     required,
     sampling,
     say,
     stats_line,
-    template_of,
 )
 
 
@@ -30,13 +30,10 @@ from .session import (
 @shared.model_options
 @click.option("--prompt", "-p", help="The prompt, '-' for stdin; after --file: what to ask about the file.")
 @click.option("--file", help="Text to read first; '-' is stdin, 'demo' the demo's story of 4,096 tokens.")
+@click.option("--cache", help="Go on with a reading or a chat that was saved in this file.")
 @shared.prompt_options
 @click.option("--prefill-response", help="What the answer begins with; control tokens in it count.")
-@click.option(
-    "--ignore-chat-template",
-    is_flag=True,
-    help="Take the prompt as it is, without the model's chat template.",
-)
+@shared.ignore_template_option
 @shared.eviction_options
 @shared.sampling_options
 @click.option("--draft-model", help="Smaller model that proposes tokens (speculative decoding), on MLX.")
@@ -52,7 +49,8 @@ from .session import (
 )
 @refusals
 @older_names("--system", "--raw", "--chunk", "--stats")
-def command(**options: Any) -> None:
+@click.pass_context
+def command(context: click.Context, **options: Any) -> None:
     """Generate text from a prompt of any length within a fixed KV budget.
 
     On every backend the prompt is one message in the model's chat template, if it has one, and names of
@@ -73,14 +71,20 @@ def command(**options: Any) -> None:
     from ..api import make_cache, stream_generate
 
     text = prompt_text(options.pop("prompt"), options.pop("file"))
+    saved = options.pop("cache")
+    shared.check_cache_alone(context, saved, options)
     evict, verbose = shared.eviction(options), options.pop("verbose")
     draft, proposed = options.pop("draft_model"), options.pop("num_draft_tokens")
     check_draft(draft, proposed, options["backend"])
     model, tokenizer = load(options)
-    prompt, answer = read_prompt(required(tokenizer), text, options)
+    if saved is None:
+        cache = make_cache(model, **evict)
+        prompt, answer = read_prompt(required(tokenizer), text, options)
+    else:
+        cache, prompt, answer = go_on(model, required(tokenizer), saved, text, options)
     loop: dict[str, Any] = draft_of(tokenizer, draft, proposed) | sampling(model, tokenizer, options)
-    cache, last = make_cache(model, **evict), None
-    with prefill_progress() as progress:
+    last = None
+    with progress() as tell:
         for last in stream_generate(
             model,
             tokenizer,
@@ -89,7 +93,7 @@ def command(**options: Any) -> None:
             max_tokens=options["max_tokens"],
             prefill_step_size=options["prefill_step_size"],
             # mlx-lm's loop with a draft model tells nobody
-            **loop | ({} if draft else {"prompt_progress_callback": progress}),
+            **loop | ({} if draft else {"prompt_progress_callback": tell}),
         ):
             say(f"{answer}{last.text}")
             answer = ""
@@ -121,19 +125,23 @@ def read_prompt(tokenizer: Any, text: str, options: dict[str, Any]) -> tuple[str
         ConfigError: options of a chat template where none is used, or ones that it does not take.
     """
     from ..conversation import Transcript
-    from ..core.prompts import has_chat_template
 
-    ignored, known = options.pop("ignore_chat_template"), has_chat_template(tokenizer)
-    system, answer = options.pop("system_prompt"), options.pop("prefill_response")
-    if known and not ignored:
-        template = template_of(tokenizer, options, answer or "")
-        return Transcript(template, system).plan(text).new, answer or ""
-    settings = options.pop("chat_template_config")
-    given = {"--system-prompt": system, "--prefill-response": answer, "--chat-template-config": settings}
-    if lost := [flag for flag, value in given.items() if value is not None]:
-        why = "drop --ignore-chat-template" if known else "this model has none"
-        raise ConfigError(f"{lost[0]} needs a chat template ({why}); write it into the prompt instead")
-    return text, ""
+    answer = options.pop("prefill_response")
+    template = chosen_template(tokenizer, options, answer)
+    system = options.pop("system_prompt")
+    return (text, "") if template is None else (Transcript(template, system).plan(text).new, answer or "")
+
+
+def go_on(
+    model: Any, tokenizer: Any, saved: str, text: str, options: dict[str, Any]
+) -> tuple[Any, list[int], str]:
+    """A cache that was saved, what is read next, and what the answer begins with; takes their options out."""
+    from ..reading import Reading
+
+    answer = options.pop("prefill_response")
+    template = chosen_template(tokenizer, options, answer)
+    reading = Reading.opened(model, tokenizer, Path(saved).expanduser(), template)
+    return reading.cache, reading.question_ids(text), answer or ""
 
 
 def prompt_text(prompt: str | None, file: str | None) -> str:

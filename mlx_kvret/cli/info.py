@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from .ending import leaving_at_once, one_line
 
 LENGTHS = (4096, 32768, 131072)
@@ -21,14 +21,16 @@ LENGTHS = (4096, 32768, 131072)
 @click.option("--context", type=int, multiple=True, help="Context length to compare with, repeatable.")
 @leaving_at_once()
 def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> None:
-    """What a model or a gate folder is, and what a budget costs.
+    """What a model, a gate folder or a saved cache is, and what a budget costs.
 
-    NAME is a folder, a hub id, or a name: demo, smollm2. The gates that are known for a model are shown.
+    NAME is a folder, a hub id, a name (demo, smollm2), or a file that `read` or /save in a chat wrote. The
+    gates that are known for a model are shown.
 
     \b
     Examples:
       mlx-kvret info demo
       mlx-kvret info ./my-gates
+      mlx-kvret info notes.kv
       mlx-kvret info mlx-community/Qwen3-4B-4bit --budget 1024 --budget 256MB --context 32768
     """
     from ..core.budget import parse_budget
@@ -40,6 +42,16 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
         whole("--context", length, 1, MOST_TOKENS)
     for text in budget:
         parse_budget(text)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if budget or context:
+            raise ConfigError(
+                f"{path} is a saved cache, for which --budget and --context say nothing; drop them"
+            )
+        from .saved import show_saved
+
+        show_saved(path)
+        return
     folder = resolve(name)
     shown = False
     if any((folder / file).exists() for file in ("kvret.json", "trimkv_weights.pth")):
@@ -49,6 +61,7 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
         config = show_model(folder, budget or ("256", "1024", "4096"), context or LENGTHS)
         shown = True
         show_known_gates(folder, config, name)
+        click.echo(f"\nwhat fits into a memory: mlx-kvret plan {one_line(name)} --memory 16GB")
     if not shown:
         raise CheckpointError(
             f"{folder} is neither a model (config.json) nor gates (kvret.json); check the path"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from ..core.config import Policy, Scope
 from ..core.options import short, whole
@@ -105,6 +106,24 @@ def sampling_options(function: F) -> F:
     return function
 
 
+def check_cache_alone(context: click.Context, cache: str | None, options: dict[str, Any]) -> None:
+    """Refuse options that a saved cache has decided already.
+
+    Raises:
+        ConfigError: names one that was given.
+    """
+    if cache is None:
+        return
+    given = [
+        name for name in EVICTION if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+    ]
+    # these may have come by an older name
+    given += [name for name in ("system_prompt", "ignore_chat_template") if options.get(name)]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise ConfigError(f"{flag} was decided when {cache} was read; drop it, or read the text again")
+
+
 def check_sampling(options: dict[str, Any]) -> None:
     """Refuse what cannot work of :func:`sampling_options` and :func:`prompt_options`, before a model is
     loaded; commands may have some of them only.
@@ -123,17 +142,32 @@ def check_sampling(options: dict[str, Any]) -> None:
 
 def prompt_options(function: F) -> F:
     """How a prompt becomes tokens, how they are read, and what ends the answer."""
+    stops = click.option(
+        "--extra-eos-token",
+        multiple=True,
+        cls=Several,
+        help="Token that ends an answer too, by its text or id; as many as there are.",
+    )
+    return reading_options(stops(function))
+
+
+def reading_options(function: F) -> F:
+    """How a text becomes tokens, and how they are read."""
     for option in (
         click.option("--prefill-step-size", type=int, default=2048, show_default=True,
                      help="Tokens of the prompt read at a time."),
-        click.option("--extra-eos-token", multiple=True, cls=Several,
-                     help="Token that ends an answer too, by its text or id; as many as there are."),
         click.option("--chat-template-config", help="Variables of the model's chat template, as JSON: "
                      "'{\"enable_thinking\": false}'."),
         click.option("--system-prompt", help="System message, where the model's chat template takes one."),
     ):  # fmt: skip
         function = option(function)
     return function
+
+
+def ignore_template_option(function: F) -> F:
+    """``--ignore-chat-template``."""
+    text = "Take the text as it is, without the model's chat template."
+    return click.option("--ignore-chat-template", is_flag=True, help=text)(function)
 
 
 class Several(click.Option):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from ..core.options import short
-from ..core.plain import plain, spoken
+from ..core.plain import spoken
+from ..core.prompts import has_chat_template
 from ..core.sampling import SAMPLING, Sampling
 from ..errors import ConfigError
 from ..texts import MOST_BYTES
 from .ending import leaving_at_once
 from .options import check_sampling, json_object
+from .screen import note
 
 
 def load(options: dict[str, Any]) -> tuple[Any, Any]:
@@ -95,6 +96,23 @@ def template_of(tokenizer: Any, options: dict[str, Any], answer: str = "") -> An
     return Template(tokenizer, settings, answer)
 
 
+def chosen_template(tokenizer: Any, options: dict[str, Any], answer: str | None = None) -> Any:
+    """The chat template to read with, or None: there is none, or it is to be ignored; takes its options out.
+
+    Raises:
+        ConfigError: options of a chat template where none is used.
+    """
+    ignored, known = options.pop("ignore_chat_template"), has_chat_template(tokenizer)
+    if known and not ignored:
+        return template_of(tokenizer, options, answer or "")
+    settings, system = options.pop("chat_template_config"), options.get("system_prompt")
+    given = {"--system-prompt": system, "--prefill-response": answer, "--chat-template-config": settings}
+    if lost := [flag for flag, value in given.items() if value is not None]:
+        why = "drop --ignore-chat-template" if known else "this model has none"
+        raise ConfigError(f"{lost[0]} needs a chat template ({why}); write it into the prompt instead")
+    return None
+
+
 def sampling(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Generation options of the model's backend from those of drawing tokens, which are taken out."""
     from ..api import backend_of
@@ -140,38 +158,6 @@ def read_line(prompt: str) -> str | None:
 def say(text: str, nl: bool = False) -> None:
     """Print what a model says: its line breaks and tabs, but no control character that a terminal obeys."""
     click.echo(spoken(text), nl=nl)
-
-
-def note(text: str, err: bool = False) -> None:
-    """Print a remark of ours, which may quote a file."""
-    click.echo(plain(text), err=err)
-
-
-@contextmanager
-def prefill_progress() -> Iterator[Callable[[int, int], None]]:
-    """A callback (tokens read, tokens in all) that draws a bar on stderr while a long prompt is read."""
-    bar: Any = None
-
-    def advance(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and total > 1 and sys.stderr.isatty():
-            bar = click.progressbar(length=total, label="reading", file=sys.stderr)
-            bar.__enter__()
-        if bar is not None:
-            bar.update(done - bar.pos)
-            if done >= total:
-                finish()
-
-    def finish() -> None:
-        nonlocal bar
-        if bar is not None:
-            bar.__exit__(None, None, None)
-            bar = None
-
-    try:
-        yield advance
-    finally:
-        finish()
 
 
 def cut_note(last: Any, max_tokens: int) -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 import mlx_kvret
 from mlx_kvret import api
 from mlx_kvret.cli import main
-from mlx_kvret.cli.chat import Conversation
+from mlx_kvret.cli.talk import Conversation
 from mlx_kvret.errors import CacheError, ConfigError
 
 from .templates import FAMILIES, NO_SYSTEM, PLAIN, VOCABULARY, write_tokenizer
