@@ -133,7 +133,6 @@ class Worker:
             with self._lock:
                 self._stop_at = 0.0
             self._end(scheduler, failed(error))
-            raise
 
     def _turn(self, scheduler: Scheduler) -> None:
         self._take(scheduler, block=scheduler.idle and self._stop_at is None)
