@@ -1,8 +1,9 @@
 """Attention of one layer over its kept entries and its newest tokens.
 
 Kept entries are ragged: every KV head has its own number of them, from 0 up. They are all visible; among the
-newest tokens attention is causal. One softmax runs over both. :func:`naive_attend` is the specification;
-:func:`attend` pads heads of similar length to a common one and leaves the rest to torch's own attention.
+newest tokens attention is causal. One softmax runs over both. Rows with clocks of their own decode together.
+:func:`naive_attend` is the specification; :func:`attend` pads heads of similar length, of whatever row, to a
+common one and leaves the rest to torch's own attention.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ def naive_attend(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """The specification of :func:`attend`, one sequence and KV head at a time, in float32."""
-    tokens = queries.shape[2]
-    group = queries.shape[1] // view.kv_heads
-    lengths, visible = view.host_lengths(), view.visible(tokens)
-    out = queries.new_empty(*queries.shape[:3], view.values.shape[-1])
-    for place, flat in enumerate(view.flat_heads().tolist()):
-        row, head = divmod(place, view.kv_heads)
-        old_keys, old_values, _ = view.kept(torch.tensor([flat], device=queries.device), lengths[place])
-        keys = torch.cat([old_keys[0], view.keys[row, head]]).float()
-        values = torch.cat([old_values[0], view.values[row, head]]).float()
+    rows, _, tokens, _ = queries.shape
+    group, heads = queries.shape[1] // view.kv_heads, view.kv_heads
+    lengths, visible = view.lengths(), view.visible(tokens)
+    new_keys, new_values = view.newest()
+    out = queries.new_empty(*queries.shape[:3], new_values.shape[-1])
+    for place in range(rows * heads):
+        row, head = divmod(place, heads)
+        old_keys, old_values, _ = view.kept(np.array([place]), int(lengths[place]))
+        keys = torch.cat([old_keys[0], new_keys[row, head]]).float()
+        values = torch.cat([old_values[0], new_values[row, head]]).float()
         for query_head in range(head * group, (head + 1) * group):
             logits = queries[row, query_head].float() @ keys.T * scale
             if softcap:
@@ -58,14 +60,14 @@ def attend(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Softmax attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); the rectangle ends with their tokens.
+    """Softmax attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); the newest tokens are theirs.
 
     ``sinks`` (Hq,) are logits of a null entry. ``softcap`` c turns logits z into ``c·tanh(z / c)``.
     """
-    lengths, heads, device = view.host_lengths(), view.flat_heads(), queries.device
+    lengths, device, (keys, values) = view.lengths(), queries.device, view.newest()
     rows, query_heads, tokens, _ = queries.shape
     shape = (rows * view.kv_heads, query_heads // view.kv_heads, tokens, -1)
-    queries, keys, values = queries.reshape(shape), view.keys.flatten(0, 1), view.values.flatten(0, 1)
+    queries, keys, values = queries.reshape(shape), keys.flatten(0, 1), values.flatten(0, 1)
     visible = view.visible(tokens)
     if len(visible) > 1:
         visible = visible.repeat_interleave(view.kv_heads, 0)
@@ -76,7 +78,7 @@ def attend(
         index = every if len(part) == len(lengths) else torch.from_numpy(part).to(device)
         seen = visible if len(visible) == 1 else visible[index]
         width = int(lengths[part].max())
-        old = view.kept(torch.from_numpy(heads[part]).to(device), width) if width else None
+        old = view.kept(part, width) if width else None
         null = None if sinks is None else sinks[index]
         out[index] = _attend(queries[index], keys[index], values[index], seen, old, scale, null, softcap)
     return out.view(rows, query_heads, tokens, -1)

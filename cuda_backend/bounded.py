@@ -1,12 +1,9 @@
-"""What the layers of one cache share: the pool, the clock and the rule by which entries go."""
+"""What the layers of one cache share: rows of an arena, which read together and are settled one by one."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,170 +11,155 @@ import torch
 
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.core.eviction import heads_per_group
 from mlx_kvret.core.passes import Passes
-from mlx_kvret.core.schedule import Move, Schedule
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
-from mlx_kvret.errors import CacheError, UnsupportedFeatureError
+from mlx_kvret.errors import CacheError, ConfigError, ModelMismatchError, UnsupportedFeatureError
 
+from .arena import Arena
+from .compaction import settle
 from .gates import RetentionGates
-from .kernels.dispatch import fill, select
 from .modes import ordinary
-from .pool import Pool
-from .recent import Recent
-from .selection import keydiff_score, retention_score, static_score
-
-
-@dataclass
-class Static:
-    """Where a step of fixed shapes finds its numbers on the device.
-
-    ``length`` (1,) int32 places of the rectangles in use before the step and ``after`` (1,) after it;
-    ``waiting`` (1,) int64 is where the token's gate input goes in ``inputs``, per layer (R, g, hidden).
-    """
-
-    length: torch.Tensor
-    after: torch.Tensor
-    waiting: torch.Tensor
-    inputs: list[torch.Tensor]
-
-
-@dataclass
-class Compaction:
-    """What a compaction does, decided upon; done twice, because it was broken off, it comes to the same.
-
-    ``moves`` are slots, survivors, keys and values of each layer, ``arrays`` as of :meth:`Pool.admitted`.
-    """
-
-    pool: Pool
-    moves: Sequence[tuple[torch.Tensor, ...]]
-    arrays: dict[str, torch.Tensor]
-    after: State
-
-    def put(self) -> None:
-        """Move keys and values, then the accounts."""
-        for slots, survives, keys, values in self.moves:
-            fill(self.pool, slots, survives, keys, values)
-        self.pool.take(self.arrays)
-        self.after.put()
+from .reading import Reading
+from .row import Row
 
 
 class Bounded:
-    """A cache of L competing layers that holds at most (M + B)·L·H entries per sequence between passes.
+    """A cache of L competing layers that holds at most (M + B)·L·H entries per row between passes.
 
     A compaction that is due after a forward pass is carried out by :meth:`settle`, before the next one or as
     soon as anyone looks, whichever comes first. So tokens of the last pass can still be taken back, and a
     decoding loop never waits. How many entries there are is arithmetic, never read from the device.
-    ``owner`` names the model and the gates, for caches saved to a file, ``identity`` the very weights too.
 
-    Changes are decided upon first and then put in place, whole or not at all: those of a forward pass by
-    :mod:`cuda_backend.forward`, all others by :meth:`put`.
-
-    Sequences of a batch stand right-aligned: ``padding`` (R,) places come before a sequence's first token.
-    Positions count from there, so that a row is treated as it would be alone.
+    ``places`` is what hosts count: rows stand right-aligned in so many, and those before a row's first token
+    are padding, which is no entry. Positions count from there, so that a row is treated as it would be alone.
     """
 
-    rows: int
-    pool: Pool
-    schedule: Schedule
-    padding: torch.Tensor
+    def __init__(self, arena: Arena, rows: Sequence[Row], places: int = 0) -> None:
+        self.arena, self.rows, self.places = arena, list(rows), places
+        self.reading: Reading | None = None
+        # a step of fixed shapes, which keeps its own accounts
+        self.static: Reading | None = None
+        self._lengths: tuple[int, ...] | None = None
 
-    def __init__(
-        self,
+    @classmethod
+    def single(
+        cls,
         shape: CacheShape,
         config: EvictionConfig,
         owner: dict[str, str],
         device: torch.device,
         gates: RetentionGates | None = None,
         gate_layers: Sequence[int] | None = None,
-    ) -> None:
-        self.shape, self.config, self.owner, self.device = shape, config, owner, device
-        self.gates, self.gate_layers = gates, tuple(gate_layers or range(shape.layers))
-        self._defer = shape.deferred(config.budget, config.buffer)
-        self.size = heads_per_group(config, shape.layers, shape.kv_heads)
-        self.recents = [self._recent(layer) for layer in range(shape.layers)]
-        self.seen = [0] * shape.layers
-        self.static: Static | None = None
-        self.identity = ""
-        self.passes = Passes()
-        self._decided: State | Compaction | None = None
-        self._batch(1)
+    ) -> Bounded:
+        """An empty sequence in an arena of its own."""
+        arena = Arena(shape, config, owner, device, gates, gate_layers)
+        return cls(arena, [arena.new_row(config)])
 
-    def _recent(self, layer: int) -> Recent:
-        gate = partial(self.gates.log_beta, self.gate_layers[layer]) if self.gates is not None else None
-        return Recent(self.config.buffer, self._defer, gate)
+    @property
+    def shape(self) -> CacheShape:
+        return self.arena.shape
 
-    def _batch(self, rows: int) -> None:
-        groups = self.shape.heads // self.size
-        vars(self).update(
-            rows=rows,
-            pool=Pool(rows * groups, self.size, self.device),
-            schedule=Schedule(self.config, groups, self.size, rows),
-            padding=torch.zeros(rows, dtype=torch.int64, device=self.device),
-        )
+    @property
+    def config(self) -> EvictionConfig:
+        """The first row's, or that of the arena where there is none."""
+        return self.rows[0].config if self.rows else self.arena.config
+
+    @property
+    def passes(self) -> Passes:
+        return self.arena.passes
+
+    @property
+    def padding(self) -> list[int]:
+        """Places before each row's first token."""
+        return [self.places - row.seen for row in self.rows]
 
     # ------------------------------------------------------------------ a forward pass
 
+    def prepare(self, lengths: Sequence[int]) -> None:
+        """The next pass brings so many real tokens to each row, padded on the right."""
+        if len(lengths) != len(self.rows) or min(lengths, default=0) < 0:
+            raise ConfigError(
+                f"lengths are {list(lengths)}; expected a number of tokens for each of {len(self.rows)} rows"
+            )
+        self._lengths = tuple(map(int, lengths))
+
     @ordinary
-    def begin(self, rows: int, mask: torch.Tensor | None) -> None:
-        """A forward pass of ``rows`` sequences comes; ``mask`` (R, at least seen + T) is False where padded.
+    def begin(self, rows: int, tokens: int, mask: torch.Tensor | None = None) -> None:
+        """A forward pass of ``rows`` sequences of ``tokens`` places comes.
+
+        ``mask`` (R, at least places + T) is False where padded, unless :meth:`prepare` has told it.
 
         Raises:
             UnsupportedFeatureError: another number of sequences than before, or padding not on the left.
         """
-        if rows != self.rows:
-            if self.seen[0]:
-                raise UnsupportedFeatureError(
-                    f"a batch of {rows} sequences came to a cache that holds {self.rows}; make a new cache"
-                )
-            self._batch(rows)
+        lengths, self._lengths = self._lengths, None
         if not self.passes.under_way:
             self.settle()
+        if rows != len(self.rows):
+            if self.places or not self.rows:
+                raise UnsupportedFeatureError(
+                    f"a batch of {rows} sequences came to a cache that holds {len(self.rows)}; make a new "
+                    "cache"
+                )
+            self.arena.reserve(rows - len(self.rows))
+            self.rows = [self.arena.new_row(self.config) for _ in range(rows)]
+        if lengths is not None and max(lengths) > tokens:
+            raise ConfigError(f"lengths are up to {max(lengths)} in a pass of {tokens} tokens; lower them")
+        counts = lengths or self._counts(tokens, mask)
+        self.reading = Reading(self.arena, self.rows, tokens, counts, lengths is not None)
+        if (before := self.passes.open) is not None:
+            # what the gates have been asked for since stays scored
+            scored = State((row, {"scored": row.scored}) for row in self.rows)
+            self.passes.open = State.all([before, scored])
+
+    def _counts(self, tokens: int, mask: torch.Tensor | None) -> Sequence[int]:
+        """Real tokens of each row, by a mask that says what came before them."""
         if mask is None:
-            return
-        unread = (self.schedule.padding >= self.seen[0]).any()
-        if unread or mask.shape[1] > self.seen[0] + 1 or self.device.type == "cpu":
-            self._pad(mask.bool())
-        else:
+            return [tokens] * len(self.rows)
+        mask = mask.bool()
+        begun = all(row.seen for row in self.rows)
+        if begun and mask.shape[1] == self.places + 1 and self.arena.device.type != "cpu":
             # a decoding step must not wait for the device
             torch._assert_async(mask[:, -1].all(), "a sequence of the batch is padded after its first token")
-
-    def _pad(self, mask: torch.Tensor) -> None:
-        padding = (~mask).sum(1)
+            return [tokens] * len(self.rows)
         ragged = (mask[:, 1:] < mask[:, :-1]).any()
-        known = torch.stack([*padding, ragged.long()]).cpu().numpy()
-        past = np.minimum(known[:-1], self.seen[0]) != np.minimum(self.schedule.padding, self.seen[0])
-        if known[-1] or past.any():
+        *padding, strange = torch.stack([*(~mask).sum(1), ragged.long()]).tolist()
+        past = any(min(n, self.places) != own for n, own in zip(padding, self.padding, strict=True))
+        if strange or past:
             raise UnsupportedFeatureError(
                 "the attention mask hides tokens other than those before a sequence's first one; pad on the "
                 "left (tokenizer.padding_side = 'left') and keep a mask as it was for tokens already read"
             )
-        self.padding, self.schedule.padding = padding, known[:-1]
+        return [tokens - min(max(n - self.places, 0), tokens) for n in padding]
 
     def before(self) -> State:
         """What undoes a forward pass."""
-        accounts = {name: vars(self)[name] for name in ("rows", "pool", "schedule", "padding")}
-        held = [(recent, vars(recent).copy()) for recent in self.recents]
-        shared = (self, accounts | {"seen": list(self.seen)})
-        return State([shared, (self.schedule, vars(self.schedule).copy()), *held])
+        shared = {"rows": self.rows, "places": self.places, "reading": None}
+        names = ("seen", "length", "scored", "chunk")
+        rows = ((row, {name: getattr(row, name) for name in names}) for row in self.rows)
+        return State([(self, shared), *rows])
+
+    def commit(self) -> None:
+        """The pass has come to its end."""
+        if self.reading is not None:
+            self.reading.commit()
+            vars(self).update(places=self.places + self.reading.tokens, reading=None)
 
     @ordinary
-    def put(self, change: State | Compaction) -> None:
-        """Put a change in place; if that is broken off, the next :meth:`settle` does it again."""
-        self._decided = change
-        change.put()
-        self._decided = None
+    def take_back(self, count: int) -> None:
+        """Forget the newest ``count`` places, whose tokens no compaction was of; part of a transaction."""
+        rows = []
+        for row in self.rows:
+            length = row.length - min(count, row.seen)
+            seen = row.seen - min(count, row.seen)
+            rows.append((row, {"seen": seen, "length": length, "scored": min(row.scored, length)}))
+        State([*rows, (self, {"places": self.places - count})]).put()
 
-    def take_back(self, count: int, layers: Sequence[int] | None = None) -> None:
-        """Forget the newest ``count`` tokens of the layers, all unless given, which no compaction was of."""
-        which = range(len(self.recents)) if layers is None else layers
-        copies = {layer: copy.copy(self.recents[layer]) for layer in which}
-        for recent in copies.values():
-            recent.cut(recent.length - count)
-        seen = [seen - count * (layer in copies) for layer, seen in enumerate(self.seen)]
-        pairs = [(self.recents[layer], vars(recent)) for layer, recent in copies.items()]
-        self.put(State([*pairs, (self, {"seen": seen})]))
+    @property
+    def to_take_back(self) -> int:
+        """How many places can be taken back at most."""
+        return min((row.length for row in self.rows if row.length < row.seen), default=self.places)
 
     @ordinary
     def settle(self) -> None:
@@ -186,108 +168,82 @@ class Bounded:
         Raises:
             CacheError: a pass is under way, or the cache cannot go on.
         """
-        self.passes.check()
-        if self._decided is not None:
-            self.put(self._decided)
-        if len(set(self.seen)) != 1:
-            raise CacheError(
-                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: taking tokens back was "
-                "broken off half way; make a new cache"
-            )
-        if max(recent.waiting for recent in self.recents) >= self._defer:
-            self._run_gates()
-        move = self.schedule.next(self.seen[0], self.recents[0].length)
-        if move is not None:
-            self.put(self._compacted(move))
+        arena = self.arena
+        arena.check()
+        if lost := next((row.lost for row in self.rows if row.lost), ""):
+            raise CacheError(lost)
+        if arena.gates is not None and any(row.waiting >= arena.defer for row in self.rows):
+            arena.run_gates(self.rows)
+        for row in self.rows:
+            if row.chunk is not None or row.length >= row.schedule.soonest:
+                settle(row)
 
-    def _run_gates(self) -> None:
-        """Score all gate inputs that wait; in one go where every layer has as many of them."""
-        waiting = {recent.waiting for recent in self.recents}
-        if self.gates is not None and len(waiting) == 1 and self.gates.stacked == self.gate_layers:
-            if waiting != {0}:
-                log_beta = self.gates.log_betas(torch.stack([recent.inputs() for recent in self.recents]))
-                for recent, own in zip(self.recents, log_beta, strict=True):
-                    recent.scored(own)
-            return
-        # an interrupt may have come between
-        for recent in self.recents:
-            recent.run_gate()
+    def lose(self, reason: str) -> None:
+        """The rows cannot go on: what they hold is not known any more."""
+        for row in self.rows:
+            row.lost = row.lost or f"{reason}; make a new cache and read the text again"
 
-    def _compacted(self, move: Move) -> Compaction:
-        """The oldest tokens of the rectangle moved into the pool; groups that are due select first."""
-        pool, heads, tokens = self.pool, self.pool.heads, move.tokens
-        start = self.seen[0] - self.recents[0].length
-        if move.capacity > pool.capacity:
-            first = self.recents[0]
-            capacity = min(self.schedule.most, max(move.capacity, 2 * pool.capacity))
-            pool.grow(max(capacity, move.capacity), first.keys, first.values)
-        new = self._newcomers(start, tokens)
-        old = pool.rows(pool.retention), pool.rows(pool.position), pool.rows(pool.owner)
-        stays, survives = old[2] < heads, new[2] < heads
-        if move.due.any():
-            joined = [torch.cat([a, b], 1) for a, b in zip(old, new, strict=True)]
-            seen = (self.seen[0] - self.padding).repeat_interleave(pool.groups // self.rows)[:, None]
-            score = self._score(joined, tokens, seen)
-            keep = select(score, joined[1], joined[2], seen, self.config, self.size, heads)
-            if not move.due.all():
-                due = torch.from_numpy(move.due).to(self.device, non_blocking=True)[:, None]
-                keep = torch.where(due, keep, joined[2] < heads)
-            stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
-        slots = pool.destinations(stays, survives)
-        arrays = pool.admitted(stays, slots, survives, *new)
-        slots, survives = (a.reshape(self.rows, self.shape.layers, -1) for a in (slots, survives))
-        recents, schedule, moves = list(map(copy.copy, self.recents)), copy.copy(self.schedule), []
-        for layer, recent in enumerate(recents):
-            keys, values = recent.keys[:, :, :tokens], recent.values[:, :, :tokens]
-            moves.append((slots[:, layer].flatten(), survives[:, layer].flatten(), keys, values))
-            recent.forget_oldest(tokens)
-        counts = None
-        if self.config.threshold is not None:
-            counts = np.diff(arrays["offsets"].cpu().numpy()[:: self.size])
-        schedule.done(move, start, counts)
-        after = State.becoming([(self.schedule, schedule), *zip(self.recents, recents, strict=True)])
-        return Compaction(pool, moves, arrays, after)
-
-    def _newcomers(self, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Retention, position and flat head of the oldest ``tokens`` of the rectangle, (groups, N)."""
-        rows, layers = self.rows, self.shape.layers
-        position = self._positions(start, tokens)
-        head = torch.arange(self.pool.heads, device=self.device).view(rows, -1, 1)
-        # padding is no entry
-        head = torch.where(position[:, None] >= 0, head, self.pool.heads)
-        retention = torch.stack([self.retention_of(layer, tokens, start) for layer in range(layers)], 1)
-        groups = (self.pool.groups, -1)
-        return (
-            retention.reshape(groups),
-            position[:, None].expand(head.shape).reshape(groups),
-            head.reshape(groups),
-        )
-
-    def _positions(self, start: int, tokens: int) -> torch.Tensor:
-        """Positions (R, tokens) of the places from ``start`` on, below 0 for padding."""
-        return torch.arange(start, start + tokens, device=self.device) - self.padding[:, None]
+    # ------------------------------------------------------------------ rows that join and leave
 
     @ordinary
-    def retention_of(self, layer: int, tokens: int, start: int) -> torch.Tensor:
-        """What is stored with the oldest ``tokens`` of a layer, from place ``start`` on, (R, H, tokens)."""
-        recent = self.recents[layer]
-        if self.config.policy == "learned":
-            self._run_gates()
-            return recent.log_beta()[:, :, :tokens]
-        first = layer * self.shape.kv_heads
-        head = torch.arange(first, first + self.shape.kv_heads, device=self.device)
-        return static_score(self.config, recent.keys[:, :, :tokens], head, self._positions(start, tokens))
+    def copy(self) -> Bounded:
+        """The rows once more, on the same slabs until either is written to."""
+        self.settle()
+        return Bounded(self.arena, [row.twin() for row in self.rows], self.places)
 
-    def _score(self, candidates: list[torch.Tensor], tokens: int, seen: torch.Tensor) -> torch.Tensor:
-        retention, position, head = candidates
-        if self.config.policy == "learned":
-            return retention_score(retention, position, seen, self.config.lookahead)
-        if self.config.policy == "keydiff":
-            new = torch.stack([recent.keys[:, :, :tokens] for recent in self.recents], 1)
-            new = new.reshape(self.pool.groups, -1, new.shape[-1])
-            keys = torch.cat([self.pool.rows(self.pool.keys), new], 1)
-            return keydiff_score(keys, head, self.pool.heads)
-        return retention
+    @ordinary
+    def extract(self, index: int) -> Bounded:
+        """One row once more, as a single sequence, on the same slab until either is written to."""
+        self.settle()
+        twin = self.rows[index].twin()
+        return Bounded(self.arena, [twin], twin.seen)
+
+    @ordinary
+    def own_copy(self) -> Bounded:
+        """The rows once more, in an arena of their own."""
+        self.settle()
+        arena = self.arena.fresh()
+        arena.reserve(len(self.rows))
+        return Bounded(arena, [arena.adopt(row) for row in self.rows], self.places)
+
+    @ordinary
+    def filter(self, keep: Sequence[int]) -> None:
+        """Keep these rows, in this order; the others' slabs are free."""
+        self.settle()
+        self.rows = [self.rows[at] for at in keep]
+        self.arena.tidy()
+
+    @ordinary
+    def extend(self, other: Bounded) -> None:
+        """Append another cache's rows, which leave it; those of another arena are copied.
+
+        Raises:
+            ModelMismatchError: they belong to another model or other gates.
+            UnsupportedFeatureError: they compete by another rule.
+        """
+        if other is self:
+            raise ConfigError("a cache cannot be extended by itself; give a copy")
+        self.settle()
+        other.settle()
+        ours, theirs = self.arena, other.arena
+        rows = other.rows
+        if theirs is not ours:
+            if theirs.identity != ours.identity or theirs.shape != ours.shape:
+                raise ModelMismatchError(
+                    "the rows belong to another model or other gates; make their cache for this one"
+                )
+            for name in ("policy", "scope"):
+                found, expected = getattr(theirs.config, name), getattr(ours.config, name)
+                if found != expected:
+                    raise UnsupportedFeatureError(
+                        f"a row of {name} {found!r} cannot join those of {expected!r}; keep batches of each"
+                    )
+            ours.reserve(len(rows))
+            rows = [ours.adopt(row) for row in rows]
+        places = max((self.places, other.places) if self.rows else (other.places,))
+        self.arena.put(State([
+            (self, {"rows": [*self.rows, *rows], "places": places}), (other, {"rows": [], "places": 0})
+        ]))  # fmt: skip
 
     # ------------------------------------------------------------------ looking
 
@@ -295,42 +251,29 @@ class Bounded:
     def entries(self) -> int:
         """Cached entries over all sequences, layers and heads."""
         self.settle()
-        start = self.seen[0] - self.recents[0].length
-        recent = self.schedule.tokens(start, self.seen[0]).sum() * self.shape.heads
-        return int(self.schedule.counts.sum() + recent)
+        return sum(row.entries for row in self.rows)
 
     def kept_positions(self, row: int = 0) -> list[list[Ints]]:
         """For each layer, for each KV head, the sorted positions of a sequence's entries (int64 arrays)."""
         self.settle()
-        table, offsets = self.pool.lookup.table.cpu().numpy(), self.pool.lookup.on_host()
-        position = self.pool.position.cpu().numpy()[table]
-        seen = self.seen[0] - int(self.schedule.padding[row])
-        recent = np.arange(max(0, seen - self.recents[0].length), seen)
-        own = offsets[row * self.shape.heads : (row + 1) * self.shape.heads + 1]
+        own, pool = self.rows[row], self.arena.pool
+        slab, offsets = own.slab, pool.host_offsets(own.hold.index)
+        position = slab.position.cpu().numpy()[slab.table.cpu().numpy()]
+        recent = np.arange(own.seen - own.length, own.seen)
         heads: list[Ints] = [
             np.concatenate([np.sort(position[a:b]), recent]).astype(np.int64)
-            for a, b in itertools.pairwise(own)
+            for a, b in itertools.pairwise(offsets)
         ]
-        return [heads[i : i + self.shape.kv_heads] for i in range(0, len(heads), self.shape.kv_heads)]
+        width = self.shape.kv_heads
+        return [heads[i : i + width] for i in range(0, len(heads), width)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool and the rectangles."""
+        """Bytes of the slabs the rows stand on."""
         self.settle()
-        return self.pool.nbytes + sum(a.nbytes for recent in self.recents for a in recent.arrays())
+        slabs = {row.hold.index for row in self.rows}
+        return self.arena.nbytes // self.arena.slabs.count * len(slabs)
 
-    @ordinary
     def __deepcopy__(self, memo: dict[int, Any]) -> Bounded:
-        """A cache of its own that shares gates and configuration, which never change."""
-        self.settle()
-        twin = Bounded(self.shape, self.config, self.owner, self.device, self.gates, self.gate_layers)
-        memo[id(self)] = twin
-        twin.identity = self.identity
-        twin.rows, twin.padding, twin.pool = self.rows, self.padding, self.pool.copy()
-        twin.schedule, twin.seen = copy.deepcopy(self.schedule), list(self.seen)
-        for recent, theirs in zip(twin.recents, self.recents, strict=True):
-            if theirs.length:
-                learned = self.config.policy == "learned"
-                log_beta = theirs.log_beta() if learned else None
-                recent.restore(theirs.keys.clone(), theirs.values.clone(), log_beta)
+        memo[id(self)] = twin = self.own_copy()
         return twin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,12 +18,12 @@ from mlx_kvret.core.absent import Absent
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
-from mlx_kvret.errors import ModelMismatchError, UnsupportedFeatureError
+from mlx_kvret.errors import CacheError, ConfigError, ModelMismatchError, UnsupportedFeatureError
 
 from .bounded import Bounded
-from .kernels.dispatch import append, attend
+from .kernels.dispatch import attend
 from .modes import ordinary
-from .view import LayerView
+from .reading import Reading
 
 # the cache of the forward pass that is under way
 running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)
@@ -59,11 +59,7 @@ class BoundedKVCache(CacheLayerMixin):
     def observe(self, x: torch.Tensor) -> None:
         """Take in the layer's attention input (R, T, hidden)."""
         self.fetched = None
-        if (static := self.shared.static) is not None:
-            if static.inputs:
-                static.inputs[self.layer].index_copy_(1, static.waiting, x)
-            return
-        self.shared.recents[self.layer].observe(x)
+        self.reading.observe(self.layer, x)
 
     @ordinary
     def update(
@@ -71,17 +67,10 @@ class BoundedKVCache(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the step's keys and values (R, H, T, D).
 
-        Returns the rectangle (R, H, r, D), from which :mod:`cuda_backend.attention` goes on to the pool.
+        Returns the newest ones of a row that is alone, (1, H, r, D), from which :mod:`cuda_backend.attention`
+        goes on to the pool.
         """
-        recent, static = self.shared.recents[self.layer], self.shared.static
-        if static is None:
-            recent.append(key_states.detach(), value_states.detach())
-            self.shared.seen[self.layer] += key_states.shape[2]
-            self.fetched = recent.keys, recent.values
-        else:
-            self.fetched = recent.storage()
-            for new, wide in zip((key_states, value_states), self.fetched, strict=True):
-                append(new, wide, static.length)
+        self.fetched = self.reading.append(self.layer, key_states.detach(), value_states.detach())
         if (cache := running.get()) is not None:
             cache.fetchers[id(self.fetched[0])] = self
         return self.fetched
@@ -93,20 +82,26 @@ class BoundedKVCache(CacheLayerMixin):
         sinks: torch.Tensor | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Attention of the step's queries (R, Hq, T, D) over all this layer holds: (R, Hq, T, Dv)."""
-        self.attended += queries.shape[2]
-        static = self.shared.static
-        return attend(queries, self.view(), scale, sinks, softcap, None if static is None else static.after)
+        """Attention of the step's queries (R, Hq, T, D) over all this layer holds: (R, Hq, T, Dv).
 
-    def view(self) -> LayerView:
-        """What the layer attends to, after :meth:`update`."""
-        assert self.fetched is not None
-        shared, (keys, values) = self.shared, self.fetched
-        start = shared.seen[self.layer] - keys.shape[2]
-        # a step of fixed shapes comes only once the padding is over
-        padded = shared.static is None and bool((shared.schedule.padding > start).any())
-        hidden = (shared.padding - start).clamp(min=0) if padded else None
-        return LayerView(shared.pool, self.layer, shared.shape.layers, keys, values, hidden)
+        Padding gets zeros.
+        """
+        self.attended += queries.shape[2]
+        views = self.reading.views(self.layer)
+        if len(views) == 1 and self.reading.whole:
+            return attend(queries, views[0][2], scale, sinks, softcap)
+        out = queries.new_zeros(*queries.shape[:3], self.shared.shape.value_dim)
+        for at, part, view in views:
+            out[at, :, part] = attend(queries[at, :, part], view, scale, sinks, softcap)
+        return out
+
+    @property
+    def reading(self) -> Reading:
+        """The pass under way."""
+        found = self.shared.static or self.shared.reading
+        if found is None:
+            raise CacheError("no pass is under way in this cache; call the whole model with it")
+        return found
 
     # -------------------------------------------------- what transformers asks, and what cannot work
 
@@ -114,7 +109,10 @@ class BoundedKVCache(CacheLayerMixin):
         """Nothing to prepare."""
 
     def get_seq_length(self) -> int:
-        return self.shared.seen[self.layer]
+        """Places so far, padding included."""
+        reading = self.shared.reading
+        read = reading.tokens if reading is not None and reading.done[self.layer] else 0
+        return self.shared.places + read
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -129,32 +127,10 @@ class BoundedKVCache(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether a rollback leaves no trace: of the last pass, for who announced it; else of all tokens."""
-        waiting = self.shared.recents[self.layer].length
-        undecided = self.get_seq_length() == waiting and self.shared.schedule.next(waiting, waiting) is None
-        return self.record_past or undecided
+        return self.record_past or all(row.undecided for row in self.shared.rows)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest ``-tokens_to_remove`` tokens.
-
-        Raises:
-            UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
-        """
-        self.shared.passes.repair()
-        if count := self.to_crop(tokens_to_remove):
-            self.shared.take_back(count, [self.layer])
-
-    def to_crop(self, tokens_to_remove: int) -> int:
-        """How many tokens :meth:`crop` would take back. Raises as that does."""
-        # a number that transformers has counted on the device
-        removed, length = int(tokens_to_remove), self.shared.recents[self.layer].length
-        if removed > 0 or -removed > length:
-            raise UnsupportedFeatureError(
-                f"cannot crop by {removed}: give minus the number of tokens to take back, at most {length}, "
-                "for older ones have been through a compaction; or make a new cache"
-            )
-        return -removed
-
-    reorder_cache, offload, prefetch, reset = (Absent() for _ in range(4))
+    # tokens are taken back in all layers or in none: BoundedCache.crop
+    crop, reorder_cache, offload, prefetch, reset = (Absent() for _ in range(5))
 
 
 def _unbounded(cache: BoundedCache) -> bool:
@@ -183,27 +159,28 @@ class BoundedCache(Cache):
     @property
     def identity(self) -> str:
         """The model and gates it belongs to."""
-        return self._identity if self.shared is None else self.shared.identity
+        return self._identity if self.shared is None else self.shared.arena.identity
 
     @identity.setter
     def identity(self, identity: str) -> None:
         if self.shared is not None:
-            self.shared.identity = identity
+            self.shared.arena.identity = identity
         self._identity = identity
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """What ``forward()`` returns, a forward pass into this cache, which is undone if it is broken off."""
         self.settle()
-        passes, stock = self.passes, self._stock()
-        held = [State.of(stock)] if self.shared is None else [State.of(stock), self.shared.before()]
+        passes = self.passes
         try:
-            passes.begin(State.all(held))
+            passes.begin(self._before())
             out = forward()
+            if self.shared is not None and not self._trial:
+                self.shared.commit()
             self._release()
         except BaseException:
             passes.running = False
             if self.in_place:
-                passes.lose(
+                self.lose(
                     "a forward pass was broken off in a model of state-space layers, which change in place"
                 )
             passes.undo()
@@ -213,6 +190,11 @@ class BoundedCache(Cache):
             passes.undo()
         passes.commit()
         return out
+
+    def _before(self) -> State:
+        """What undoes a pass."""
+        stock = State.of(self._stock())
+        return stock if self.shared is None else State.all([stock, self.shared.before()])
 
     @property
     def in_place(self) -> bool:
@@ -264,13 +246,30 @@ class BoundedCache(Cache):
         return True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest ``-tokens_to_remove`` tokens in all layers, or in none."""
-        bounded = [layer for layer in self.layers if isinstance(layer, BoundedKVCache)]
-        for layer in bounded:
-            layer.to_crop(tokens_to_remove)
-        # others refuse before they change anything
-        for layer in [*self._stock(), *bounded]:
-            layer.crop(tokens_to_remove)
+        """Take back the newest ``-tokens_to_remove`` tokens in all layers, or in none.
+
+        Raises:
+            UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
+        """
+        self.passes.repair()
+        # a number that transformers has counted on the device
+        removed, most = int(tokens_to_remove), None if self.shared is None else self.shared.to_take_back
+        if most is not None and (removed > 0 or -removed > most):
+            raise UnsupportedFeatureError(
+                f"cannot crop by {removed}: give minus the number of tokens to take back, at most {most}, "
+                "for older ones have been through a compaction; or make a new cache"
+            )
+        passes = self.passes
+        passes.begin(self._before())
+        try:
+            for layer in self._stock():
+                layer.crop(removed)
+            if self.shared is not None:
+                self.shared.take_back(-removed)
+        except BaseException:
+            passes.undo()
+            raise
+        passes.commit()
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -291,9 +290,9 @@ class BoundedCache(Cache):
 
     @property
     def seen(self) -> int:
-        """Tokens seen so far, padding included."""
+        """Tokens seen so far; of a batch the most of any row, or the places of it, padding included."""
         self.passes.repair()
-        return int(self.competing[0].get_seq_length())
+        return int(self.competing[0].get_seq_length() if self.shared is None else self.shared.places)
 
     @property
     def entries(self) -> int:
@@ -317,12 +316,133 @@ class BoundedCache(Cache):
         heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
         return [[np.arange(c.get_seq_length())] * n for c, n in zip(self.competing, heads, strict=True)]
 
+    # ------------------------------------------------------------------ rows
+
+    @property
+    def rows(self) -> int:
+        """Sequences it holds."""
+        if self.shared is not None:
+            return len(self.shared.rows)
+        return next((len(c.keys) for c in self.competing if c.keys is not None), 1)
+
+    def copy(self) -> BoundedCache:
+        """A cache of the same sequences, which costs nothing until either is written to.
+
+        The two share arrays, so that they belong to one thread; ``copy.deepcopy`` shares nothing.
+        """
+        self.settle()
+        if self.shared is None:
+            return copy.deepcopy(self)
+        return self._with(self.shared.copy(), copy.deepcopy(self._stock()))
+
+    def row(self, index: int) -> BoundedCache:
+        """A single sequence of it, in a cache that later passes do not touch; it costs as much as a copy."""
+        self._check_rows([index])
+        if self.shared is None:
+            found = self.copy()
+            found.filter([index])
+            return found
+        return self._with(self.shared.extract(index), self._picked([index]))
+
+    def filter(self, keep: Sequence[int]) -> None:
+        """Keep these rows, in this order.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        self._check_rows(keep)
+        if self.shared is None:
+            self.batch_select_indices(torch.tensor(list(keep)))
+            return
+        self.settle()
+        stock = zip(self._stock(), self._picked(keep), strict=True)
+        self.shared.filter(keep)
+        State.becoming(stock).put()
+
+    def split(self, which: Sequence[int]) -> BoundedCache:
+        """These rows leave for a cache of their own, in this order."""
+        leaving = self.copy()
+        leaving.filter(which)
+        self.filter([at for at in range(self.rows) if at not in set(which)])
+        return leaving
+
+    def extend(self, other: BoundedCache) -> None:
+        """Append another cache's rows, whose clocks may differ; they leave it.
+
+        Raises:
+            ModelMismatchError: they belong to another model or other gates.
+            UnsupportedFeatureError: they compete by another rule, or have layers that know one clock only.
+        """
+        if self.shared is None or other.shared is None:
+            raise UnsupportedFeatureError(
+                "caches that evict nothing (policy 'full') do not join; read a batch at once"
+            )
+        self.check_clocks()
+        self.shared.extend(other.shared)
+
+    def check_clocks(self) -> None:
+        """Refuse rows that read at their own pace where a layer has one clock for all.
+
+        Raises:
+            UnsupportedFeatureError: names the kind of layer.
+        """
+        if stock := self._stock():
+            raise UnsupportedFeatureError(
+                f"{type(stock[0]).__name__} layers have one clock for all rows, so that rows cannot join; "
+                "use one cache for each sequence, or read them as one batch"
+            )
+
+    def prepare(self, lengths: Sequence[int]) -> None:
+        """The next pass brings so many tokens to each row, padded on the right.
+
+        Raises:
+            ConfigError: they are not as many as rows, or the cache evicts nothing.
+        """
+        if self.shared is None:
+            raise UnsupportedFeatureError("a cache of policy 'full' knows padding by its mask only; give one")
+        self.check_clocks()
+        self.shared.prepare(lengths)
+
+    def _check_rows(self, which: Sequence[int]) -> None:
+        if bad := [at for at in which if not 0 <= at < self.rows]:
+            raise ConfigError(f"row {bad[0]} is not one of the cache's {self.rows}; count from 0")
+
+    def lose(self, reason: str) -> None:
+        """What the sequences hold is not known any more, so that they cannot go on."""
+        if self.shared is None:
+            self.passes.lose(reason)
+        else:
+            self.shared.lose(reason)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it cannot go on."""
+        return bool(self.passes.lost or (self.shared and any(row.lost for row in self.shared.rows)))
+
+    def _picked(self, which: Sequence[int]) -> list[Any]:
+        """Copies of the layers that do not compete, with these rows only."""
+        picked = copy.deepcopy(self._stock())
+        for layer in picked:
+            if self.seen:
+                layer.reorder_cache(torch.tensor(list(which)))
+        return picked
+
+    def _with(self, shared: Bounded, stock: list[Any]) -> BoundedCache:
+        """A cache of the same layers on other rows."""
+        competing = [BoundedKVCache(shared, layer.layer) for layer in self.competing]
+        others, ours = iter(stock), iter(competing)
+        layers = [next(ours if isinstance(layer, BoundedKVCache) else others) for layer in self.layers]
+        return BoundedCache(layers, shared, competing)
+
     @ordinary
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCache:
         self.settle()
+        if self.shared is not None:
+            memo[id(self)] = twin = self._with(self.shared.own_copy(), copy.deepcopy(self._stock(), memo))
+            return twin
         layers = copy.deepcopy(self.layers, memo)
         # memo maps each old layer to its copy
-        twin = BoundedCache(layers, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+        twin = BoundedCache(layers, None, copy.deepcopy(self.competing, memo))
         twin.identity = self.identity
         return twin
 

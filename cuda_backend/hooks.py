@@ -31,6 +31,7 @@ from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, U
 
 from . import hosts
 from .attachment import Attachment, attachment
+from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, running
 from .forward import unwrap, wrap
 from .gates import RetentionGates
@@ -206,7 +207,25 @@ def _begin(decoder: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any])
         )
     ids = next(v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if v is not None)
     if cache.shared is not None and not cache.fixed:
-        cache.shared.begin(ids.shape[0], mask)
+        cache.shared.begin(ids.shape[0], ids.shape[1], mask)
+        _place(decoder, cache.shared, args, kwargs)
+
+
+def _place(decoder: Any, shared: Bounded, args: Any, kwargs: dict[str, Any]) -> None:
+    """Tell the decoder where rows stand that do not stand where the cache does, if nobody has."""
+    assert shared.reading is not None
+    place = shared.reading.positions(shared.places)
+    if place is None:
+        return
+    signature = inspect.signature(decoder.forward)
+    if "position_ids" in signature.parameters:
+        if signature.bind_partial(*args, **kwargs).arguments.get("position_ids") is None:
+            kwargs["position_ids"] = place
+    elif any(row.seen for row in shared.rows):
+        raise UnsupportedFeatureError(
+            f"{type(decoder).__name__} takes no position_ids, so that its rows must have begun together; use "
+            "one cache for each sequence"
+        )
 
 
 def _observe(

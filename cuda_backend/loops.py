@@ -23,8 +23,8 @@ def end_text(cache: BoundedCache, tokens: int) -> None:
     """
     cache.passes.repair()
     extra = cache.seen - tokens
-    if extra > 0 and not cache.passes.lost and not cache.take_back(extra):
-        cache.passes.lose(
+    if extra > 0 and not cache.lost and not cache.take_back(extra):
+        cache.lose(
             f"{extra} tokens were read that nobody was given, and cannot be taken back from a sliding "
             "window, a state or a compaction"
         )
@@ -75,10 +75,6 @@ def _read_rest(model: PreTrainedModel, cache: BoundedCache, text: torch.Tensor, 
     if not 0 < count <= text.shape[1]:
         return
     given: dict[str, Any] = dict(cache_argument(model, cache))
-    shared = cache.shared
-    if shared is None and len(cache.competing[0].keys) != len(text):
+    if cache.shared is None and len(cache.competing[0].keys) != len(text):
         return  # it holds beams, only the best of which were given out
-    if shared is not None and shared.schedule.padding.any():
-        place = torch.arange(cache.seen, cache.seen + count, device=shared.device)
-        given["position_ids"] = place - shared.padding[:, None]
     model(text[:, -count:], **given)

@@ -68,7 +68,7 @@ def _budget_advice(model: PreTrainedModel, cache: BoundedCache) -> str:
     if model.device.type != "cuda" or cache.shared is None:
         return "lower the budget"
     free, _ = torch.cuda.mem_get_info(model.device)
-    shape, rows = cache.shared.shape, cache.shared.rows
+    shape, rows = cache.shared.shape, max(1, cache.rows)
     # a compaction holds the pool once more while it grows
     room = (free + cache.nbytes) // (2 * rows)
     try:

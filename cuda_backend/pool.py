@@ -1,68 +1,132 @@
 """The kept entries of all layers and sequences: slots that are never moved, only refilled.
 
-Flat heads (row·L·H + layer·H + h, ``row`` being the sequence of a batch) compete in groups of ``size``
-consecutive ones. A group owns C slots and one *spill* slot after them, which takes the writes nobody wants,
-so that a scatter has a fixed shape whatever survives. What belongs to which head is told by ``owner``;
-``table`` and ``offsets`` list each head's slots (CSR).
+A slab is the room of one sequence. Its flat heads (layer·H + h) compete in groups of ``size`` consecutive
+ones. A group owns C slots and one *spill* slot after them, which takes the writes nobody wants, so that a
+scatter has a fixed shape whatever survives. What belongs to which head is told by ``owner``; ``table`` and
+``offsets`` list each head's slots (CSR). All of these count within the slab.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from mlx_kvret.core.types import Ints
 
-
-@dataclass
-class Lookup:
-    """Slots by head: those of flat head f are ``table[offsets[f]:offsets[f + 1]]``, in any order."""
-
-    table: torch.Tensor
-    offsets: torch.Tensor
-    host_offsets: Ints | None = None
-
-    def on_host(self) -> Ints:
-        """``offsets`` as numpy; waits for the device once after a compaction."""
-        if self.host_offsets is None:
-            self.host_offsets = self.offsets.cpu().numpy()
-        return self.host_offsets
+ARRAYS = ("keys", "values", "retention", "position", "owner")
+LISTS = ("table", "offsets")
 
 
 class Pool:
-    """Slots of ``groups`` groups of ``size`` heads, ``capacity`` tokens per head in each.
+    """Slots of ``slabs`` slabs of ``groups`` groups of ``size`` heads, ``capacity`` tokens per head in each.
 
-    ``keys`` (slots, Dk), ``values`` (slots, Dv), ``retention`` (slots,) float32, ``position`` (slots,) int32
-    and ``owner`` (slots,) int32, the flat head, or ``heads`` where the slot is free.
+    With S slabs of n slots: ``keys`` (S, n, Dk), ``values`` (S, n, Dv), ``retention`` (S, n) float32,
+    ``position`` (S, n) int32 and ``owner`` (S, n) int32, the flat head, or ``heads`` where the slot is free.
+    Slots of a slab's flat head f are ``table[slab, offsets[slab, f]:offsets[slab, f + 1]]``, in any order.
     """
 
-    def __init__(self, groups: int, size: int, device: torch.device) -> None:
+    keys: torch.Tensor
+    values: torch.Tensor
+    retention: torch.Tensor
+    position: torch.Tensor
+    owner: torch.Tensor
+    table: torch.Tensor
+    offsets: torch.Tensor
+    # offsets on the host, by slab, where somebody has asked for them
+    _hosts: list[Ints | None]
+
+    def __init__(self, slabs: int, groups: int, size: int, device: torch.device) -> None:
         self.groups, self.size, self.heads = groups, size, groups * size
         self.capacity = 0
-        self.keys = self.values = torch.zeros(groups, 0, device=device)
-        self.retention = torch.zeros(groups, device=device)
-        self.position = torch.zeros(groups, dtype=torch.int32, device=device)
-        self.owner = torch.full((groups,), self.heads, dtype=torch.int32, device=device)
-        self.lookup = Lookup(*self._listed(self.owner, 0))
+        empty = torch.zeros(slabs, groups, device=device)
+        owner = torch.full((slabs, groups), self.heads, dtype=torch.int32, device=device)
+        self._take([empty[..., None][..., :0]] * 2 + [empty, empty.int(), owner], 0)
+
+    @property
+    def slabs(self) -> int:
+        return len(self.owner)
+
+    @property
+    def slots(self) -> int:
+        """n: slots of a slab, the spilled ones included."""
+        return self.owner.shape[1]
+
+    def _take(self, arrays: Sequence[torch.Tensor], capacity: int) -> None:
+        """Have these ``ARRAYS``, of that capacity, all at once."""
+        owner = arrays[-1]
+        used = self.groups * capacity * self.size
+        listed = [listing(slab, self.heads, used) for slab in owner]
+        table, offsets = (torch.stack(column) for column in zip(*listed, strict=True))
+        made = zip((*ARRAYS, *LISTS), (*arrays, table, offsets), strict=True)
+        vars(self).update(made, capacity=capacity, _hosts=[None] * len(owner))
 
     def grow(self, capacity: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Room for ``capacity`` tokens per head, in the types and widths of ``keys`` and ``values``."""
+        arrays = [getattr(self, name) for name in ARRAYS]
         if self.capacity == 0:
-            new = ((len(self.owner), a.shape[-1]) for a in (keys, values))
-            made = (a.new_zeros(size) for a, size in zip((keys, values), new, strict=True))
-            vars(self).update(zip(("keys", "values"), made, strict=True))
+            arrays[:2] = (a.new_zeros(*self.owner.shape, a.shape[-1]) for a in (keys, values))
         # all new arrays exist before an old one goes, so that being broken off changes nothing
-        self.restore(capacity, [self._widened(array, capacity) for array in self.arrays()])
+        self._take([self._widened(a, capacity, a is self.owner) for a in arrays], capacity)
 
-    def _widened(self, array: torch.Tensor, capacity: int) -> torch.Tensor:
-        old = array.view(self.groups, self.capacity * self.size + 1, *array.shape[1:])
-        fill = self.heads if array is self.owner else 0
-        wide = old.new_full((self.groups, capacity * self.size + 1, *array.shape[1:]), fill)
+    def _widened(self, array: torch.Tensor, capacity: int, heads: bool) -> torch.Tensor:
+        shape, rest = (self.slabs, self.groups), array.shape[2:]
+        old = array.view(*shape, self.capacity * self.size + 1, *rest)
+        wide = old.new_full((*shape, capacity * self.size + 1, *rest), self.heads if heads else 0)
         # new slots go before the old ones, so that the spill slot stays the last
-        wide[:, (capacity - self.capacity) * self.size :] = old
-        return wide.view(-1, *array.shape[1:])
+        wide[:, :, (capacity - self.capacity) * self.size :] = old
+        return wide.view(self.slabs, -1, *rest)
+
+    def resized(self, count: int, sources: Sequence[int]) -> dict[str, Any]:
+        """The attributes with ``count`` slabs, of which the first ones are those of ``sources``."""
+        made: dict[str, Any] = {}
+        for name in (*ARRAYS, *LISTS):
+            made[name] = resized(getattr(self, name), 0, count, sources, self.heads if name == "owner" else 0)
+        made["_hosts"] = [self._hosts[source] for source in sources] + [None] * (count - len(sources))
+        return made
+
+    def copy_slab(self, source: int, target: int) -> None:
+        """Have slab ``target`` hold what ``source`` holds."""
+        for name in (*ARRAYS, *LISTS):
+            array = getattr(self, name)
+            array[target] = array[source]
+        self._hosts[target] = self._hosts[source]
+
+    def slab(self, index: int) -> Slab:
+        """One slab, to be read and written in place."""
+        return Slab(self, index)
+
+    def host_offsets(self, index: int) -> Ints:
+        """Offsets (heads + 1,) of a slab as numpy; waits for the device once after a compaction."""
+        found = self._hosts[index]
+        if found is None:
+            found = self._hosts[index] = self.offsets[index].cpu().numpy()
+        return found
+
+    def forget(self, index: int) -> None:
+        """Offsets of a slab have changed."""
+        self._hosts[index] = None
+
+    def arrays(self) -> list[torch.Tensor]:
+        """Everything that a step reads or writes."""
+        return [getattr(self, name) for name in (*ARRAYS, *LISTS)]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.capacity == 0 else sum(array.nbytes for array in self.arrays())
+
+
+class Slab:
+    """One slab of a pool: its part of the pool's arrays, which are written in place."""
+
+    def __init__(self, pool: Pool, index: int) -> None:
+        self.pool, self.index = pool, index
+        self.groups, self.size, self.heads, self.capacity = pool.groups, pool.size, pool.heads, pool.capacity
+        self.keys, self.values, self.retention, self.position, self.owner, self.table, self.offsets = (
+            array[index] for array in pool.arrays()
+        )
 
     def rows(self, array: torch.Tensor) -> torch.Tensor:
         """An array over slots as (groups, C, ...), without the spill slots."""
@@ -72,32 +136,17 @@ class Pool:
         """Slots for newcomers: the n-th survivor of a group fills the group's n-th hole, others are spilled.
 
         ``keep`` (groups, C) marks entries that stay, ``survives`` (groups, N) newcomers; returns (groups, N)
-        flat slot ids, int64.
+        slots, int64.
         """
         slots = self.capacity * self.size
         local = torch.arange(slots, device=keep.device).expand_as(keep)
         # each hole is written to the place of its rank, and what is none behind them
         rank = torch.where(keep, slots, (~keep).cumsum(1) - 1)
         holes = torch.full_like(rank, slots)
-        holes = torch.nn.functional.pad(holes, (0, 1)).scatter_(1, rank, local)
+        holes = F.pad(holes, (0, 1)).scatter_(1, rank, local)
         rank = (survives.cumsum(1) - 1).clamp(0, slots - 1)
         place = torch.where(survives, holes.gather(1, rank), slots)
         return place + torch.arange(self.groups, device=keep.device)[:, None] * (slots + 1)
-
-    def admit(
-        self,
-        keep: torch.Tensor,
-        slots: torch.Tensor,
-        survives: torch.Tensor,
-        retention: torch.Tensor,
-        position: torch.Tensor,
-        head: torch.Tensor,
-    ) -> None:
-        """Free what ``keep`` (groups, C) drops and enter newcomers, all (groups, N), into ``slots``.
-
-        Keys and values follow with :meth:`fill`.
-        """
-        self.take(self.admitted(keep, slots, survives, retention, position, head))
 
     def admitted(
         self,
@@ -108,7 +157,10 @@ class Pool:
         position: torch.Tensor,
         head: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """What :meth:`admit` makes of ``owner``, ``retention``, ``position``, ``table`` and ``offsets``."""
+        """The accounts once what ``keep`` (groups, C) drops is free and newcomers stand in their ``slots``.
+
+        All others are (groups, N). Keys and values follow with :meth:`fill`.
+        """
         owner, slots = self.owner.clone(), slots.flatten()
         self.rows(owner).masked_fill_(~keep, self.heads)
         new = torch.where(survives, head, self.heads), retention, position
@@ -120,47 +172,63 @@ class Pool:
                 strict=True,
             )
         }
-        table, offsets = self._listed(filled["owner"], self.capacity)
+        table, offsets = listing(filled["owner"], self.heads, len(self.table))
         return filled | {"table": table, "offsets": offsets}
 
     def take(self, arrays: dict[str, torch.Tensor]) -> None:
         """Put :meth:`admitted` arrays where a captured step reads them; twice is as good as once."""
-        places = {"table": self.lookup.table, "offsets": self.lookup.offsets}
         for name, array in arrays.items():
-            (places[name] if name in places else getattr(self, name)).copy_(array)
-        self.lookup = Lookup(self.lookup.table, self.lookup.offsets)
+            getattr(self, name).copy_(array)
+        self.pool.forget(self.index)
 
     def fill(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place."""
         self.keys[slots] = keys
         self.values[slots] = values
 
-    def _listed(self, owner: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The table and the offsets of a lookup."""
-        wide = owner.long()
-        counts = wide.new_zeros(self.heads + 1).scatter_add_(0, wide, torch.ones_like(wide))
-        offsets = torch.nn.functional.pad(counts[:-1].cumsum(0), (1, 0)).to(torch.int32)
-        used = self.groups * capacity * self.size
-        return owner.argsort(stable=True)[:used].to(torch.int32), offsets
+    def adopt(self, other: Slab) -> None:
+        """Take over the entries of another pool's slab, which fit.
 
-    def arrays(self) -> list[torch.Tensor]:
-        """Everything to be saved or counted."""
-        return [self.keys, self.values, self.retention, self.position, self.owner]
+        The groups are the same; of the slots those in use come first, so that the others may be left behind.
+        """
+        if not other.capacity:
+            self.clear()
+            return
+        count = min(self.capacity, other.capacity) * self.size
+        first = other.rows(other.owner).ge(self.heads).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        for name in ARRAYS:
+            mine, theirs = self.rows(getattr(self, name)), other.rows(getattr(other, name))
+            if name == "owner":
+                mine.fill_(self.heads)
+            mine[:, :count] = theirs[torch.arange(self.groups, device=first.device)[:, None], first]
+        self._list()
 
-    def restore(self, capacity: int, arrays: Sequence[torch.Tensor]) -> None:
-        """Take over :meth:`arrays` of that capacity, all at once."""
-        names = ("keys", "values", "retention", "position", "owner")
-        lookup = Lookup(*self._listed(arrays[-1], capacity))
-        vars(self).update(zip(names, arrays, strict=True), capacity=capacity, lookup=lookup)
+    def clear(self) -> None:
+        """Free all slots, and forget what somebody else has left there, which may not be numbers."""
+        for array in (self.keys, self.values):
+            array.zero_()
+        self.owner.fill_(self.heads)
+        self._list()
 
-    def copy(self) -> Pool:
-        """A pool of its own with the same entries."""
-        twin = Pool(self.groups, self.size, self.owner.device)
-        twin.restore(self.capacity, [array.clone() for array in self.arrays()])
-        return twin
+    def _list(self) -> None:
+        table, offsets = listing(self.owner, self.heads, len(self.table))
+        self.take({"table": table, "offsets": offsets})
 
-    @property
-    def nbytes(self) -> int:
-        if self.capacity == 0:
-            return 0
-        return sum(a.nbytes for a in [*self.arrays(), self.lookup.table, self.lookup.offsets])
+
+def resized(
+    array: torch.Tensor, axis: int, count: int, sources: Sequence[int], fill: int = 0
+) -> torch.Tensor:
+    """An array with ``count`` slabs along ``axis``, of which the first ones are those of ``sources``."""
+    shape = (*array.shape[:axis], count, *array.shape[axis + 1 :])
+    new = array.new_full(shape, fill)
+    for target, source in enumerate(sources):
+        new.select(axis, target).copy_(array.select(axis, source))
+    return new
+
+
+def listing(owner: torch.Tensor, heads: int, used: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table (used,) and the offsets (heads + 1,) of a slab's owners (n,), int32."""
+    wide = owner.long()
+    counts = wide.new_zeros(heads + 1).scatter_add_(0, wide, torch.ones_like(wide))
+    offsets = F.pad(counts[:-1].cumsum(0), (1, 0)).to(torch.int32)
+    return owner.argsort(stable=True)[:used].to(torch.int32), offsets

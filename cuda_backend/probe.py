@@ -57,8 +57,8 @@ class Layout:
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model."""
         if config.policy != "learned" or gates is None:
-            return Bounded(self.shape, config, owner, self.device)
-        return Bounded(self.shape, config, owner, self.device, gates, self.check_gates(gates))
+            return Bounded.single(self.shape, config, owner, self.device)
+        return Bounded.single(self.shape, config, owner, self.device, gates, self.check_gates(gates))
 
 
 def stock_layers(model: PreTrainedModel) -> list[Any]:

@@ -1,151 +1,100 @@
-"""One layer's newest tokens: a dense rectangle of entries whose fate is not decided yet."""
+"""The newest tokens of all sequences, whose fate is not decided yet: a window per slab and layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from mlx_kvret.core.budget import CacheShape
+
+from .pool import resized
+
 STEP = 256
+ARRAYS = ("keys", "values", "inputs", "log_beta")
 
 
 class Recent:
-    """Keys and values of the last ``length`` tokens, (R, H, length, D), with what a later selection needs.
+    """Windows of S slabs: ``keys`` (L, S, H, room, Dk) and ``values`` (L, S, H, room, Dv), None until needed.
 
-    Gates are deferred: their inputs wait until ``defer`` tokens have come, then one call serves them all, so
-    that a decoded token does not pay for reading the gates' weights. It serves all layers too, so
-    whoever holds them makes it between passes. A longer chunk is scored at once, for its inputs are large.
+    Gates are deferred: their ``inputs`` (L, S, g, hidden) wait until g tokens have come, then one call serves
+    all layers and rows, so that a decoded token does not pay for reading the gates' weights. ``log_beta``
+    (L, S, H, room) float32 is what they said.
 
-    Attributes get new values and are not changed in place, so that whoever holds the old ones can go back to
-    them; keys and values are written beyond the first ``length`` tokens only.
+    How much of a window is in use is known to its row. It is written beyond that only, but for compactions,
+    so that a pass that is broken off has changed nothing.
     """
 
-    def __init__(self, buffer: int, defer: int, gate: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
-        self._buffer, self._defer, self._gate = buffer, defer, gate
-        self.length = 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
-        self._inputs: list[torch.Tensor] = []
-        self._log_beta: list[torch.Tensor] = []
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+    inputs: torch.Tensor | None
+    log_beta: torch.Tensor | None
 
-    @property
-    def keys(self) -> torch.Tensor:
-        assert self._keys is not None
-        return self._keys[:, :, : self.length]
+    def __init__(self, shape: CacheShape, slabs: int, defer: int, device: torch.device) -> None:
+        self._shape, self._slabs, self._defer, self._device = shape, slabs, defer, device
+        vars(self).update(dict.fromkeys(ARRAYS))
 
-    @property
-    def values(self) -> torch.Tensor:
-        assert self._values is not None
-        return self._values[:, :, : self.length]
+    def reserve(self, end: int, most: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Room for ``end`` tokens like ``keys`` and ``values`` (R, H, ·, D), in steps up to ``most``."""
+        if self.keys is None or self.values is None or self.keys.shape[3] < end:
+            room = max(end, min(most, -(-end // STEP) * STEP))
+            made = self._wide(self.keys, room, keys.dtype, keys.shape[-1])
+            vars(self).update(values=self._wide(self.values, room, values.dtype, values.shape[-1]), keys=made)
 
-    def observe(self, x: torch.Tensor) -> None:
-        """Take in the attention inputs (R, T, hidden) of tokens whose keys come next."""
-        if self._gate is not None:
-            self._inputs = [*self._inputs, x]
-            if x.shape[1] > self._defer:
-                self.run_gate()
+    def reserve_scores(self, end: int, most: int) -> torch.Tensor:
+        """``log_beta`` with room for ``end`` tokens."""
+        if self.log_beta is None or self.log_beta.shape[3] < end:
+            room = max(end, min(most, -(-end // STEP) * STEP))
+            old = None if self.log_beta is None else self.log_beta[..., None]
+            self.log_beta = self._wide(old, room, torch.float32, 1)[..., 0]
+        return self.log_beta
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in keys (R, H, T, Dk) and values (R, H, T, Dv)."""
-        end = self.length + keys.shape[2]
-        if self._keys is None or self._values is None or end > self._keys.shape[2]:
-            # a chunk gets what it needs; single tokens get room in steps, at most the buffer
-            room = max(end, min(self._buffer, -(-end // STEP) * STEP))
-            wide_keys = _widened(self._keys, self.length, keys, room)
-            wide_values = _widened(self._values, self.length, values, room)
-            self._keys, self._values = wide_keys, wide_values
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
-        self.length = end
+    def reserve_inputs(self, dtype: torch.dtype) -> torch.Tensor:
+        """``inputs``, made where there are none."""
+        if self.inputs is None:
+            size = (self._shape.layers, self._slabs, self._defer, self._shape.hidden_size)
+            self.inputs = torch.zeros(size, dtype=dtype, device=self._device)
+        return self.inputs
 
-    def reserve(self, room: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Room for ``room`` tokens like ``keys`` and ``values`` (R, H, ·, D): until then nothing moves."""
-        if self._keys is None or self._values is None or self._keys.shape[2] < room:
-            wide = _widened(self._keys, self.length, keys, room)
-            self._values = _widened(self._values, self.length, values, room)
-            self._keys = wide
+    def _wide(self, old: torch.Tensor | None, room: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+        size = (self._shape.layers, self._slabs, self._shape.kv_heads, room, width)
+        wide = torch.zeros(size, dtype=dtype, device=self._device)
+        if old is not None:
+            wide[:, :, :, : old.shape[3]] = old
+        return wide
 
-    def storage(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values with all their room, (R, H, room, D)."""
-        assert self._keys is not None and self._values is not None
-        return self._keys, self._values
+    def slices(self, layer: int, slab: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (1, H, end - start, D) of one window, to be read and written."""
+        assert self.keys is not None and self.values is not None
+        place = (layer, slice(slab, slab + 1), slice(None), slice(start, end))
+        return self.keys[place], self.values[place]
 
-    def advance(self, x: torch.Tensor) -> None:
-        """One token whose keys and values (R, H, 1, D) stand in the storage already; ``x`` (R, 1, hidden)."""
-        self.observe(x)
-        self.length += 1
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (S, H, room, D) of all windows of a layer."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[layer], self.values[layer]
 
-    @property
-    def waiting(self) -> int:
-        """Tokens whose gate inputs wait."""
-        return sum(x.shape[1] for x in self._inputs)
+    def copy_slab(self, source: int, target: int) -> None:
+        """Have slab ``target`` hold what ``source`` holds."""
+        for array in self.arrays():
+            array[:, target] = array[:, source]
 
-    def log_beta(self) -> torch.Tensor:
-        """log β (R, H, length); runs the gate over what still waits."""
-        self.run_gate()
-        if len(self._log_beta) > 1:
-            self._log_beta = [torch.cat(self._log_beta, 2)]
-        return self._log_beta[0]
+    def clear(self, slab: int) -> None:
+        """Forget what somebody else has left, which may not be numbers; masked it would still be read."""
+        for array in self.arrays():
+            array[:, slab].zero_()
 
-    def cut(self, length: int) -> None:
-        """Forget all but the oldest ``length`` tokens, also gate inputs whose keys never came."""
-        self.length = length
-        observed = self.waiting + sum(b.shape[2] for b in self._log_beta)
-        self._inputs, count = _shortened(self._inputs, observed - length, dim=1)
-        self._log_beta, _ = _shortened(self._log_beta, count, dim=2)
-
-    def forget_oldest(self, count: int) -> None:
-        """Drop the oldest ``count`` tokens, whose entries have been decided upon."""
-        if count == self.length:
-            wide = self._keys is not None and self._keys.shape[2] > max(1, self._buffer)
-            if wide:
-                self._keys = self._values = None
-            self._inputs, self._log_beta = [], []
-        else:
-            # copies, so that the memory of the others goes
-            self._keys, self._values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
-            self._log_beta = [self.log_beta()[:, :, count:].clone()] if self._gate else []
-        self.length -= count
-
-    def restore(self, keys: torch.Tensor, values: torch.Tensor, log_beta: torch.Tensor | None) -> None:
-        """Replace everything; keys and values (R, H, T, D), log β (R, H, T)."""
-        self._keys, self._values, self.length = keys, values, keys.shape[2]
-        self._inputs, self._log_beta = [], [] if log_beta is None else [log_beta]
-
-    def run_gate(self) -> None:
-        """Score what waits, if anything does."""
-        if self._inputs and self._gate:
-            self.scored(self._gate(self.inputs()))
-
-    def inputs(self) -> torch.Tensor:
-        """The gate inputs that wait, (R, waiting, hidden)."""
-        return self._inputs[0] if len(self._inputs) == 1 else torch.cat(self._inputs, 1)
-
-    def scored(self, log_beta: torch.Tensor) -> None:
-        """Take in log β (R, waiting, H) of the inputs that wait."""
-        # at once: what was scored no longer waits
-        vars(self).update(_log_beta=[*self._log_beta, log_beta.transpose(1, 2)], _inputs=[])
+    def resized(self, count: int, sources: Sequence[int]) -> dict[str, Any]:
+        """The attributes with ``count`` slabs, of which the first ones are those of ``sources``."""
+        held = {name: getattr(self, name) for name in ARRAYS}
+        made = {n: None if a is None else resized(a, 1, count, sources) for n, a in held.items()}
+        return made | {"_slabs": count}
 
     def arrays(self) -> list[torch.Tensor]:
-        """Everything to be counted."""
-        held = [a for a in (self._keys, self._values) if a is not None]
-        return [*held, *self._inputs, *self._log_beta]
+        """Everything that a step reads or writes."""
+        return [array for name in ARRAYS if (array := getattr(self, name)) is not None]
 
-
-def _widened(old: torch.Tensor | None, length: int, new: torch.Tensor, room: int) -> torch.Tensor:
-    wide = new.new_zeros(*new.shape[:2], room, new.shape[3])
-    if old is not None:
-        wide[:, :, :length] = old[:, :, :length]
-    return wide
-
-
-def _shortened(parts: list[torch.Tensor], count: int, dim: int) -> tuple[list[torch.Tensor], int]:
-    """Parts without the last ``count`` places along ``dim``, and how many are still to go."""
-    parts = list(parts)
-    while count > 0 and parts:
-        last = parts.pop()
-        size = last.shape[dim]
-        if size > count:
-            parts.append(last.narrow(dim, 0, size - count))
-        count -= min(size, count)
-    return parts, count
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays())

@@ -34,45 +34,36 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         raise UnsupportedFeatureError(
             "a cache of policy 'full' is transformers' own; save it with torch.save"
         )
-    if shared.rows != 1:
+    if len(shared.rows) != 1:
         raise UnsupportedFeatureError(
-            f"a cache of {shared.rows} sequences has no common file format; read each with a cache of its own"
+            f"a cache of {len(shared.rows)} sequences has no common file format; save cache.row(i) for each"
         )
     shared.settle()
-    pool, shape = shared.pool, shared.shape
-    seen = shared.seen[0] - int(shared.schedule.padding[0])
-    tokens = min(shared.recents[0].length, seen)
+    (row,), shape, device = shared.rows, shared.shape, shared.arena.device
+    pool, seen, tokens = row.slab, row.seen, row.length
     used = pool.owner < pool.heads
     parts = [
         (pool.owner[used], pool.position[used], pool.retention[used], pool.keys[used], pool.values[used])
     ]
     if tokens:
-        place = torch.arange(seen - tokens, seen, device=shared.device)
-        for layer, recent in enumerate(shared.recents):
-            head = torch.arange(layer * shape.kv_heads, (layer + 1) * shape.kv_heads, device=shared.device)
-            retention = shared.retention_of(layer, recent.length, shared.seen[0] - recent.length)
-            newest = slice(recent.length - tokens, None)
-            parts.append(
-                (
-                    head.repeat_interleave(tokens),
-                    place.repeat(shape.kv_heads),
-                    retention[0, :, newest].flatten(),
-                    recent.keys[0, :, newest].flatten(0, 1),
-                    recent.values[0, :, newest].flatten(0, 1),
-                )
-            )
+        place = torch.arange(seen - tokens, seen, device=device)
+        heads = torch.arange(shape.heads, device=device).view(shape.layers, -1)
+        for layer, retention in enumerate(row.retention(tokens)):
+            newest = (a[0].flatten(0, 1) for a in row.newest(layer, 0, tokens))
+            spelled = heads[layer].repeat_interleave(tokens), place.repeat(shape.kv_heads)
+            parts.append((*spelled, retention.flatten(), *newest))
     if pool.capacity == 0:
         # a pool without slots has no widths yet
         dtype = parts[-1][3].dtype
         widths = (pool.keys.new_empty(0, width, dtype=dtype) for width in (shape.key_dim, shape.value_dim))
         parts[0] = (*parts[0][:3], next(widths), next(widths))
     head, position, retention, keys, values = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = torch.from_numpy(np.lexsort((position.cpu().numpy(), head.cpu().numpy()))).to(shared.device)
+    order = torch.from_numpy(np.lexsort((position.cpu().numpy(), head.cpu().numpy()))).to(device)
     counts = np.bincount(head.cpu().numpy(), minlength=shape.heads)
     return Snapshot(
-        model=shared.owner["model"],
-        gates=shared.owner.get("gates", ""),
-        eviction=shared.config,
+        model=shared.arena.owner["model"],
+        gates=shared.arena.owner.get("gates", ""),
+        eviction=row.config,
         seen=seen,
         counts=counts.reshape(shape.layers, shape.kv_heads).astype(np.int32),
         position=position[order].cpu().numpy().astype(np.int32),
@@ -113,34 +104,39 @@ def stored(tensor: torch.Tensor) -> Tensor:
 
 
 def _fill(shared: Bounded, snapshot: Snapshot) -> None:
-    """Put the newest tokens that every head holds into the rectangles, all others into the pool."""
-    shape, pool, device = shared.shape, shared.pool, shared.device
-    tokens = snapshot.recent(max(1, shared.config.buffer))
+    """Put the newest tokens that every head holds into the window, all others into the pool."""
+    (row,), shape, arena = shared.rows, shared.shape, shared.arena
+    device, pool = arena.device, arena.pool
+    tokens = snapshot.recent(max(1, row.config.buffer))
     keys, values = to_tensor(snapshot.keys).to(device), to_tensor(snapshot.values).to(device)
     retention = torch.from_numpy(snapshot.retention).to(device)
     position, head = (torch.from_numpy(a).to(device) for a in (snapshot.position, snapshot.head))
     new = position >= snapshot.seen - tokens
-    rectangle = (shape.layers, 1, shape.kv_heads, tokens)
-    new_keys, new_values = (a[new].view(*rectangle, a.shape[1]) for a in (keys, values))
-    log_beta = retention[new].view(rectangle)
-    learned = shared.config.policy == "learned"
-    for layer, recent in enumerate(shared.recents):
-        shared.seen[layer] = snapshot.seen
-        if tokens:
-            recent.restore(new_keys[layer], new_values[layer], log_beta[layer] if learned else None)
+    row.seen, row.length, shared.places = snapshot.seen, tokens, snapshot.seen
+    if tokens:
+        window = (shape.layers, 1, shape.kv_heads, tokens)
+        stored = [a[new].view(*window, a.shape[1]) for a in (keys, values)]
+        arena.recent.reserve(tokens, arena.limit, stored[0][0], stored[1][0])
+        for layer in range(shape.layers):
+            for place, own in zip(row.newest(layer, 0, tokens), stored, strict=True):
+                place.copy_(own[layer])
+        if arena.gates is not None:
+            row.scores(tokens).copy_(retention[new].view(shape.layers, shape.kv_heads, tokens))
+            row.scored = tokens
 
     kept = snapshot.position < snapshot.seen - tokens
-    group = snapshot.head[kept] // shared.size
+    group = snapshot.head[kept] // arena.size
     counts = np.bincount(group, minlength=pool.groups)
-    shared.schedule.counts = counts.astype(np.int64)
+    row.schedule.counts = counts.astype(np.int64)
     if kept.any():
-        pool.grow(int(-(-counts.max() // shared.size)), keys, values)
+        pool.grow(int(-(-counts.max() // arena.size)), keys, values)
+        slab = row.slab
         local = np.arange(len(group)) - (np.cumsum(counts) - counts)[group]
         slots = torch.from_numpy(group * (pool.capacity * pool.size + 1) + local).to(device)
         nothing = torch.zeros(pool.groups, pool.capacity * pool.size, dtype=torch.bool, device=device)
         everything = torch.ones(len(slots), dtype=torch.bool, device=device)
-        pool.fill(slots, keys[~new], values[~new])
-        pool.admit(nothing, slots, everything, retention[~new], position[~new], head[~new])
+        slab.fill(slots, keys[~new], values[~new])
+        slab.take(slab.admitted(nothing, slots, everything, retention[~new], position[~new], head[~new]))
 
 
 def _window_state(layer: Any, seen: int) -> dict[str, Tensor]:

@@ -1,13 +1,12 @@
 """One decoding step of fixed shapes, captured once in a CUDA graph and replayed for every token.
 
-The host only counts. Whatever changes from step to step lies in a few numbers on the device; the pool, its
-table and the rectangles keep their places. A step that does not fit (padding still in the rectangle, layers
-of other kinds, no kernels) runs as any forward pass does.
+The host only counts. Whatever changes from step to step, the clocks of the rows among it, lies in a few
+numbers on the device; the pool, its table and the windows keep their places. A step that does not fit (a
+pool that still grows, layers of other kinds, no kernels) runs as any forward pass does.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,11 @@ from transformers import PreTrainedModel
 
 from mlx_kvret.core.state import State
 
-from .bounded import Bounded, Static
+from .bounded import Bounded
 from .cache import BoundedCache, cache_argument
 from .kernels.dispatch import enabled
 from .modes import ordinary
+from .reading import Reading
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,13 +33,13 @@ def decoder_step(model: PreTrainedModel, cache: BoundedCache) -> Step:
         return logits
 
     shared = cache.shared
-    if shared is None or len(cache.competing) < len(cache.layers) or not enabled(shared.padding):
+    if shared is None or len(cache.competing) < len(cache.layers) or not enabled(shared.arena.device):
         return plain
     return FixedStep(model, given, shared, plain, capture=True)
 
 
 class FixedStep:
-    """Logits of one token after another by replaying a captured step.
+    """Logits of one token after another by replaying a captured step, for as many rows as the cache has.
 
     ``capture`` False runs the same fixed step without a graph.
     """
@@ -49,6 +49,8 @@ class FixedStep:
     ) -> None:
         self._model, self._given, self._shared, self._plain = model, given, shared, plain
         self._capture = capture
+        self._static: Reading
+        self._tokens: torch.Tensor
         self._places: tuple[int, ...] = ()
         self.captures = 0
 
@@ -56,14 +58,14 @@ class FixedStep:
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         shared = self._shared
         shared.settle()
-        length = shared.recents[0].length
-        room = max(1, shared.config.buffer)
-        padded = int(shared.schedule.padding.max()) > shared.seen[0] - length
+        rows, arena = shared.rows, shared.arena
+        for row in rows:
+            row.own()
         # before the first compaction the pool still grows
-        if padded or length >= room or shared.pool.capacity < shared.config.budget:
+        growing = arena.pool.capacity < max(row.config.budget for row in rows)
+        if growing or any(row.length >= arena.limit for row in rows) or len(rows) != len(tokens):
             return self._plain(tokens)
-        self._fit(tokens, room)
-        self._set(tokens, length)
+        self._fit(tokens)
         if self._capture:
             self._graph.replay()
         else:
@@ -71,32 +73,29 @@ class FixedStep:
         self._advance()
         return self._logits.clone()
 
-    def _fit(self, tokens: torch.Tensor, room: int) -> None:
-        """Capture again if anything the step reads or writes has moved."""
-        shared, pool = self._shared, self._shared.pool
-        for recent in shared.recents:
-            width = (shared.rows, shared.shape.kv_heads, 0)
-            recent.reserve(
-                room,
-                pool.keys.new_empty(*width, shared.shape.key_dim),
-                pool.values.new_empty(*width, shared.shape.value_dim),
-            )
-        held = [*pool.arrays(), pool.lookup.table, *(a for r in shared.recents for a in r.storage())]
-        places = tuple(array.data_ptr() for array in held)
-        if places == self._places:
-            return
-        self._places, self.captures = places, self.captures + 1
-        device, gated = shared.device, shared.config.policy == "learned"
-        number = torch.zeros(1, dtype=torch.int32, device=device)
-        defer = shared.shape.deferred(shared.config.budget, shared.config.buffer)
-        dtype = next(self._model.parameters()).dtype
-        inputs = torch.zeros(
-            shared.shape.layers, shared.rows, defer, shared.shape.hidden_size, dtype=dtype, device=device
+    def _fit(self, tokens: torch.Tensor) -> None:
+        """Write the step's numbers, and capture again if anything it reads or writes has moved."""
+        shared, arena = self._shared, self._shared.arena
+        width, pool, limit = (1, arena.shape.kv_heads, 0), arena.pool, arena.limit
+        arena.recent.reserve(
+            limit,
+            limit,
+            pool.keys.new_empty(*width, arena.shape.key_dim),
+            pool.values.new_empty(*width, arena.shape.value_dim),
         )
-        self._static = Static(number, number.clone(), number.long(), list(inputs) if gated else [])
-        self._tokens = torch.zeros_like(tokens)
-        self._position = torch.zeros(shared.rows, 1, dtype=torch.int64, device=device)
-        self._set(tokens, shared.recents[0].length)
+        if arena.gates is not None:
+            arena.recent.reserve_inputs(next(self._model.parameters()).dtype)
+            arena.recent.reserve_scores(limit, limit)
+        held = (*pool.arrays(), *arena.recent.arrays())
+        places = (len(tokens), *(array.data_ptr() for array in held))
+        if places == self._places:
+            assert self._static.places is not None
+            self._static.places.set(Reading.numbers(shared.rows))
+            self._tokens.copy_(tokens)
+            return
+        self._static = Reading.fixed(arena, shared.rows)
+        self._places, self.captures = places, self.captures + 1
+        self._tokens = tokens.clone()
         if self._capture:
             # a first run on another stream, for what libraries allocate once; the replay writes the same
             stream = torch.cuda.Stream()
@@ -108,30 +107,17 @@ class FixedStep:
             with torch.cuda.graph(self._graph):
                 self._run()
 
-    def _set(self, tokens: torch.Tensor, length: int) -> None:
-        """Write the step's numbers; none of it waits for the device."""
-        self._slot = self._shared.recents[0].waiting
-        self._tokens.copy_(tokens)
-        self._position.fill_(self._shared.seen[0])
-        self._static.length.fill_(length)
-        self._static.after.fill_(length + 1)
-        self._static.waiting.fill_(self._slot)
-
     def _run(self) -> None:
-        self._shared.static = self._static
+        self._shared.static = static = self._static
+        assert static.places is not None
         try:
-            out = self._model(self._tokens, position_ids=self._position, **self._given)
+            out = self._model(self._tokens, position_ids=static.places.seen[:, None], **self._given)
             self._logits = out.logits[:, -1]
         finally:
             self._shared.static = None
 
     def _advance(self) -> None:
         """What a plain pass does on the host."""
-        shared, static = self._shared, self._static
-        recents = [copy.copy(recent) for recent in shared.recents]
-        for layer, recent in enumerate(recents):
-            recent.advance(
-                static.inputs[layer][:, self._slot : self._slot + 1] if static.inputs else self._tokens
-            )
-        seen = (shared, {"seen": [count + 1 for count in shared.seen]})
-        shared.put(State([seen, *zip(shared.recents, map(vars, recents), strict=True)]))
+        shared = self._shared
+        after = ((row, {"seen": row.seen + 1, "length": row.length + 1}) for row in shared.rows)
+        shared.arena.put(State([*after, (shared, {"places": shared.places + 1})]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,57 +13,102 @@ from mlx_kvret.core.types import Ints
 from .pool import Pool
 
 
+class Places:
+    """Where a step of one token per row finds its numbers: rows stand in slabs and have clocks of their own.
+
+    ``slabs``, ``length`` before the step, ``after`` it, ``waiting`` (where its gate input goes) and ``seen``
+    are (R,) int64 on the device, parts of one array so that one copy renews them. ``most`` is the largest of
+    ``after``, which the host knows.
+    """
+
+    def __init__(self, pool: Pool, numbers: torch.Tensor, device: torch.device) -> None:
+        self.pool = pool
+        self._numbers = torch.zeros_like(numbers, device=device)
+        self.slabs, self.length, self.after, self.waiting, self.seen = self._numbers
+        self.set(numbers)
+
+    def set(self, numbers: torch.Tensor) -> None:
+        """Renew the numbers (5, R), which the host knows, without waiting for the device."""
+        self.host_slabs, self.most = numbers[0].numpy(), int(numbers[2].max())
+        vars(self).pop("host_offsets", None)
+        self._numbers.copy_(numbers, non_blocking=True)
+
+    @cached_property
+    def host_offsets(self) -> Ints:
+        """Offsets (R, L·H + 1) of the rows; waits for the device once after a compaction."""
+        return np.stack([self.pool.host_offsets(slab) for slab in self.host_slabs.tolist()])
+
+
 @dataclass(frozen=True)
 class LayerView:
-    """What a layer attends to: pool slots of its heads and its rectangle (R, H, r, D).
+    """What a layer attends to: pool slots of its heads and its newest tokens.
 
-    ``hidden`` (R,) counts places at the start of the rectangle that are padding; None if there are none.
+    Of one row they are ``keys`` and ``values`` (1, H, r, D), and ``slab`` is its slab. Of many rows these are
+    the windows of all slabs (S, H, room, D), and ``rows`` tells where in them rows stand.
     """
 
     pool: Pool
+    slab: int
     layer: int
-    layers: int
     keys: torch.Tensor
     values: torch.Tensor
-    hidden: torch.Tensor | None = None
+    rows: Places | None = None
 
     @property
-    def rows(self) -> int:
-        return self.keys.shape[0]
+    def count(self) -> int:
+        return 1 if self.rows is None else len(self.rows.host_slabs)
 
     @property
     def kv_heads(self) -> int:
         return self.keys.shape[1]
 
-    def flat_heads(self) -> Ints:
-        """The layer's flat heads, (R·H,)."""
-        first = np.arange(self.rows)[:, None] * self.layers + self.layer
-        return (first * self.kv_heads + np.arange(self.kv_heads)).reshape(-1)
+    @property
+    def first(self) -> int:
+        """The layer's first flat head."""
+        return self.layer * self.kv_heads
 
-    def host_lengths(self) -> Ints:
-        """Kept entries of each sequence and KV head (R·H,); waits for the device once after a compaction."""
-        offsets, heads = self.pool.lookup.on_host(), self.flat_heads()
-        return offsets[heads + 1] - offsets[heads]
+    def kept_ranges(self) -> Ints:
+        """Begin and end of each row's and KV head's slots in its slab's table, (2, R, H)."""
+        offsets = self.pool.host_offsets(self.slab)[None] if self.rows is None else self.rows.host_offsets
+        own = offsets[:, self.first : self.first + self.kv_heads + 1]
+        return np.stack([own[:, :-1], own[:, 1:]])
 
-    def kept(self, heads: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Kept keys and values of the flat ``heads`` (n,), padded, and which of them are real.
+    def lengths(self) -> Ints:
+        """Kept entries of each row and KV head, (R·H,)."""
+        begin, end = self.kept_ranges()
+        return (end - begin).reshape(-1)
+
+    def kept(self, which: Ints, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Kept keys and values of n of the R·H heads, padded to ``width``, and which of them are real.
 
         Returns (n, width, Dk), (n, width, Dv) and a mask (n, width).
         """
-        lookup = self.pool.lookup
-        begin, end = lookup.offsets[heads], lookup.offsets[heads + 1]
-        index = begin[:, None] + torch.arange(width, device=heads.device)
-        real = index < end[:, None]
-        slots = lookup.table[index.clamp(max=max(len(lookup.table) - 1, 0))]
-        return self.pool.keys[slots], self.pool.values[slots], real
+        pool, device = self.pool, self.keys.device
+        slabs = np.full(1, self.slab) if self.rows is None else self.rows.host_slabs
+        slab = slabs[which // self.kv_heads]
+        used = pool.table.shape[1]
+        begin, end = self.kept_ranges().reshape(2, -1)[:, which] + slab * used
+        # what is not real is of the head or at least the row, for others' numbers may be none
+        last = np.maximum(end - 1, slab * used)
+        host = torch.from_numpy(np.stack([begin, end, last, slab * pool.slots]))
+        begin, end, last, base = host.to(device)[..., None]
+        index = begin + torch.arange(width, device=device)
+        real = index < end
+        slots = pool.table.view(-1)[torch.minimum(index, last)] + base
+        return pool.keys.flatten(0, 1)[slots], pool.values.flatten(0, 1)[slots], real
+
+    def newest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (R, H, r, D) of the newest tokens, of each row as many as of the longest."""
+        if self.rows is None:
+            return self.keys, self.values
+        used = slice(0, self.rows.most)
+        return self.keys[:, :, used][self.rows.slabs], self.values[:, :, used][self.rows.slabs]
 
     def visible(self, tokens: int) -> torch.Tensor:
-        """What the last ``tokens`` of the rectangle see of it, (R or 1, tokens, r)."""
-        length, device = self.keys.shape[2], self.keys.device
+        """Which of the newest tokens the last ``tokens`` see, (R or 1, tokens, r)."""
+        device = self.keys.device
+        if self.rows is not None:
+            return (torch.arange(self.rows.most, device=device) < self.rows.after[:, None])[:, None]
+        length = self.keys.shape[2]
         own = torch.arange(length - tokens, length, device=device)[:, None]
-        place = torch.arange(length, device=device)
-        causal = (place <= own)[None]
-        if self.hidden is None:
-            return causal
-        # a padded token sees itself, for a softmax over nothing is not a number
-        return causal & (place >= self.hidden[:, None, None]) | (place == own)
+        return (torch.arange(length, device=device) <= own)[None]

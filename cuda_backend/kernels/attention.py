@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs
-"""Ragged attention in Triton: kept entries through the pool's table and offsets, then the rectangle.
+"""Ragged attention in Triton: kept entries through a slab's table and offsets, then the window.
 
 *Decoding* (1 to 8 query tokens): the entries of a layer are split into equal pieces whatever head they belong
 to, so that a head of ten times its neighbour's length costs no waiting; each piece is one program of a fixed
 grid. All query heads of a KV head share one read of its keys and values. Partial results are merged by their
-log-sum-exp (flash decoding). *Prefill*: one program per query head and block of tokens (flash attention).
+log-sum-exp (flash decoding). Rows of a step find their slabs and the lengths of their windows on the device.
+*Prefill*: one program per query head and block of tokens of one row (flash attention).
 :func:`cuda_backend.attention.naive_attend` is the specification of both.
 """
 
@@ -43,19 +44,22 @@ def _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out):
     return b_new, b_sum, b_out * b_shrink[:, None] + b_part
 
 
-@triton.jit(do_not_specialize=["layer", "layers", "length"])
+@triton.jit(do_not_specialize=["slab", "first_head", "length"])
 def decode_attention_fwd_kernel(
-    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_hidden, p_length,
+    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_slabs, p_length,
     p_max, p_sum, p_out,
-    layer, layers, length, scale, softcap, key_row, key_head, key_place, value_row, value_head, value_place,
+    slab, first_head, length, slots, listed, heads, scale, softcap,
+    key_row, key_head, key_place, value_row, value_head, value_place,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     PIECES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program p < PIECES takes a piece of the kept entries, program PIECES + h the rectangle of head h.
+    """Program p < PIECES takes a piece of the kept entries, program PIECES + h the window of head h.
+
+    A slab has ``slots`` slots, ``listed`` of them in its table, and ``heads`` + 1 offsets.
 
     Partial results go to place p + h of PIECES + 2·KV_HEADS: along the pieces neither p nor h ever falls, so
-    that no two programs share a place; rectangles follow behind.
+    that no two programs share a place; windows follow behind.
     """
     row, piece = tl.program_id(0), tl.program_id(1)
     places: tl.constexpr = PIECES + 2 * KV_HEADS
@@ -64,9 +68,18 @@ def decode_attention_fwd_kernel(
     token, member = r_query // GROUP, r_query % GROUP
     real = r_query < GROUP * TOKENS
     r_key, r_value, r_entry = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), tl.arange(0, BLOCK)
-    if HAS_LENGTH:
-        length = tl.load(p_length)
-    base = (row * layers + layer) * KV_HEADS
+    window = row
+    if HAS_ROWS:
+        slab = tl.load(p_slabs + row)
+        length = tl.load(p_length + row).to(tl.int32)
+        window = slab
+    slab = slab.to(tl.int64)
+    base = slab * (heads + 1) + first_head
+    p_table += slab * listed
+    p_pool_key += slab * slots * KEY
+    p_pool_value += slab * slots * VALUE
+    p_key += window * key_row
+    p_value += window * value_row
     first = tl.load(p_offsets + base)
     total = tl.load(p_offsets + base + KV_HEADS) - first
     size = (total + PIECES - 1) // PIECES
@@ -101,13 +114,10 @@ def decode_attention_fwd_kernel(
                     b_seen = b_inside[None, :] & real[:, None]
                 else:
                     wide = entry.to(tl.int64)[:, None]
-                    p_k = p_key + row * key_row + head * key_head + wide * key_place
-                    p_v = p_value + row * value_row + head * value_head + wide * value_place
+                    p_k = p_key + head * key_head + wide * key_place
+                    p_v = p_value + head * value_head + wide * value_place
                     own = length - TOKENS + token
                     b_seen = (entry[None, :] <= own[:, None]) & b_inside[None, :] & real[:, None]
-                    if HAS_HIDDEN:
-                        hidden = tl.load(p_hidden + row)
-                        b_seen = b_seen & ((entry >= hidden)[None, :] | (entry[None, :] == own[:, None]))
                 b_key = tl.load(p_k + r_key, mask=b_inside[:, None] & (r_key < KEY)[None, :], other=0.0)
                 b_value = tl.load(
                     p_v + r_value, mask=b_inside[:, None] & (r_value < VALUE)[None, :], other=0.0
@@ -120,11 +130,12 @@ def decode_attention_fwd_kernel(
             tl.store(p_out + part[:, None] * BLOCK_VALUE + r_value, b_out, mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["layer", "layers"])
+@triton.jit(do_not_specialize=["slab", "first_head"])
 def decode_attention_merge_kernel(
-    p_max, p_sum, p_part, p_offsets, p_sinks, p_out, layer, layers,
+    p_max, p_sum, p_part, p_offsets, p_slabs, p_sinks, p_out, slab, first_head, heads,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, VALUE: tl.constexpr,
     PIECES: tl.constexpr, ROWS: tl.constexpr, BLOCK_VALUE: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial results of one sequence and KV head by their log-sum-exp."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -132,12 +143,14 @@ def decode_attention_merge_kernel(
     r_query, r_value = tl.arange(0, ROWS), tl.arange(0, BLOCK_VALUE)
     token, member = r_query // GROUP, r_query % GROUP
     real = r_query < GROUP * TOKENS
-    base = (row * layers + layer) * KV_HEADS
+    if HAS_ROWS:
+        slab = tl.load(p_slabs + row)
+    base = slab.to(tl.int64) * (heads + 1) + first_head
     first = tl.load(p_offsets + base)
     size = (tl.load(p_offsets + base + KV_HEADS) - first + PIECES - 1) // PIECES
     low = tl.load(p_offsets + base + head) - first
     high = tl.load(p_offsets + base + head + 1) - first
-    # the pieces that hold entries of this head, then the rectangle, which always holds the step's own tokens
+    # the pieces that hold entries of this head, then the window, which always holds the step's own tokens
     piece = tl.where(low < high, low // tl.maximum(size, 1), 0)
     stop = tl.where(low < high, (high - 1) // tl.maximum(size, 1) + 1, 0)
     part = (row * places + PIECES + KV_HEADS + head) * ROWS + r_query
@@ -165,17 +178,16 @@ def decode_attention_merge_kernel(
     tl.store(p_out + at[:, None] * VALUE + r_value, b_out.to(p_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["layer", "layers", "length", "tokens"])
+@triton.jit(do_not_specialize=["first_head", "length", "tokens"])
 def prefill_attention_fwd_kernel(
-    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_hidden, p_sinks, p_out,
-    layer, layers, length, tokens, scale, softcap,
-    key_row, key_head, key_place, value_row, value_head, value_place,
+    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_sinks, p_out,
+    first_head, length, tokens, scale, softcap, key_head, key_place, value_head, value_place,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """A block of one query head's tokens: ragged kept entries, then the rectangle up to its diagonal."""
-    row, query_head = tl.program_id(1) // (KV_HEADS * GROUP), tl.program_id(1) % (KV_HEADS * GROUP)
+    """A block of one query head's tokens: ragged kept entries, then the newest up to its diagonal."""
+    query_head = tl.program_id(1)
     head = query_head // GROUP
     r_key, r_value, r_entry = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), tl.arange(0, BLOCK)
     token = tl.program_id(0) * BLOCK + r_entry
@@ -186,7 +198,7 @@ def prefill_attention_fwd_kernel(
     b_max = tl.full([BLOCK], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
     b_out = tl.zeros([BLOCK, BLOCK_VALUE], tl.float32)
-    flat = (row * layers + layer) * KV_HEADS + head
+    flat = first_head + head
     low, high = tl.load(p_offsets + flat), tl.load(p_offsets + flat + 1)
     for start in range(low, high, BLOCK):
         b_inside = start + r_entry < high
@@ -202,27 +214,23 @@ def prefill_attention_fwd_kernel(
         b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
         b_seen = b_inside[None, :] & real[:, None]
         b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
-    hidden = 0
-    if HAS_HIDDEN:
-        hidden = tl.load(p_hidden + row)
     last = tl.minimum(length - tokens + (tl.program_id(0) + 1) * BLOCK, length)
     for start in range(0, last, BLOCK):
         entry = start + r_entry
         b_inside = entry < last
         wide = entry.to(tl.int64)[:, None]
         b_key = tl.load(
-            p_key + row * key_row + head * key_head + wide * key_place + r_key,
+            p_key + head * key_head + wide * key_place + r_key,
             mask=b_inside[:, None] & (r_key < KEY)[None, :],
             other=0.0,
         )
         b_value = tl.load(
-            p_value + row * value_row + head * value_head + wide * value_place + r_value,
+            p_value + head * value_head + wide * value_place + r_value,
             mask=b_inside[:, None] & (r_value < VALUE)[None, :],
             other=0.0,
         )
         b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
         b_seen = (entry[None, :] <= own[:, None]) & real[:, None]
-        b_seen = b_seen & ((entry >= hidden)[None, :] | (entry[None, :] == own[:, None]))
         b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
     if HAS_SINKS:
         b_null = tl.load(p_sinks + query_head).to(tl.float32)
@@ -241,15 +249,12 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     pieces: int | None = None,
-    length: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As :func:`cuda_backend.attention.naive_attend` for a few query tokens; nothing waits for the device.
 
     Args:
-        pieces: programs over a sequence's kept entries of the layer; by default two waves of the GPU in all,
-            or fewer where there is little to read.
-        length: (1,) int32 on the device, the places of the rectangle in use where ``view`` has room for more;
-            for a step that is captured once and replayed.
+        pieces: programs over a row's kept entries of the layer; by default two waves of the GPU in all, or
+            fewer where there is little to read.
     """
     rows, query_heads, tokens, key_dim = queries.shape
     heads, value_dim = view.kv_heads, view.values.shape[-1]
@@ -262,19 +267,22 @@ def decode_attention(
     top = queries.new_empty(rows, places, height, dtype=torch.float32)
     total, part = torch.empty_like(top), top.new_empty(*top.shape, wide)
     out = queries.new_empty(*queries.shape[:3], value_dim)
-    pool, lookup, shapes = view.pool, view.pool.lookup, {"KV_HEADS": heads, "GROUP": group, "TOKENS": tokens}
+    pool, shapes = view.pool, {"KV_HEADS": heads, "GROUP": group, "TOKENS": tokens}
+    many = view.rows is not None
+    slabs, after = (view.rows.slabs, view.rows.after) if view.rows is not None else (None, None)
     decode_attention_fwd_kernel[(rows, pieces + heads)](
-        queries, pool.keys, pool.values, lookup.table, lookup.offsets, view.keys, view.values,
-        view.hidden, length, top, total, part,
-        view.layer, view.layers, view.keys.shape[2], scale, softcap or 0.0,
-        *view.keys.stride()[:3], *view.values.stride()[:3],
+        queries, pool.keys, pool.values, pool.table, pool.offsets, view.keys, view.values,
+        slabs, after, top, total, part,
+        view.slab, view.first, view.keys.shape[2], pool.slots, pool.table.shape[1], pool.heads,
+        scale, softcap or 0.0, *view.keys.stride()[:3], *view.values.stride()[:3],
         **shapes, KEY=key_dim, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK=block_size(view),
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)), BLOCK_VALUE=wide,
-        HAS_CAP=softcap is not None, HAS_HIDDEN=view.hidden is not None, HAS_LENGTH=length is not None,
+        HAS_CAP=softcap is not None, HAS_ROWS=many,
     )  # fmt: skip
     decode_attention_merge_kernel[(rows, heads)](
-        top, total, part, lookup.offsets, sinks, out, view.layer, view.layers,
-        **shapes, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK_VALUE=wide, HAS_SINKS=sinks is not None,
+        top, total, part, pool.offsets, slabs, sinks, out, view.slab, view.first, pool.heads,
+        **shapes, VALUE=value_dim, PIECES=pieces, ROWS=height, BLOCK_VALUE=wide,
+        HAS_SINKS=sinks is not None, HAS_ROWS=many,
     )  # fmt: skip
     return out
 
@@ -291,7 +299,7 @@ def piece_count(view: LayerView) -> int:
     if view.keys.is_cuda:
         processors = torch.cuda.get_device_properties(view.keys.device).multi_processor_count
     entries = view.pool.capacity * view.kv_heads
-    return max(1, min(triton.cdiv(entries, PIECE_ENTRIES), triton.cdiv(2 * processors, view.rows)))
+    return max(1, min(triton.cdiv(entries, PIECE_ENTRIES), triton.cdiv(2 * processors, view.count)))
 
 
 def prefill_attention(
@@ -301,18 +309,18 @@ def prefill_attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """As :func:`cuda_backend.attention.naive_attend` for a chunk of tokens."""
-    rows, query_heads, tokens, key_dim = queries.shape
+    """As :func:`cuda_backend.attention.naive_attend` for a chunk of tokens of one row."""
+    _, query_heads, tokens, key_dim = queries.shape
     heads, value_dim = view.kv_heads, view.values.shape[-1]
     queries, out = queries.contiguous(), queries.new_empty(*queries.shape[:3], value_dim)
-    pool, lookup, block = view.pool, view.pool.lookup, block_size(view)
-    prefill_attention_fwd_kernel[(triton.cdiv(tokens, block), rows * query_heads)](
-        queries, pool.keys, pool.values, lookup.table, lookup.offsets, view.keys, view.values,
-        view.hidden, sinks, out, view.layer, view.layers, view.keys.shape[2], tokens, scale, softcap or 0.0,
-        *view.keys.stride()[:3], *view.values.stride()[:3],
+    slab, block = view.pool.slab(view.slab), block_size(view)
+    prefill_attention_fwd_kernel[(triton.cdiv(tokens, block), query_heads)](
+        queries, slab.keys, slab.values, slab.table, slab.offsets, view.keys, view.values,
+        sinks, out, view.first, view.keys.shape[2], tokens, scale, softcap or 0.0,
+        *view.keys.stride()[1:3], *view.values.stride()[1:3],
         KV_HEADS=heads, GROUP=query_heads // heads, KEY=key_dim, VALUE=value_dim, BLOCK=block,
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        HAS_CAP=softcap is not None, HAS_HIDDEN=view.hidden is not None, HAS_SINKS=sinks is not None,
+        HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
     )  # fmt: skip
     return out

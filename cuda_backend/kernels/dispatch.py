@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from dataclasses import replace
 
 import torch
 
 from mlx_kvret.core.config import EvictionConfig
 
 from .. import attention, selection
-from ..pool import Pool
+from ..pool import Slab
 from ..view import LayerView
 
 # as many query tokens as decode attention takes, and rows of queries per KV head
@@ -25,20 +24,16 @@ def attend(
     scale: float,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
-    length: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As :func:`cuda_backend.attention.naive_attend`; ``length`` (1,) places of the rectangle are in use."""
-    if not enabled(queries):
-        if length is not None:
-            used = slice(0, int(length))
-            view = replace(view, keys=view.keys[:, :, used], values=view.values[:, :, used])
+    """As :func:`cuda_backend.attention.naive_attend`."""
+    if not enabled(queries.device):
         return attention.attend(queries, view, scale, sinks, softcap)
     from .attention import decode_attention, prefill_attention
 
     tokens, group = queries.shape[2], queries.shape[1] // view.kv_heads
-    few = tokens <= FEW_TOKENS and tokens * group <= FEW_ROWS
+    few = view.rows is not None or (tokens <= FEW_TOKENS and tokens * group <= FEW_ROWS)
     if few:
-        return decode_attention(queries, view, scale, sinks, softcap, length=length)
+        return decode_attention(queries, view, scale, sinks, softcap)
     return prefill_attention(queries, view, scale, sinks, softcap)
 
 
@@ -52,44 +47,33 @@ def select(
     heads: int,
 ) -> torch.Tensor:
     """As :func:`cuda_backend.selection.select`."""
-    if not enabled(score):
+    if not enabled(score.device):
         return selection.select(score, position, head, seen, config, size, heads)
     from .select import select_triton
 
     return select_triton(score, position, head, seen, config, size, heads)
 
 
-def append(new: torch.Tensor, wide: torch.Tensor, length: torch.Tensor) -> None:
-    """As :func:`cuda_backend.kernels.moving.append`."""
-    if enabled(new):
-        from .moving import append as write
-
-        write(new, wide, length)
-    else:
-        start = int(length)
-        wide[:, :, start : start + new.shape[2]] = new
-
-
 def fill(
-    pool: Pool, slots: torch.Tensor, survives: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    slab: Slab, slots: torch.Tensor, survives: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Move the survivors (R·H·T,) among keys and values (R, H, T, D) into their pool slots (R·H·T,)."""
-    if enabled(keys):
+    """Move the survivors (R·H·T,) among keys and values (R, H, T, D) into their slots (R·H·T,)."""
+    if enabled(keys.device):
         from .moving import fill as move
 
-        move(keys, values, slots, survives, pool.keys, pool.values)
+        move(keys, values, slots, survives, slab.keys, slab.values)
     else:
-        pool.fill(slots, keys.flatten(0, 2), values.flatten(0, 2))
+        slab.fill(slots, keys.flatten(0, 2), values.flatten(0, 2))
 
 
-def enabled(tensor: torch.Tensor) -> bool:
-    """Whether kernels run for this tensor; warns once where a GPU has to do without."""
-    if tensor.is_cuda and not _has_triton():
+def enabled(device: torch.device) -> bool:
+    """Whether kernels run on this device; warns once where a GPU has to do without."""
+    if device.type == "cuda" and not _has_triton():
         warnings.warn(
             "triton is not installed, so attention runs in plain torch; run `pip install triton`",
             stacklevel=2,
         )
-    return tensor.is_cuda and _has_triton()
+    return device.type == "cuda" and _has_triton()
 
 
 @functools.cache

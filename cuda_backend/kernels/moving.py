@@ -1,45 +1,11 @@
 # mypy: allow-untyped-defs
-"""Moving entries in Triton: into the rectangle, and from there into the pool's holes.
-
-Each kernel has its twin in plain torch below it.
-"""
+"""Moving entries in Triton: from the newest tokens into the pool's holes, beside its twin in plain torch."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def append_kernel(
-    p_new, p_wide, p_length, tokens, stride_row, stride_place, DIM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Copy row ``program_id(0)``, token ``program_id(1)`` of (rows, tokens, DIM) behind ``length`` places."""
-    row, token = tl.program_id(0), tl.program_id(1)
-    place = tl.load(p_length) + token
-    column = tl.arange(0, BLOCK)
-    b_new = tl.load(p_new + (row.to(tl.int64) * tokens + token) * DIM + column, mask=column < DIM)
-    tl.store(p_wide + row * stride_row + place * stride_place + column, b_new, mask=column < DIM)
-
-
-def append(new: torch.Tensor, wide: torch.Tensor, length: torch.Tensor) -> None:
-    """Write ``new`` (R, H, T, D) into ``wide`` (R, H, room, D) behind its first ``length`` (1,) int32 places.
-
-    The length stays on the device, so that the same call serves every step of a captured graph.
-    """
-    rows, heads, tokens, dim = new.shape
-    flat = wide.view(rows * heads, *wide.shape[2:])
-    append_kernel[(rows * heads, tokens)](
-        new.contiguous(), flat, length, tokens, flat.stride(0), flat.stride(1),
-        DIM=dim, BLOCK=triton.next_power_of_2(dim),
-    )  # fmt: skip
-
-
-def naive_append(new: torch.Tensor, wide: torch.Tensor, length: torch.Tensor) -> None:
-    """The specification of :func:`append`."""
-    start = int(length)
-    wide[:, :, start : start + new.shape[2]] = new
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -73,7 +39,7 @@ def fill(
     pool_keys: torch.Tensor,
     pool_values: torch.Tensor,
 ) -> None:
-    """Survivors ``keep`` (R·H·T,) of a rectangle (R, H, T, D) move into their ``slots`` (R·H·T,)."""
+    """Survivors ``keep`` (R·H·T,) of newest tokens (R, H, T, D) move into their ``slots`` (R·H·T,)."""
     _, heads, tokens, key_dim = keys.shape
     value_dim = values.shape[-1]
     fill_kernel[(len(slots),)](

@@ -26,36 +26,42 @@ class Move:
 
 
 class Schedule:
-    """Counts of pooled entries in ``rows`` sequences of ``groups`` groups of ``size`` competing heads.
+    """Counts of pooled entries of one sequence, in ``groups`` groups of ``size`` competing heads.
 
-    Sequences of a batch differ in ``padding`` (rows,): places before their first token, which are no entries.
+    ``soonest`` newest tokens at least there must be for anything to be due, which costs nothing to ask.
     """
 
-    def __init__(self, config: EvictionConfig, groups: int, size: int, rows: int = 1) -> None:
+    def __init__(self, config: EvictionConfig, groups: int, size: int) -> None:
         self.config, self.size = config, size
-        self.padding = np.zeros(rows, np.int64)
-        self.counts = np.zeros(rows * groups, np.int64)
+        self.counts = np.zeros(groups, np.int64)
+
+    @property
+    def counts(self) -> Ints:
+        """Entries of each group in the pool, (groups,)."""
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: Ints) -> None:
+        full = (self.config.budget + self.config.buffer) * self.size
+        due = -(-(full - int(counts.max())) // self.size)
+        self._counts, self.soonest = counts, max(1, min(due, self.config.buffer))
 
     @property
     def most(self) -> int:
         """The largest capacity of the pool, in tokens per head.
 
-        Groups in step never keep more than M. A threshold or padding puts them out of step, and one that is
-        not due when another is must find room for its newest tokens.
+        Groups in step never keep more than M. A threshold puts them out of step, and one that is not due when
+        another is must find room for its newest tokens.
         """
-        apart = self.config.threshold is not None or len(set(self.padding.tolist())) > 1
-        return self.config.budget + (self.config.buffer if apart and len(self.counts) > 1 else 0)
-
-    def tokens(self, start: int, end: int) -> Ints:
-        """Entries per head (rows,) between two places, padding left out."""
-        return np.maximum(end - np.maximum(self.padding, start), 0)
+        apart = self.config.threshold is not None and len(self.counts) > 1
+        return self.config.budget + (self.config.buffer if apart else 0)
 
     def next(self, seen: int, recent: int) -> Move | None:
-        """What is due after ``seen`` places, of which the last ``recent`` are not in the pool, or None."""
+        """What is due after ``seen`` tokens, of which the last ``recent`` are not in the pool, or None."""
         if recent == 0 or self.config.policy == "full":
             return None
-        start, size = seen - recent, self.size
-        due = self.counts + self._added(start, seen) >= (self.config.budget + self.config.buffer) * size
+        size = self.size
+        due = self.counts + recent * size >= (self.config.budget + self.config.buffer) * size
         if due.any():
             return Move(recent, due, self.most)
         held = int(-(-self.counts.max() // size))
@@ -65,14 +71,9 @@ class Schedule:
         return Move(tokens, due, held + tokens)
 
     def done(self, move: Move, start: int, counts: Ints | None = None) -> None:
-        """Note a move of the tokens from place ``start`` on; ``counts`` where a threshold decided them."""
+        """Note a move of the tokens from ``start`` on; ``counts`` where a threshold decided them."""
         if counts is not None:
             self.counts = np.asarray(counts, np.int64)
         else:
-            added = self.counts + self._added(start, start + move.tokens)
+            added = self.counts + move.tokens * self.size
             self.counts = np.where(move.due, self.config.budget * self.size, added)
-
-    def _added(self, start: int, end: int) -> Ints:
-        """Entries per group (rows·groups,) between two places."""
-        per_head = self.tokens(start, end)
-        return np.repeat(per_head * self.size, len(self.counts) // len(per_head))

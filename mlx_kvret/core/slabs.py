@@ -37,6 +37,11 @@ class Slabs:
         """Slabs that somebody holds, in order."""
         return [index for index, holds in enumerate(self._holds) if holds]
 
+    @property
+    def holds(self) -> list[Hold]:
+        """Everybody's holds; while the list is kept no slab becomes free."""
+        return [hold for holds in self._holds for hold in holds]
+
     def take(self) -> Hold:
         """Hold the lowest free slab.
 
@@ -60,9 +65,10 @@ class Slabs:
         """This hold, and no other, is on the free slab ``index`` from now on."""
         if self._holds[index]:
             raise CacheError(f"slab {index} is taken; move a hold to a free one")
-        self._holds[hold.index].discard(hold)
+        # whatever breaks this off, a slab counts as taken rather than as free
         self._holds[index].add(hold)
-        hold.index = index
+        before, hold.index = hold.index, index
+        self._holds[before].discard(hold)
 
     def resize(self, count: int) -> list[int]:
         """Have ``count`` slabs, those in use first and in their order.

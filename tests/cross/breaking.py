@@ -10,10 +10,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import cuda_backend.arena
 import cuda_backend.bounded
 import cuda_backend.cache
+import cuda_backend.compaction
 import cuda_backend.pool
+import cuda_backend.reading
 import cuda_backend.recent
+import cuda_backend.row
 from mlx_kvret.mlx_backend import bounded as mlx_bounded
 from mlx_kvret.mlx_backend import cache as mlx_cache
 from mlx_kvret.mlx_backend import pool as mlx_pool
@@ -34,12 +38,16 @@ _PLACES: dict[str, list[tuple[Any, str]]] = {
         (mlx_cache, "attend"),
     ],
     "torch": [
-        *((cuda_backend.recent.Recent, name) for name in (*_RECENT, "run_gate", "scored")),
-        *((cuda_backend.pool.Pool, name) for name in ("grow", "destinations", "admitted", "fill", "take")),
+        *((cuda_backend.reading.Reading, name) for name in ("observe", "append", "views", "commit")),
+        *((cuda_backend.recent.Recent, name) for name in ("reserve", "reserve_scores", "reserve_inputs")),
+        *((cuda_backend.pool.Slab, name) for name in ("destinations", "admitted", "fill", "take")),
+        *((cuda_backend.arena.Arena, name) for name in ("put", "run_gates")),
+        *((cuda_backend.row.Row, name) for name in ("own", "retention", "newest", "scores")),
+        (cuda_backend.pool.Pool, "grow"),
         *((cuda_backend.cache.BoundedKVCache, name) for name in ("observe", "update", "attend")),
-        *((cuda_backend.bounded.Bounded, name) for name in ("settle", "put", "retention_of", "begin")),
-        (cuda_backend.bounded, "select"),
-        (cuda_backend.bounded, "fill"),
+        *((cuda_backend.bounded.Bounded, name) for name in ("settle", "begin", "before", "commit")),
+        (cuda_backend.compaction, "select"),
+        (cuda_backend.compaction, "fill"),
         (cuda_backend.cache, "attend"),
     ],
 }  # fmt: skip
@@ -56,7 +64,18 @@ FILES = tuple(
             "core/passes",
             "core/state",
         ),
-        cuda_backend.bounded: ("bounded", "cache", "forward", "pool", "recent", "hooks"),
+        cuda_backend.bounded: (
+            "arena",
+            "bounded",
+            "cache",
+            "compaction",
+            "forward",
+            "hooks",
+            "pool",
+            "reading",
+            "recent",
+            "row",
+        ),
     }.items()
     for name in (f"{name}.py" for name in names)
 )

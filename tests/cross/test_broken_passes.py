@@ -30,7 +30,8 @@ def ready(backend: str, family: str, size: int) -> tuple[Any, Any, np.ndarray]:
     before = side.cache(budget=9, buffer=3)
     for start in range(0, 24, 8):
         side.read(before, TEXT[start : start + 8])
-    while before.shared.schedule.next(before.seen, before.shared.recents[0].length) is None:
+    (row,) = before.shared.rows
+    while row.schedule.next(row.seen, row.length) is None:
         side.read(before, TEXT[before.seen : before.seen + 1])
     after = unsettled(side, before)
     side.read(after, TEXT[after.seen : after.seen + size])

@@ -211,6 +211,8 @@ def test_a_padded_batch_holds_its_last_tokens_where_they_stand() -> None:
     assert cache.seen == text.shape[1] and kept(alone) == [
         [positions.tolist() for positions in layer] for layer in cache.kept_positions(1)
     ]
-    recents = zip(cache.shared.recents, alone.shared.recents, strict=True)
-    for ours, theirs in recents:
-        torch.testing.assert_close(ours.keys[1:, :, 5:], theirs.keys, rtol=0, atol=1e-5)
+    ours, theirs = cache.shared.rows[1], alone.shared.rows[0]
+    assert (ours.seen, ours.length) == (theirs.seen, theirs.length)
+    for layer in range(len(cache.competing)):
+        newest = (row.newest(layer, 0, row.length)[0] for row in (ours, theirs))
+        torch.testing.assert_close(*newest, rtol=0, atol=1e-5)

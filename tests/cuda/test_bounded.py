@@ -41,26 +41,33 @@ class Gates:
         return self.log_beta(0, x)
 
 
-def feed(cache: Bounded, tokens: int, rng: np.random.Generator) -> None:
+def feed(
+    cache: Bounded,
+    tokens: int,
+    rng: np.random.Generator,
+    names: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> None:
     """A forward pass whose keys and values spell (row, layer, head, position)."""
-    rows, start = cache.rows, cache.seen[0]
-    cache.begin(rows, None)
-    for layer, recent in enumerate(cache.recents):
-        recent.observe(torch.from_numpy(rng.normal(size=(rows, tokens, 4)).astype(np.float32)))
+    rows, start = len(cache.rows), torch.tensor([row.seen for row in cache.rows])
+    cache.begin(rows, tokens, mask)
+    assert cache.reading is not None
+    begin = torch.tensor([tokens - count for count in cache.reading.counts])
+    for layer in range(2):
+        cache.reading.observe(layer, torch.from_numpy(rng.normal(size=(rows, tokens, 4)).astype(np.float32)))
         spelled = torch.zeros(rows, 2, tokens, 5)
-        spelled[..., 0] = torch.arange(rows)[:, None, None] * 100 + layer * 10 + torch.arange(2)[:, None]
-        spelled[..., 1] = torch.arange(start, start + tokens) - cache.padding[:, None, None]
-        recent.append(spelled[..., :3], spelled)
-        cache.seen[layer] += tokens
+        spelled[..., 0] = names[:, None, None] * 100 + layer * 10 + torch.arange(2)[:, None]
+        spelled[..., 1] = torch.arange(tokens) + (start - begin)[:, None, None]
+        cache.reading.append(layer, spelled[..., :3], spelled)
+    cache.commit()
 
 
-def check(cache: Bounded) -> None:
-    config, pool = cache.config, cache.pool
-    entries, kept = cache.entries, [cache.kept_positions(row) for row in range(cache.rows)]
+def check(cache: Bounded, names: torch.Tensor) -> None:
+    config, size = cache.config, cache.arena.size
+    entries, kept = cache.entries, [cache.kept_positions(row) for row in range(len(cache.rows))]
     assert entries == sum(len(p) for row in kept for layer in row for p in layer)
     for row, layers in enumerate(kept):
-        seen = cache.seen[0] - int(cache.schedule.padding[row])
-        size, flat = cache.size, [p for layer in layers for p in layer]
+        seen, flat = cache.rows[row].seen, [p for layer in layers for p in layer]
         held = np.add.reduceat([len(p) for p in flat], np.arange(0, len(flat), size))
         assert (held < (config.budget + max(1, config.buffer)) * size).all()
         for positions in flat:
@@ -68,15 +75,16 @@ def check(cache: Bounded) -> None:
             assert set(range(min(config.sinks, seen))) <= set(positions)
             assert set(range(max(0, seen - config.window), seen)) <= set(positions)
             assert len(positions) >= min(seen, config.min_per_head)
-    used = pool.owner < pool.heads
-    owner, place = pool.owner[used].long(), pool.position[used]
-    row, layer, head = owner // 4, owner // 2 % 2, owner % 2
-    for stored in (pool.keys, pool.values) if pool.capacity else ():
-        assert torch.equal(stored[used][:, 0].long(), row * 100 + layer * 10 + head)
-        assert torch.equal(stored[used][:, 1].long(), place.long())
-    listed = pool.lookup.table[: int(pool.lookup.offsets[-1])].long()
-    assert torch.equal(listed.sort().values, used.nonzero()[:, 0])
-    assert (pool.owner[listed].diff() >= 0).all()
+    for name, pool in zip(names, (row.slab for row in cache.rows), strict=True):
+        used = pool.owner < pool.heads
+        owner, place = pool.owner[used].long(), pool.position[used]
+        layer, head = owner // 2, owner % 2
+        for stored in (pool.keys, pool.values) if pool.capacity else ():
+            assert torch.equal(stored[used][:, 0].long(), name * 100 + layer * 10 + head)
+            assert torch.equal(stored[used][:, 1].long(), place.long())
+        listed = pool.table[: int(pool.offsets[-1])].long()
+        assert torch.equal(listed.sort().values, used.nonzero()[:, 0])
+        assert (pool.owner[listed].diff() >= 0).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,14 +93,16 @@ def test_entries_stay_within_the_budget_and_unharmed(
     config: EvictionConfig, rows: int, steps: list[int], data: st.DataObject
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    cache: Any = Bounded(SHAPE, config, {}, torch.device("cpu"), Gates())  # type: ignore[arg-type]
+    cache = Bounded.single(SHAPE, config, {}, torch.device("cpu"), Gates())  # type: ignore[arg-type]
     padding = data.draw(st.lists(st.integers(0, steps[0] - 1), min_size=rows, max_size=rows))
-    mask = torch.arange(steps[0]) >= torch.tensor(padding)[:, None]
-    cache.begin(rows, mask)
+    mask: torch.Tensor | None = torch.arange(steps[0]) >= torch.tensor(padding)[:, None]
+    names = torch.arange(rows)
+    cache.begin(rows, steps[0], mask)
     for tokens in steps:
-        feed(cache, tokens, rng)
+        feed(cache, tokens, rng, names, mask)
+        mask = None
         if data.draw(st.booleans()):
-            twin = copy.deepcopy(cache)
-            feed(twin, 3, np.random.default_rng(0))
-            check(twin)
-        check(cache)
+            twin = data.draw(st.sampled_from([copy.deepcopy, Bounded.copy]))(cache)
+            feed(twin, 3, np.random.default_rng(0), names)
+            check(twin, names)
+        check(cache, names)

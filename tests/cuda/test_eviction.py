@@ -9,7 +9,7 @@ import pytest
 import torch
 from rounding import assert_near
 
-from cuda_backend.recent import Recent
+from cuda_backend.reading import Reading
 from mlx_kvret.core import policies
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import due_groups, select
@@ -76,31 +76,32 @@ class Oracle:
 
 
 @pytest.fixture
-def keys(monkeypatch: pytest.MonkeyPatch) -> dict[Recent, list[torch.Tensor]]:
-    """All keys that were ever appended, by rectangle."""
-    seen: dict[Recent, list[torch.Tensor]] = {}
-    stock = Recent.append
+def keys(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[torch.Tensor]]:
+    """All keys that were ever appended, by layer."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    stock = Reading.append
 
-    def append(self: Recent, keys: torch.Tensor, values: torch.Tensor) -> None:
-        seen.setdefault(self, []).append(keys)
-        stock(self, keys, values)
+    def append(self: Reading, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        seen.setdefault(layer, []).append(keys)
+        return stock(self, layer, keys, values)
 
-    monkeypatch.setattr(Recent, "append", append)
+    monkeypatch.setattr(Reading, "append", append)
     return seen
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_kept_entries_are_those_of_the_reference(
-    options: dict[str, Any], keys: dict[Recent, list[torch.Tensor]]
+    options: dict[str, Any], keys: dict[int, list[torch.Tensor]]
 ) -> None:
     model, made = attached("llama")
     cache = new_cache(model, **{"budget": 12, "buffer": 5} | options)
+    keys.clear()  # of the model's own trial
     oracle = Oracle(cache.shared.config)
     for part in IDS.split(STEPS, 1):
         run(model, part, cache)
         kept = [[head.tolist() for head in layer] for layer in cache.kept_positions()]
-        all_keys = torch.cat([torch.cat(keys[recent], 2)[0] for recent in cache.shared.recents]).numpy()
-        log_beta = np.zeros(0) if cache.shared.gates is None else made.gates.history()
+        all_keys = torch.cat([torch.cat(keys[layer], 2)[0] for layer in range(L)]).numpy()
+        log_beta = np.zeros(0) if cache.shared.arena.gates is None else made.gates.history()
         oracle.step(part.shape[1], log_beta, all_keys)
         assert kept == oracle.kept()
         assert cache.entries == sum(len(head) for layer in kept for head in layer)

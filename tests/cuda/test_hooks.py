@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextIte
 
 from cuda_backend import api, hooks
 from cuda_backend.cache import cache_argument
-from cuda_backend.recent import Recent
+from cuda_backend.reading import Reading
 from mlx_kvret.errors import (
     ModelMismatchError,
     UnsupportedFeatureError,
@@ -176,15 +177,15 @@ def test_a_pass_that_runs_out_of_memory_leaves_the_cache_as_it_was(
     caches = [new_cache(model, budget=16, buffer=4) for _ in range(2)]
     for cache in caches:
         run(model, IDS[:, :50], cache)
-    stock, calls = Recent.append, iter([True, False])
+    stock, calls = Reading.append, iter([True, False])
 
-    def append(self: Recent, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def append(self: Reading, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
         if not next(calls):
             raise torch.OutOfMemoryError("no memory")
-        stock(self, keys, values)
+        return stock(self, layer, keys, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recent, "append", append)
+        patch.setattr(Reading, "append", append)
         with pytest.raises(torch.OutOfMemoryError):
             run(model, IDS[:, 50:70], caches[0])
     assert caches[0].seen == 50

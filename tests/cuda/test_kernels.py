@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,11 @@ pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
 from cuda_backend.attention import attend, naive_attend
 from cuda_backend.kernels.attention import decode_attention, prefill_attention
-from cuda_backend.kernels.moving import append, fill, naive_append, naive_fill
+from cuda_backend.kernels.moving import fill, naive_fill
 from cuda_backend.kernels.select import select_triton
-from cuda_backend.pool import Pool
+from cuda_backend.pool import Pool, listing
 from cuda_backend.selection import select
-from cuda_backend.view import LayerView
+from cuda_backend.view import LayerView, Places
 from mlx_kvret.core.config import EvictionConfig
 
 pytestmark = pytest.mark.skipif(
@@ -28,84 +29,93 @@ pytestmark = pytest.mark.skipif(
 )
 
 CASES = [
-    # rows, KV heads, query heads per KV head, query tokens, places in the rectangle, key and value dim
+    # rows, KV heads, query heads per KV head, query tokens, places in the window, key and value dim
     (1, 1, 1, 1, 1, 16, 16),
     (1, 2, 4, 1, 70, 32, 32),
-    (2, 3, 2, 5, 67, 24, 40),
-    (3, 2, 1, 8, 8, 17, 16),
+    (1, 3, 2, 5, 67, 24, 40),
+    (3, 2, 1, 1, 8, 17, 16),
+    (4, 3, 2, 1, 67, 24, 40),
     (1, 2, 5, 3, 130, 64, 64),
 ]
 
 
 def random_view(
-    rows: int, heads: int, places: int, key_dim: int, value_dim: int, dtype: torch.dtype, padded: bool = False
+    rows: int, heads: int, places: int, key_dim: int, value_dim: int, dtype: torch.dtype
 ) -> LayerView:
-    """Layer 1 of 3 with ragged heads, some of them empty; what must not be read is NaN."""
+    """Layer 1 of 3 with ragged heads, some of them empty; what must not be read is NaN.
+
+    Rows stand in a pool with free slabs, in another order, and their windows have lengths of their own.
+    """
     rng = np.random.default_rng(rows * 31 + heads)
-    capacity, layers = 60, 3
+    capacity, layers, slabs = 60, 3, rows + 2
     size = layers * heads
-    pool = Pool(rows, size, torch.device("cpu"))
-    shape = (rows, heads, places + 7)
+    pool = Pool(slabs, 1, size, torch.device("cpu"))
+    shape = (slabs, heads, places + 7)
     keys, values = (torch.randn(*shape, dim).to(dtype) for dim in (key_dim, value_dim))
-    keys[:, :, places:], values[:, :, places:] = torch.nan, torch.nan
     pool.grow(capacity, keys, values)
-    share = rng.dirichlet([0.3] * size, rows) * 0.8
+    share = rng.dirichlet([0.3] * size, slabs) * 0.8
     # the layer's second head is empty
     share[:, heads + 1 : heads + 2] = 0
-    for row, own in enumerate(pool.rows(pool.owner)):
-        local = rng.choice(size + 1, len(own), p=[*share[row], 1 - share[row].sum()])
-        own.copy_(torch.from_numpy(np.where(local < size, row * size + local, rows * size)))
-    pool.restore(capacity, pool.arrays())
-    used = (pool.owner < pool.heads)[:, None]
-    pool.keys = torch.where(used, torch.randn(len(used), key_dim).to(dtype), torch.nan)
-    pool.values = torch.where(used, torch.randn(len(used), value_dim).to(dtype), torch.nan)
-    hidden = torch.tensor([min(places - 1, 3 * row) for row in range(rows)]) if padded else None
-    return LayerView(pool, 1, layers, keys[:, :, :places], values[:, :, :places], hidden)
+    for index, own in enumerate(share):
+        slab = pool.slab(index)
+        local = rng.choice(size + 1, len(slab.owner) - 1, p=[*own, 1 - own.sum()])
+        slab.owner[:-1] = torch.from_numpy(local)
+        table, offsets = listing(slab.owner, size, len(slab.table))
+        slab.take({"table": table, "offsets": offsets})
+    used = (pool.owner < size)[..., None]
+    pool.keys = torch.where(used, torch.randn(*used.shape[:2], key_dim).to(dtype), torch.nan)
+    pool.values = torch.where(used, torch.randn(*used.shape[:2], value_dim).to(dtype), torch.nan)
+    if rows == 1:
+        return LayerView(pool, 1, 1, keys[1:2, :, :places], values[1:2, :, :places])
+    which, lengths = rng.permutation(slabs)[:rows], rng.integers(0, places, rows)
+    for slab, length in enumerate(np.full(slabs, -1)):
+        if slab in which:
+            length = lengths[list(which).index(slab)]
+        keys[slab, :, length + 1 :], values[slab, :, length + 1 :] = torch.nan, torch.nan
+    numbers = torch.from_numpy(np.stack([which, lengths, lengths + 1, lengths, lengths + 99]))
+    return LayerView(pool, 0, 1, keys, values, Places(pool, numbers, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("special", ["plain", "sinks", "softcap", "padded"])
+@pytest.mark.parametrize("special", ["plain", "sinks", "softcap"])
 def test_attention_equals_its_twin(case: tuple[int, ...], special: str) -> None:
     rows, heads, group, tokens, places, key_dim, value_dim = case
-    view = random_view(rows, heads, places, key_dim, value_dim, torch.float32, special == "padded")
+    view = random_view(rows, heads, places, key_dim, value_dim, torch.float32)
     queries = torch.randn(rows, heads * group, tokens, key_dim)
     options = {
         "sinks": torch.randn(heads * group) if special == "sinks" else None,
         "softcap": 2.0 if special == "softcap" else None,
     }
-    expected = naive_attend(queries, view, 0.3, **options)
+    sound = replace(view, keys=view.keys.nan_to_num(), values=view.values.nan_to_num())
+    expected = naive_attend(queries, sound, 0.3, **options)
     assert expected.isfinite().all()
     for pieces in (1, 5) if special == "plain" else (5,):
         out = decode_attention(queries, view, 0.3, **options, pieces=pieces)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        prefill_attention(queries, view, 0.3, **options), expected, rtol=1e-5, atol=1e-5
-    )
-    torch.testing.assert_close(attend(queries, view, 0.3, **options), expected, rtol=1e-5, atol=1e-5)
+    if rows == 1:
+        out = prefill_attention(queries, view, 0.3, **options)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend(queries, sound, 0.3, **options), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_in_half_precision() -> None:
     # Triton's interpreter has no bfloat16 arithmetic
-    view = random_view(2, 2, 50, 32, 32, torch.float16)
-    queries = torch.randn(2, 6, 2, 32).half()
-    expected = naive_attend(queries, view, 0.2)
-    for kernel in (partial(decode_attention, pieces=5), prefill_attention, attend):
-        torch.testing.assert_close(kernel(queries, view, 0.2), expected, rtol=2e-3, atol=2e-3)
+    for rows, tokens in ((1, 2), (2, 1)):
+        view = random_view(rows, 2, 50, 32, 32, torch.float16)
+        queries = torch.randn(rows, 6, tokens, 32).half()
+        sound = replace(view, keys=view.keys.nan_to_num(), values=view.values.nan_to_num())
+        expected = naive_attend(queries, sound, 0.2)
+        prefill = [prefill_attention] if rows == 1 else []
+        torch.testing.assert_close(attend(queries, sound, 0.2), expected, rtol=2e-3, atol=2e-3)
+        for kernel in (partial(decode_attention, pieces=5), *prefill):
+            torch.testing.assert_close(kernel(queries, view, 0.2), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_a_long_chunk_sees_itself_causally() -> None:
-    view = random_view(2, 2, 150, 16, 16, torch.float32, padded=True)
-    queries = torch.randn(2, 4, 141, 16)
+    view = random_view(1, 2, 150, 16, 16, torch.float32)
+    queries = torch.randn(1, 4, 141, 16)
     expected = naive_attend(queries, view, 0.3)
     torch.testing.assert_close(prefill_attention(queries, view, 0.3), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_length_of_the_rectangle_may_stay_on_the_device() -> None:
-    view = random_view(1, 2, 20, 16, 16, torch.float32)
-    queries = torch.randn(1, 4, 1, 16)
-    part = LayerView(view.pool, 1, 3, view.keys[:, :, :11], view.values[:, :, :11])
-    out = decode_attention(queries, view, 0.3, pieces=4, length=torch.tensor([11], dtype=torch.int32))
-    torch.testing.assert_close(out, naive_attend(queries, part, 0.3), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=8, deadline=None)
@@ -139,15 +149,6 @@ def test_selection_of_many_candidates() -> None:
     rest = 2**20, EvictionConfig(budget=100, buffer=1), heads, heads
     kept = select_triton(*arrays, *rest)
     assert kept.sum() == 800 and torch.equal(kept, select(*arrays, *rest))
-
-
-@pytest.mark.parametrize(("tokens", "start", "dim"), [(1, 0, 16), (3, 5, 24), (8, 2, 1)])
-def test_appending_equals_its_twin(tokens: int, start: int, dim: int) -> None:
-    new, length = torch.randn(2, 3, tokens, dim), torch.tensor([start], dtype=torch.int32)
-    wide = [torch.full((2, 3, 11, dim), torch.nan) for _ in range(2)]
-    append(new, wide[0], length)
-    naive_append(new, wide[1], length)
-    torch.testing.assert_close(wide[0], wide[1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

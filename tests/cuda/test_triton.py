@@ -18,16 +18,16 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
 )
 
-ENTRIES = ["p_query", "p_pool_key", "p_pool_value", "p_key", "p_value", "p_sinks", "p_new", "p_wide"]
+ENTRIES = ["p_query", "p_pool_key", "p_pool_value", "p_key", "p_value", "p_sinks"]
 TYPES = dict.fromkeys(ENTRIES, "*bf16") | {
-    "p_table": "*i32", "p_offsets": "*i32", "p_hidden": "*i64", "p_length": "*i32", "p_max": "*fp32",
+    "p_table": "*i32", "p_offsets": "*i32", "p_slabs": "*i64", "p_length": "*i64", "p_max": "*fp32",
     "p_sum": "*fp32", "p_part": "*fp32", "p_high": "*i64", "p_low": "*i64", "p_segment": "*i32",
     "p_prefix": "*i64", "p_counts": "*i32", "p_wanted": "*i32", "p_slots": "*i64", "p_keep": "*i1",
     "scale": "fp32", "softcap": "fp32",
 }  # fmt: skip
 # the shapes of Qwen3-4B
 SHAPES = {
-    "KV_HEADS": 8, "GROUP": 4, "TOKENS": 1, "KEY": 128, "VALUE": 128, "DIM": 128, "PIECES": 132,
+    "KV_HEADS": 8, "GROUP": 4, "TOKENS": 1, "KEY": 128, "VALUE": 128, "PIECES": 132,
     "ROWS": 16, "BLOCK": 64, "BLOCK_KEY": 128, "BLOCK_VALUE": 128, "IN_LOW": True,
 }  # fmt: skip
 CASES: list[tuple[Any, dict[str, Any]]] = [
@@ -36,7 +36,6 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (attention.prefill_attention_fwd_kernel, {"p_out": "*bf16"}),
     (select.rank_histogram_kernel, {}),
     (select.rank_digit_kernel, {}),
-    (moving.append_kernel, {}),
     (moving.fill_kernel, {}),
 ]
 
