@@ -24,6 +24,7 @@ class Backend(Protocol):
         identity: the model and its gates, by content.
         vocabulary: how many token ids the model has.
         ends: the token ids that end an answer.
+        batches: whether rows can decode in one pass.
     """
 
     shape: CacheShape
@@ -31,6 +32,7 @@ class Backend(Protocol):
     identity: str
     vocabulary: int | None
     ends: frozenset[int]
+    batches: bool
 
     def new_cache(self, budget: int | None) -> Any:
         """An empty cache, with a budget of its own or the server's."""
@@ -54,7 +56,10 @@ class Backend(Protocol):
         """A token (1,) on the device."""
 
     def generator(self, rows: int) -> Any:
-        """A batch generator for so many rows that decode together; None where there is none."""
+        """A batch generator for so many rows, where there are ``batches``."""
+
+    def single(self, found: Any) -> Any:
+        """The cache of a row that was removed from the generator, which holds on to nothing of it."""
 
     def take(self, cache: Any) -> Snapshot:
         """What a cache holds, on the host."""

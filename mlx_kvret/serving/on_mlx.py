@@ -7,13 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_machine
 
 from ..core.snapshot import Snapshot
 from ..core.types import Array
 from ..mlx_backend import hooks, snapshots
 from ..mlx_backend.attaching import make_cache
-from ..mlx_backend.cache import BoundedCache
+from ..mlx_backend.cache import BoundedCache, BoundedKVCache
+from ..mlx_backend.forward import leaves
 from ..mlx_backend.generation import vocabulary
 from ..mlx_backend.memory import free_bytes
 from .channels import Calls, Plain, Said, Splitter
@@ -31,6 +32,8 @@ class OnMLX:
         self.shape, self.eviction = made.layout.shape, first.shared.config
         self.identity = first.identity
         self.vocabulary = vocabulary(model)
+        # whether all layers' entries can stand in a batch
+        self.batches = all(hasattr(entry, "merge") for entry in first)
         self.ends = frozenset(int(token) for token in tokenizer.eos_token_ids)
 
     def new_cache(self, budget: int | None) -> BoundedCache:
@@ -38,8 +41,8 @@ class OnMLX:
         return make_cache(self.model, **(self._options | own))
 
     def copy(self, cache: BoundedCache) -> BoundedCache:
-        cheap = getattr(cache, "copy_on_write", None)
-        return copy.deepcopy(cache) if cheap is None else cheap()
+        # in arrays of its own, which go with it
+        return copy.deepcopy(cache)
 
     def read(self, cache: BoundedCache, ids: list[int]) -> None:
         self.model(mx.array([ids]), cache=cache)
@@ -60,8 +63,13 @@ class OnMLX:
     def array(self, token: int) -> mx.array:
         return mx.array([token])
 
-    def generator(self, rows: int) -> Any:
-        return None
+    def generator(self, rows: int) -> BatchGenerator:
+        return BatchGenerator(self.model, completion_batch_size=rows, prefill_batch_size=rows)
+
+    def single(self, found: Any) -> BoundedCache:
+        layers, _ = found
+        bounded = [part for part in leaves(layers) if isinstance(part, BoundedKVCache)]
+        return copy.deepcopy(BoundedCache(layers, bounded[0].shared, bounded))
 
     def take(self, cache: BoundedCache) -> Snapshot:
         return snapshots.take(cache, {})

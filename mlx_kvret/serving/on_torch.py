@@ -30,6 +30,7 @@ class OnTorch:
         self.shape, self.eviction = made.layout.shape, first.shared.config
         self.identity = first.identity
         self.vocabulary = vocabulary(model)
+        self.batches = False
         self.ends = frozenset(stop_tokens(model, tokenizer))
 
     def new_cache(self, budget: int | None) -> BoundedCache:
@@ -37,8 +38,8 @@ class OnTorch:
         return make_cache(self.model, **(self._options | own))
 
     def copy(self, cache: BoundedCache) -> BoundedCache:
-        cheap = getattr(cache, "copy_on_write", None)
-        return copy.deepcopy(cache) if cheap is None else cheap()
+        # in arrays of its own, which go with it
+        return copy.deepcopy(cache)
 
     @torch.no_grad()
     def read(self, cache: BoundedCache, ids: list[int]) -> None:
@@ -63,7 +64,10 @@ class OnTorch:
         return torch.tensor([token], device=self.model.device)
 
     def generator(self, rows: int) -> Any:
-        return None
+        raise NotImplementedError
+
+    def single(self, found: Any) -> BoundedCache:
+        raise NotImplementedError
 
     def take(self, cache: BoundedCache) -> Snapshot:
         return snapshots.take(cache, {})

@@ -85,6 +85,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Put all snapshots where they outlive the process, if there is such a place."""
+        self.engine.reset()
         with self._failing([]):
             self.prefixes.close()
 

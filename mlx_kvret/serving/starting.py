@@ -13,8 +13,9 @@ from ..errors import ConfigError
 from .admission import Plan, plan
 from .app import Service
 from .backend import Backend, backend_for
+from .batched import Batched
 from .disk import Disk
-from .engine import OneByOne
+from .engine import Engine, OneByOne
 from .metrics import Metrics
 from .prefixes import Prefixes
 from .prompts import Prompter
@@ -91,5 +92,5 @@ def _scheduler(backend: Backend, planned: Plan, settings: Settings, room: Room) 
         backend.take(backend.new_cache(None))
         disk = Disk(room.folder, room.disk, backend.take, backend.reopen)
     prefixes = Prefixes(planned.kept, backend.copy, disk)
-    engine = OneByOne(backend)
+    engine: Engine = Batched(backend, planned.rows) if backend.batches else OneByOne(backend)
     return Scheduler(backend, engine, prefixes, Metrics(), planned.rows, room.chunk, settings.timeout)
