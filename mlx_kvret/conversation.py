@@ -22,8 +22,9 @@ from .errors import CacheError, CheckpointError, ConfigError
 
 # plain words, so that no template and no filter has a reason to change them
 _ANSWER, _USER, _SYSTEM = "Quorvexa", "Brimlotu", "Zandofik"
-# that begin differently: what is encoded alike before both is so before whatever comes
-_NEXT = ("Vexalim", "Tombrika")
+# that begin differently: what is encoded alike before all of them is so before whatever comes; the last one
+# is for tokenizers that know only some words
+_NEXT = ("Vexalim", "Tombrika", "")
 # between a text that was read and what is asked about it
 BETWEEN = "\n\n"
 
@@ -228,8 +229,8 @@ class Transcript:
 
     def _plan_open(self, text: str) -> Turn:
         """A text up to where it is encoded alike whatever follows, and how its message would end."""
-        one, two = (self._plan(text + BETWEEN + self._word(word, text)) for word in _NEXT)
-        end = one.head + _common(one.ids[one.head :], two.ids[two.head :])
+        one, *others = (self._plan(text + BETWEEN + (word and self._word(word, text))) for word in _NEXT)
+        end = one.head + min(_common(one.ids[one.head :], other.ids[other.head :]) for other in others)
         return Turn(text, one.ids[:end] + one.ids[one.tail :], one.head, end, open=True)
 
     def _history(self, word: str) -> list[Message]:

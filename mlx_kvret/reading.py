@@ -13,7 +13,7 @@ from typing import Any
 
 from . import api
 from .conversation import BETWEEN, Transcript, Turn
-from .core.options import whole
+from .core.options import of_type, whole
 from .core.prompts import has_chat_template, prompt_ids
 from .errors import CacheError, ConfigError
 from .noted import note, notes_of
@@ -53,7 +53,8 @@ def read(
         OutOfMemoryError, CacheError: as of :func:`mlx_kvret.generate`.
     """
     whole("prefill_step_size", prefill_step_size, 1)
-    parts = [text] if isinstance(text, (str, Path)) else list(text)
+    of_type("text", text, (str, Path, list, tuple), "text, the Path of a file, or a list of these")
+    parts = [text] if isinstance(text, (str, Path)) else text
     whole_text = joined([read_text(str(part)) if isinstance(part, Path) else part for part in parts])
     reading = Reading.begun(model, tokenizer, api.make_cache(model, **options), system, raw)
     reading.read(whole_text, prefill_step_size, prompt_progress_callback)
