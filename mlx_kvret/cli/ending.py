@@ -66,7 +66,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, UnicodeError):
         return f"some text is not valid UTF-8 ({said}); convert it first"
     if isinstance(error, MemoryError):
-        return f"out of memory ({said}); lower --budget or --chunk, or take a smaller model"
+        return f"out of memory ({said}); lower --budget or what is read at a time, or take a smaller model"
     if isinstance(error, RecursionError):
         return "a file or an option is nested too deep; check what was given"
     if isinstance(error, ImportError):

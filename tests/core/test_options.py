@@ -74,6 +74,33 @@ def test_messages_stay_short(value):
         ({"temp": 1.0, "seed": True}, "seed is True"),
         ({"seed": 0}, "seed has no effect with a temp of 0"),
         ({"top_p": 0.5}, "top_p has no effect with a temp of 0"),
+        ({"top_k": 3}, "top_k has no effect with a temp of 0"),
+        ({"min_p": 0.1}, "min_p has no effect with a temp of 0"),
+        ({"xtc_probability": 0.1}, "xtc_probability has no effect with a temp of 0"),
+        ({"xtc_special_tokens": [3]}, "xtc_special_tokens has no effect with a temp of 0"),
+        ({"temp": 1.0, "top_k": -1}, "top_k is -1"),
+        ({"temp": 1.0, "top_k": 2.0}, "top_k is 2.0"),
+        ({"temp": 1.0, "min_p": math.nan}, "min_p is nan"),
+        ({"temp": 1.0, "min_p": 1.1}, "min_p is 1.1"),
+        ({"temp": 1.0, "min_p": 0.1, "min_tokens_to_keep": 0}, "min_tokens_to_keep is 0"),
+        ({"temp": 1.0, "min_tokens_to_keep": 2}, "min_tokens_to_keep has no effect without min_p"),
+        ({"temp": 1.0, "xtc_probability": 2}, "xtc_probability is 2"),
+        ({"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.6}, "xtc_threshold is 0.6"),
+        ({"temp": 1.0, "xtc_threshold": 0.2}, "xtc_threshold has no effect without xtc_probability"),
+        ({"temp": 1.0, "xtc_probability": 1, "xtc_special_tokens": 3}, "xtc_special_tokens is 3"),
+        ({"temp": 1.0, "xtc_probability": 1, "xtc_special_tokens": [-1]}, "special_tokens holds -1"),
+        ({"logit_bias": [3]}, r"logit_bias is \[3\]; expected a dictionary"),
+        ({"logit_bias": {"3": 1.0}}, "logit_bias holds '3' where a token id should be"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias holds True"),
+        ({"logit_bias": {3: "x"}}, "the logit_bias of token 3 is 'x'"),
+        ({"logit_bias": {3: math.inf}}, "the logit_bias of token 3 is inf"),
+        ({"repetition_penalty": -1}, "repetition_penalty is -1"),
+        ({"repetition_penalty": 1e-9}, "repetition_penalty is 1e-09"),
+        ({"repetition_penalty": False}, "repetition_penalty is False"),
+        ({"presence_penalty": math.nan}, "presence_penalty is nan"),
+        ({"frequency_penalty": "1"}, "frequency_penalty is '1'"),
+        ({"repetition_penalty": 1.1, "repetition_context_size": 0}, "repetition_context_size is 0"),
+        ({"presence_context_size": 5}, "presence_context_size has no effect without presence_penalty"),
     ],
 )
 def test_sampling_that_cannot_work(options, says):
@@ -84,6 +111,14 @@ def test_sampling_that_cannot_work(options, says):
 def test_sampling_that_works():
     assert not Sampling().asked and not Sampling(0.0, 1.0).asked
     assert Sampling(0.7, 0.9, MAX_SEED).asked and Sampling(1e-30).asked
+    # penalties do not draw: they go with any sampler, and with the likeliest token
+    changes = Sampling(logit_bias={3: -1}, repetition_penalty=1.3, presence_penalty=0, frequency_penalty=-1)
+    assert not changes.asked
+    assert list(changes.penalties()) == [("repetition", 1.3, 20), ("frequency", -1.0, 20)]
+    check_generation({"sampler": print}, changes)
+    changes.check_vocabulary(4)
+    with pytest.raises(ConfigError, match="logit_bias holds token id 3, the model's are 0 to 2"):
+        changes.check_vocabulary(3)
 
 
 @pytest.mark.parametrize("value", [0, -2, 1.0, "3", True, None, math.nan, np.float32(3)])
