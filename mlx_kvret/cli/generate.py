@@ -78,8 +78,8 @@ def command(context: click.Context, **options: Any) -> None:
     check_draft(draft, proposed, options["backend"])
     model, tokenizer = load(options)
     if saved is None:
-        cache = make_cache(model, **evict)
         prompt, answer = read_prompt(required(tokenizer), text, options)
+        cache = make_cache(model, **evict)
     else:
         cache, prompt, answer = go_on(model, required(tokenizer), saved, text, options)
     loop: dict[str, Any] = draft_of(tokenizer, draft, proposed) | sampling(model, tokenizer, options)

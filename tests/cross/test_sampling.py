@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_lm.sample_utils import make_sampler
+from transformers import GenerationConfig
 
 import cuda_backend.sampling
 import mlx_kvret
@@ -98,6 +100,25 @@ def test_every_token_is_drawn_as_often_as_it_should_be(backend, case, temp):
     assert not found[p == 0].any()
     assert (np.abs(found - count * p) <= 5 * np.sqrt(count * p * (1 - p))).all()
     assert found.tolist() == np.bincount(draws(backend, asked, count), minlength=len(p)).tolist()
+
+
+OWN = {"top_k": 9, "top_p": 0.9, "min_p": 0.05}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, OWN], ids=["temp", "top_p", "all"])
+@pytest.mark.parametrize("temp", [0.7, 2.0])
+def test_the_same_seed_draws_what_the_host_draws(backend, loaded, temp, options):
+    logprobs = np.tile(LOGITS - np.log(np.exp(LOGITS).sum()), (50, 1))
+    found = draws(backend, Sampling(temp, seed=3, **options), 50)
+    if backend == "mlx":
+        mx.random.seed(3)
+        own = make_sampler(temp, **options)(mx.array(logprobs)).tolist()
+    else:
+        torch.manual_seed(3)
+        asked = GenerationConfig(do_sample=True, temperature=temp, **{"top_k": 0} | options)
+        process = loaded[0]._get_logits_processor(asked)
+        own = torch.multinomial(process(None, torch.tensor(logprobs)).softmax(-1), 1)[:, 0].tolist()
+    assert found == own
 
 
 def test_xtc_happens_as_often_as_asked(backend):
