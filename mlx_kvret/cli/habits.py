@@ -19,8 +19,8 @@ REFUSED = {
     "--kv-bits": _PRECISION,
     "--kv-group-size": _PRECISION,
     "--quantized-kv-start": _PRECISION,
-    "--prompt-cache-file": "give --cache, a file of `mlx-kvret read` or of /save in a chat; mlx-lm's own files "
-    "are read from Python, by its load_prompt_cache for an attached model",
+    "--prompt-cache-file": "give --cache, a file of `mlx-kvret read` or of /save in a chat; mlx-lm's own "
+    "files are read from Python, by its load_prompt_cache for an attached model",
     "--image": "models read text only here",
     "--use-default-chat-template": "neither mlx_lm.generate nor transformers has a default template; put a "
     "chat_template.jinja into the model's folder",
