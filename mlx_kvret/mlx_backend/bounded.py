@@ -1,72 +1,179 @@
-"""What the layers of one cache share: the pool, the clock and the rule by which entries go."""
+"""What the layers of one cache share: its rows, each with a clock and a budget, in an arena."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
-from ..core.eviction import heads_per_group
 from ..core.passes import Passes
-from ..core.schedule import Move, Schedule
 from ..core.state import State
 from ..core.types import Ints
 from ..errors import CacheError, KVRetError
-from .pool import Pool
-from .recent import Recent
-from .selection import keydiff_score, retention_score, select, static_score
+from .arena import Arena
+from .compaction import compacted, folded
+from .joining import admit, alone, new_row, own
+from .reading import Reading
+from .row import Row
 
 if TYPE_CHECKING:
     from .gates import RetentionGates
 
 
 class Bounded:
-    """A cache of L competing layers that holds at most (M + B)·L·H entries between forward passes.
+    """Rows of one arena, each of which holds at most (M + B)·L·H entries between forward passes.
 
     A compaction that is due after a forward pass is carried out by :meth:`settle`, before the next one or as
     soon as anyone looks, whichever comes first. So tokens of the last pass can still be taken back, and a
     decoding loop never waits. How many entries there are is arithmetic, never read from the device.
-    ``owner`` names the model and the gates, for caches saved to a file, ``identity`` the very weights too.
 
-    Changes are decided upon first and then put in place, whole or not at all: those of a forward pass by
-    :mod:`mlx_kvret.mlx_backend.forward`, all others by :meth:`put`.
+    A ``batch`` may have any number of rows, else there is one. ``reading`` is the pass under way; ``to_come``
+    tokens of each row are real in the passes to come, if some rows have fewer than others.
     """
 
-    def __init__(
-        self,
+    def __init__(self, arena: Arena, rows: Sequence[Row], batch: bool = False) -> None:
+        self.arena, self.rows, self.batch = arena, list(rows), batch
+        self.reading: Reading | None = None
+        # what mlx-lm has asked the first layer for, until it has asked the others: see batch.py
+        self.made: tuple[Any, Callable[[], Bounded | None]] = (None, lambda: None)
+        self.to_come: list[int] | None = None
+
+    @classmethod
+    def single(
+        cls,
         shape: CacheShape,
         config: EvictionConfig,
         owner: dict[str, str],
         gates: RetentionGates | None = None,
         gate_layers: Sequence[int] | None = None,
-    ) -> None:
-        self.shape, self.config, self.owner = shape, config, owner
-        self.gates, self.gate_layers = gates, gate_layers
-        self.size = heads_per_group(config, shape.layers, shape.kv_heads)
-        self.pool = Pool(shape.heads // self.size, self.size)
-        self.schedule = Schedule(config, self.pool.groups, self.size)
-        self.recents = [self._recent(layer) for layer in range(shape.layers)]
-        self.seen = [0] * shape.layers
-        self.identity = ""
-        self.passes = Passes()
-        # of the pass under way: masks that were made for it, and by id of the keys whose they are
-        self.masks: list[mx.array] = []
-        self.fetchers: dict[int, Any] = {}
-        self._decided: State | None = None
-        self.evaluate()
+    ) -> Bounded:
+        """An empty sequence in an arena of its own."""
+        arena = Arena(shape, config, owner, gates, gate_layers)
+        arena.evaluate()
+        return cls(arena, [new_row(arena)])
 
-    def _recent(self, layer: int) -> Recent:
-        index = self.gate_layers[layer] if self.gate_layers else layer
-        gate = partial(self.gates.log_beta, index) if self.gates is not None else None
-        defer = self.shape.deferred(self.config.budget, self.config.buffer)
-        return Recent(self.config.buffer, defer, gate)
+    @property
+    def shape(self) -> CacheShape:
+        return self.arena.shape
+
+    @property
+    def owner(self) -> dict[str, str]:
+        return self.arena.owner
+
+    @property
+    def passes(self) -> Passes:
+        return self.arena.passes
+
+    @property
+    def identity(self) -> str:
+        return self.arena.identity
+
+    @property
+    def row(self) -> Row:
+        """The only row."""
+        (row,) = self.rows
+        return row
+
+    @property
+    def config(self) -> EvictionConfig:
+        """The only row's."""
+        return self.row.config
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the only row has seen."""
+        return self.row.seen
+
+    # ------------------------------------------------------------------ rows
+
+    def extend(self, other: Bounded) -> None:
+        """The rows of another come after these; what is held in another arena is copied, else nothing.
+
+        Raises:
+            CacheError: they cannot stand in one batch.
+        """
+        self.arena.check()
+        if other.arena is not self.arena:
+            other.settle()
+        rows = [*self.rows, *admit(self.arena, other.rows)]
+        self.arena.put(State([(self, {"rows": rows})]))
+        self.arena.tidy()
+
+    def filter(self, keep: Sequence[int]) -> None:
+        """Keep these rows, in this order; the others end."""
+        self.arena.check()
+        self.arena.put(State([(self, {"rows": [self.rows[int(index)] for index in keep]})]))
+        self.arena.tidy()
+
+    def copy(self) -> Bounded:
+        """The same rows, which share their slabs until either is written to."""
+        self.settle()
+        made = Bounded(self.arena, [row.twin() for row in self.rows], self.batch)
+        made.to_come = self.to_come
+        return made
+
+    def extract(self, index: int) -> Bounded:
+        """A single sequence that goes on where a row is, and shares its slab until either is written to."""
+        self.settle()
+        return Bounded(self.arena, [self.rows[index].twin()])
+
+    @classmethod
+    def merged(cls, parts: Sequence[Bounded]) -> Bounded:
+        """A batch of copies of all rows, in an arena that has one already, or a new one.
+
+        Raises:
+            CacheError: they cannot stand in one batch.
+        """
+        for part in parts:
+            part.settle()
+        first = parts[0].arena
+        shared = [part.arena for part in parts if part.arena.slabs.count > 1]
+        rows = [row for part in parts for row in part.rows]
+        arena = shared[0] if shared else first.like(len(rows))
+        return cls(arena, admit(arena, [row.twin() for row in rows]), batch=True)
+
+    # ------------------------------------------------------------------ passes
+
+    def expect(self, lengths: list[int] | None) -> None:
+        """So many tokens of each row are real in the passes to come; None if all are."""
+        if lengths is not None and len(lengths) != len(self.rows):
+            raise CacheError(f"{len(lengths)} lengths for {len(self.rows)} rows; give one for each row")
+        self.to_come = lengths
+
+    def counts(self, tokens: int) -> list[int]:
+        """How many of the next ``tokens`` are real, of each row."""
+        if self.to_come is None:
+            return [tokens] * len(self.rows)
+        return [max(0, min(left, tokens)) for left in self.to_come]
+
+    def prepare(self, tokens: int, wait: bool = False) -> None:
+        """Have everything decided that a pass of so many tokens builds upon."""
+        self.settle(wait)
+        own(self.arena, (row for row, n in zip(self.rows, self.counts(tokens), strict=True) if n))
+
+    def begin(self, tokens: int) -> tuple[Reading, State]:
+        """A pass of so many tokens, to be put in ``reading``, and what undoes it."""
+        reading = Reading(self.arena, self.rows, self.counts(tokens), tokens)
+        return reading, State([*reading.before(), (self, {"reading": None, "to_come": self.to_come})])
+
+    def finish(self) -> None:
+        """The pass is over: its tokens count."""
+        reading = self.reading
+        assert reading is not None
+        left = self.to_come and [count - reading.tokens for count in self.to_come]
+        State.all([reading.after(), State([(self, {"reading": None, "to_come": left})])]).put()
+
+    def offsets(self, layer: int) -> mx.array:
+        """Tokens that each row has seen (R,); those of the pass under way too, once the layer has them."""
+        if self.reading is not None:
+            return self.reading.offsets(layer)
+        return mx.array([row.seen for row in self.rows], mx.int32)
 
     # ------------------------------------------------------------------ changes, whole or not at all
 
@@ -76,60 +183,62 @@ class Bounded:
         Raises:
             CacheError: a pass is under way, or the cache cannot go on.
         """
-        self.passes.check()
-        if self._decided is not None:
-            self.put(self._decided)
-        if len(set(self.seen)) != 1:
-            raise CacheError(
-                f"the layers have seen {min(self.seen)} to {max(self.seen)} tokens: taking tokens back was "
-                "broken off half way; make a new cache"
-            )
-        if fresh := [log_beta for layer in self.recents for log_beta in layer.fresh()]:
-            self._compute(fresh, wait)
-        move = self.schedule.next(self.seen[0], self.recents[0].length)
-        if move is None:
+        arena = self.arena
+        arena.check()
+        for row in self.rows:
+            if any(row.taken_back):
+                seen = [row.seen - count for count in row.taken_back]
+                raise CacheError(
+                    f"the layers have seen {min(seen)} to {max(seen)} tokens: taking tokens back was "
+                    "broken off half way; make a new cache"
+                )
+        todo = [(row, move) for row in self.rows if (move := row.next()) is not None or row.wide is not None]
+        if arena.unscored:
+            waiting = sum(one.tokens for one in arena.waiting())
+            if waiting >= arena.defer or any(move is not None for _, move in todo):
+                arena.score(wait)
+        if not todo:
             return
-        capacity = self.pool.capacity
+        own(arena, (row for row, _ in todo))
+        capacity = arena.pool.capacity
         try:
-            after = self._compacted(move)
+            pool, recent = copy.copy(arena.pool), arena.recent.copy()
+            rows = [
+                (row, folded(row, recent) if move is None else compacted(row, move, pool, recent))
+                for row, move in todo
+            ]
         except (RuntimeError, MemoryError) as error:
-            if self.passes.in_flight and not isinstance(error, KVRetError):
-                self.lose(error)
+            if arena.passes.in_flight and not isinstance(error, KVRetError):
+                arena.lose(error)
             raise
-        self.put(after)
-        del after
-        if self.pool.capacity > capacity:
+        arena.put(State([(arena.pool, vars(pool)), (arena.recent, vars(recent)), *rows]))
+        del pool, recent, rows
+        if arena.pool.capacity > capacity:
             # one by one, so that no two of the old arrays stand beside their larger copies
-            for array in self.pool.arrays():
-                self._compute(array, wait=True)
+            for array in arena.pool.arrays():
+                arena.compute(array, wait=True)
         # nothing may hold on to what has been decided upon, whether or not anyone looks at the pool soon
-        lookup = self.pool.lookup
-        self._compute([*self.arrays(), lookup.table, lookup.offsets], wait)
-
-    def release(self) -> None:
-        """The pass is over: forget what served only it."""
-        self.masks, self.fetchers = [], {}
-        for recent in self.recents:
-            recent.release()
-
-    def put(self, state: State) -> None:
-        """Put a change in place; if that is broken off, the next :meth:`settle` does it again."""
-        self._decided = state
-        state.put()
-        self._decided = None
+        lookup = arena.pool.lookup
+        arena.compute([*arena.arrays(), lookup.table, lookup.offsets], wait)
+        arena.tidy()
 
     def take_back(self, count: int, others: Sequence[Any] = ()) -> None:
-        """Forget the newest ``count`` tokens of every layer, which no compaction has decided upon.
+        """Forget the newest ``count`` tokens of the only row, which no compaction has decided upon.
 
         ``others`` are entries of the same cache that do not compete.
         """
-        changed = [*self.recents, *others]
-        copies = [copy.copy(one) for one in changed]
+        copies = [copy.copy(one) for one in others]
         for one in copies:
             one.trim(count)
-        after = [dict(vars(one)) for one in copies]
-        seen = [seen - count for seen in self.seen]
-        self.put(State([*zip(changed, after, strict=True), (self, {"seen": seen})]))
+        pairs = [(one, dict(vars(twin))) for one, twin in zip(others, copies, strict=True)]
+        self.arena.put(State([*pairs, (self.row, self.row.forgetting(count))]))
+
+    def trim(self, layer: int, count: int) -> None:
+        """As :meth:`take_back`, asked for one layer after the other; done when all layers were."""
+        row = self.row
+        taken = [n + count * (index == layer) for index, n in enumerate(row.taken_back)]
+        whole = len(set(taken)) == 1
+        self.arena.put(State([(row, row.forgetting(count) if whole else {"taken_back": taken})]))
 
     def confirm(self) -> None:
         """Wait for what is in flight of the layers that compete.
@@ -138,100 +247,13 @@ class Bounded:
             CacheError: it failed, so that the cache cannot go on.
         """
         if self.passes.in_flight:
-            self._compute(self.arrays(), wait=True)
-
-    def _compute(self, arrays: Any, wait: bool = False) -> None:
-        self.passes.in_flight |= not wait
-        try:
-            (mx.eval if wait else mx.async_eval)(arrays)
-        except Exception as error:
-            self.lose(error)
-
-    def lose(self, error: BaseException) -> NoReturn:
-        """MLX failed at something that the cache holds."""
-        reason = str(error).partition("\n")[0]
-        self.passes.lose(f"MLX failed while it computed what the cache holds ({reason})")
-        raise CacheError(self.passes.lost) from error
-
-    def _compacted(self, move: Move) -> State:
-        """The oldest tokens of the rectangle moved into the pool; groups that are due select first."""
-        shape, tokens, due = self.shape, move.tokens, move.due
-        start = self.seen[0] - self.recents[0].length
-        retention = mx.stack([self._retention(layer, tokens, start) for layer in range(shape.layers)])
-        pool, recents, schedule = (
-            copy.copy(self.pool),
-            list(map(copy.copy, self.recents)),
-            copy.copy(self.schedule),
-        )
-        if move.capacity > pool.capacity:
-            first, room = recents[0], max(move.capacity, 2 * pool.capacity)
-            pool.grow(min(schedule.most, room), first.keys, first.values)
-        rows = (pool.groups, -1)
-        position = mx.broadcast_to(mx.arange(start, start + tokens, dtype=mx.int32), (shape.heads, tokens))
-        head = mx.broadcast_to(mx.arange(shape.heads, dtype=mx.int32)[:, None], (shape.heads, tokens))
-        new = retention.reshape(rows), position.reshape(rows), head.reshape(rows)
-
-        old = pool.rows(pool.retention), pool.rows(pool.position), pool.rows(pool.owner)
-        stays, survives = old[2] < shape.heads, mx.ones(new[2].shape, mx.bool_)
-        if due.any():
-            joined = [mx.concatenate([a, b], axis=1) for a, b in zip(old, new, strict=True)]
-            keep = select(
-                self._score(pool, joined, tokens),
-                joined[1],
-                joined[2],
-                self.seen[0],
-                self.config,
-                self.size,
-                shape.heads,
-            )
-            if not due.all():
-                keep = mx.where(mx.array(due)[:, None], keep, joined[2] < shape.heads)
-            stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
-        slots = pool.destinations(stays, survives)
-        pool.admit(stays, slots, survives, *new)
-        by_layer = slots.reshape(shape.layers, -1)
-        for layer, recent in enumerate(recents):
-            keys, values = recent.keys[0, :, :tokens], recent.values[0, :, :tokens]
-            pool.fill(by_layer[layer], keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]))
-            recent.forget_oldest(tokens)
-        schedule.done(move, start, self._counted(pool))
-        return State.becoming(
-            [(self.pool, pool), (self.schedule, schedule), *zip(self.recents, recents, strict=True)]
-        )
-
-    def _counted(self, pool: Pool) -> Ints | None:
-        """Entries per group where a threshold decides, read from the device; None where it is arithmetic."""
-        if self.config.threshold is None:
-            return None
-        return np.diff(np.array(pool.lookup.offsets)[:: self.size])
-
-    def _retention(self, layer: int, tokens: int, start: int) -> mx.array:
-        """What is stored with the oldest ``tokens`` of a layer, (H, tokens) float32."""
-        recent = self.recents[layer]
-        if self.config.policy == "learned":
-            return recent.log_beta()[:, :tokens]
-        return static_score(
-            self.config,
-            recent.keys[0, :, :tokens],
-            layer * self.shape.kv_heads,
-            np.arange(start, start + tokens),
-        )
-
-    def _score(self, pool: Pool, candidates: list[mx.array], tokens: int) -> mx.array:
-        retention, position, head = candidates
-        if self.config.policy == "learned":
-            return retention_score(retention, position, self.seen[0], self.config.lookahead)
-        if self.config.policy == "keydiff":
-            new = mx.stack([recent.keys[0, :, :tokens] for recent in self.recents])
-            keys = mx.concatenate([pool.rows(pool.keys), new.reshape(pool.groups, -1, new.shape[-1])], axis=1)
-            return keydiff_score(keys, head, self.shape.heads)
-        return retention
+            self.arena.compute(self.arena.arrays(), wait=True)
 
     # ------------------------------------------------------------------ looking
 
     @property
     def entries(self) -> int:
-        """Cached entries over all layers and heads."""
+        """Cached entries over all rows, layers and heads."""
         self.settle()
         return self.unsettled_entries
 
@@ -239,49 +261,38 @@ class Bounded:
     def unsettled_entries(self) -> int:
         """Entries before anything that is due is carried out."""
         self.passes.check()
-        return int(self.schedule.counts.sum()) + self.recents[0].length * self.shape.heads
+        return sum(row.entries for row in self.rows)
 
-    def kept_positions(self) -> list[list[Ints]]:
-        """For each layer, for each KV head, the sorted positions of its entries (int64 arrays)."""
+    def kept_positions(self, row: int = 0) -> list[list[Ints]]:
+        """For each layer, for each KV head, the sorted positions of a row's entries (int64 arrays)."""
         self.settle()
         self.confirm()
-        table, offsets = np.array(self.pool.lookup.table), self.pool.lookup.on_host()
-        position = np.array(self.pool.position)[table]
-        recent = np.arange(self.seen[0] - self.recents[0].length, self.seen[0])
+        one, pool, size = self.rows[row], self.arena.pool, self.shape.kv_heads
+        offsets, position = pool.kept(one.slab)
+        recent = np.arange(one.seen - one.length, one.seen)
         heads: list[Ints] = [
             np.concatenate([np.sort(position[a:b]), recent]).astype(np.int64)
             for a, b in itertools.pairwise(offsets)
         ]
-        return [heads[i : i + self.shape.kv_heads] for i in range(0, len(heads), self.shape.kv_heads)]
+        return [heads[i : i + size] for i in range(0, len(heads), size)]
 
     def arrays(self) -> list[Any]:
         """Everything to be evaluated."""
-        return [self.pool.arrays(), [recent.arrays() for recent in self.recents]]
-
-    def evaluate(self) -> None:
-        """Compute what was built, which another thread could not: MLX's streams are those of a thread."""
-        mx.eval(self.arrays(), self.pool.lookup.table, self.pool.lookup.offsets)
+        return self.arena.arrays()
 
     def layer_nbytes(self, layer: int) -> int:
-        """Bytes of one layer's rectangle and its share of the pool; the shares add up to all of it."""
-        share, rest = divmod(self.pool.nbytes, self.shape.layers)
-        own = sum(a.nbytes for a in self.recents[layer].arrays())
-        return own + share + (rest if layer == 0 else 0)
+        """A layer's share of the bytes of the rows' slabs and of what they hold; they add up to all of it."""
+        share, rest = divmod(self.arena.slab_nbytes(self.rows), self.shape.layers)
+        return share + (rest if layer == 0 else 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bounded:
-        """A cache of its own that shares gates and configuration, which never change."""
-        self.settle()
-        self.confirm()
-        twin = Bounded(self.shape, self.config, self.owner, self.gates, self.gate_layers)
+        """A single sequence gets an arena of its own, for any thread; rows of a batch share their slabs."""
+        if self.batch:
+            twin = self.copy()
+        else:
+            self.settle()
+            self.confirm()
+            row = alone(self.row)
+            twin = Bounded(row.arena, [row])
         memo[id(self)] = twin
-        twin.identity = self.identity
-        twin.pool = copy.deepcopy(self.pool, memo)
-        twin.schedule, twin.seen = copy.deepcopy(self.schedule, memo), list(self.seen)
-        for recent, theirs in zip(twin.recents, self.recents, strict=True):
-            if theirs.length:
-                learned = self.config.policy == "learned"
-                recent.restore(
-                    mx.array(theirs.keys), mx.array(theirs.values), theirs.log_beta() if learned else None
-                )
-        twin.evaluate()
         return twin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_cache
@@ -13,11 +13,11 @@ import numpy as np
 
 from ..core.absent import Absent
 from ..core.passes import Passes
-from ..core.state import State
 from ..core.types import Ints
 from ..errors import CacheError, ModelMismatchError, UnsupportedFeatureError, UnsupportedModelError
-from .attention import attend
+from .batch import Batched
 from .bounded import Bounded
+from .reading import Reading
 from .saved import Loaded, layer_state
 from .view import LayerView
 
@@ -25,14 +25,19 @@ from .view import LayerView
 running: ContextVar[Bounded | None] = ContextVar("kvret_running", default=None)
 
 
-class BoundedKVCache(mlx_cache._BaseCache):
-    """One competing layer's entry: mlx-lm's single-sequence cache contract on a shared :class:`Bounded`.
+class BoundedKVCache(Batched):
+    """One competing layer's entry: mlx-lm's cache contract on a shared :class:`Bounded`.
 
-    What it cannot do (batches, quantisation) is absent, for hosts ask with ``hasattr``.
-
-    ``offset`` is the number of tokens seen, not cached: RoPE positions are true positions. ``padded`` is for
-    models that compute on the fetched keys (latent attention): they get heads padded to equal length.
+    What it cannot do (quantisation; batches of what models compute on) is absent, for hosts ask with
+    ``hasattr``. ``offset`` is the number of tokens seen, not cached: RoPE positions are true positions; in a
+    batch it is that of each row, (rows,). ``padded`` is for models that compute on the fetched keys (latent
+    attention): they get heads padded to equal length.
     """
+
+    merge = Absent(unless=lambda cache: not (cache.padded or cache.shared.batch))
+    extract, filter, extend, prepare, finalize = (
+        Absent(unless=lambda cache: cache.shared.batch) for _ in range(5)
+    )
 
     def __init__(self, shared: Bounded, layer: int, padded: bool = False) -> None:
         self.shared, self.layer, self.padded = shared, layer, padded
@@ -49,43 +54,43 @@ class BoundedKVCache(mlx_cache._BaseCache):
         Layers that share another's keys have no cache of their own.
         """
         shared = running.get()
-        owner: BoundedKVCache | None = None if shared is None else shared.fetchers.get(id(keys))
+        reading = None if shared is None else shared.reading
+        owner: BoundedKVCache | None = None if reading is None else reading.fetchers.get(id(keys))
         return owner if owner is not None and owner.fetched and owner.fetched[0] is keys else None
 
     @property
-    def offset(self) -> int:
-        return self.shared.seen[self.layer]
+    def offset(self) -> Any:
+        shared = self.shared
+        if shared.batch:
+            return shared.offsets(self.layer)
+        came = 0 if self.fetched is None or shared.reading is None else shared.reading.counts[0]
+        return shared.row.seen - shared.row.taken_back[self.layer] + came
 
     @property
     def fetched(self) -> tuple[mx.array, mx.array] | None:
         """What :meth:`update_and_fetch` returned in this pass, or would have returned if not ``padded``."""
-        return self.shared.recents[self.layer].fetched
+        reading = self.shared.reading
+        return None if reading is None else reading.fetched[self.layer]
 
     def observe(self, x: mx.array) -> None:
-        """Take in the layer's attention input (1, T, hidden)."""
-        self._check_pass()
-        if x.shape[0] != 1:
-            _refuse(f"a batch of {x.shape[0]} sequences", "run one sequence at a time")
-        self.shared.recents[self.layer].observe(x[0])
+        """Take in the layer's attention input (R, T, hidden)."""
+        self._reading().observe(self.layer, x)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Add the step's keys and values (1, H, T, D).
+        """Add the step's keys and values (R, H, T, D).
 
-        Returns the rectangle (1, H, r, D), from which :func:`.attention.attend` goes on to the pool,
-        or, if ``padded``, all visible entries (1, H, W + r, D), W being the longest head of all layers.
+        Returns what :meth:`attend` is to be given: the window (1, H, r, D), of a batch the step's own; or, if
+        ``padded``, all visible entries (1, H, W + r, D), W being the longest head of all layers.
         """
-        self._check_pass()
-        recent = self.shared.recents[self.layer]
-        recent.append(keys, values)
-        self.shared.seen[self.layer] += keys.shape[2]
-        fetched = recent.fetch()
+        reading = self._reading()
+        fetched = reading.append(self.layer, keys, values)
         if not self.padded or self._width() == 0:
-            self.shared.fetchers[id(fetched[0])] = self
+            reading.fetchers[id(fetched[0])] = self
             return fetched
         old_keys, old_values, _ = self.view().kept(0, keys.shape[1], self._width())
         return (
-            mx.concatenate([old_keys[None], recent.keys], axis=2),
-            mx.concatenate([old_values[None], recent.values], axis=2),
+            mx.concatenate([old_keys[None], fetched[0]], axis=2),
+            mx.concatenate([old_values[None], fetched[1]], axis=2),
         )
 
     def attend(
@@ -97,12 +102,12 @@ class BoundedKVCache(mlx_cache._BaseCache):
         mask: Any,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """mlx-lm's ``scaled_dot_product_attention`` for this cache; (1, Hq, T, D) to (1, Hq, T, Dv)."""
-        fetched = self.fetched
+        """mlx-lm's ``scaled_dot_product_attention`` for this cache; (R, Hq, T, D) to (R, Hq, T, Dv)."""
+        fetched, reading = self.fetched, self._reading()
         if not self.padded and fetched and keys is fetched[0] and values is fetched[1]:
-            causal = isinstance(mask, str) or any(mask is made for made in self.shared.masks)
+            causal = isinstance(mask, str) or any(mask is made for made in reading.masks)
             if mask is None or causal:
-                return attend(queries, self.view(), scale, causal, sinks)
+                return reading.attend(self.layer, queries, scale, causal, sinks)
         elif self.padded and isinstance(mask, mx.array):
             bias = self.padding_bias() + (mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask)
             return mx.fast.scaled_dot_product_attention(
@@ -116,24 +121,23 @@ class BoundedKVCache(mlx_cache._BaseCache):
     def view(self) -> LayerView:
         """What the layer attends to, after :meth:`update_and_fetch`."""
         assert self.fetched is not None
-        return LayerView(self.shared.pool, self.layer, *self.fetched)
+        return self._reading().view(self.layer)
 
     def padding_bias(self) -> mx.array:
         """0 for the real and -inf for the padded entries of :meth:`update_and_fetch`, (H, 1, W + r)."""
         view, width = self.view(), self._width()
-        _, real = view.pool.lookup.padded(view.first, view.kv_heads, width) if width else (None, None)
         visible = mx.zeros((view.kv_heads, 1, width + view.keys.shape[2]))
+        real = view.kept(0, view.kv_heads, width)[2] if width else None
         if real is not None:
             visible[:, 0, :width] = mx.where(real, 0.0, -mx.inf)
         return visible
 
     def _width(self) -> int:
-        offsets = self.shared.pool.lookup.on_host()
-        return int((offsets[1:] - offsets[:-1]).max())
+        return int(np.diff(self.shared.arena.pool.lookup.on_host(self.shared.row.slab)).max())
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """mlx-lm's mask for N new tokens, as if every layer held the same entries, all of them visible."""
-        self._check_pass()
+        reading = self._reading()
         if window_size is not None:
             raise UnsupportedModelError(
                 f"this model masks a window of {window_size} tokens over a cache of all tokens, which has no "
@@ -143,36 +147,41 @@ class BoundedKVCache(mlx_cache._BaseCache):
             return None
         if not (self.padded or return_array):
             return "causal"
-        recent = self.shared.recents[self.layer].length
+        recent = max(row.length for row in reading.rows)
         places = mx.arange(-self._width() if self.padded else 0, recent + N)
         mask = places <= recent + mx.arange(N)[:, None]
-        self.shared.masks.append(mask)
+        reading.masks.append(mask)
         return mask
 
-    def _check_pass(self) -> None:
-        if running.get() is not self.shared:
+    def _reading(self) -> Reading:
+        reading = self.shared.reading
+        if reading is None or running.get() is not self.shared:
             raise ModelMismatchError(
                 "a bounded cache was given to a model that is not attached, or to a part of one; attach the "
                 "model it was made for with mlx_kvret.attach(model, gates) and call the whole model, or give "
                 "this one a cache of its own"
             )
+        return reading
 
     # -------------------------------------------------- prompt files and trimming
 
     @property
     def state(self) -> list[Any]:
         """Arrays and strings that mlx-lm saves; the first layer carries what all share."""
-        return layer_state(self.shared, self.layer)
+        if not self.shared.batch:
+            return layer_state(self.shared, self.layer)
+        self.shared.settle()
+        return self.shared.arrays() if self.layer == 0 else []
 
     @state.setter
     def state(self, state: list[Any]) -> None:
         raise CacheError("a bounded layer is not restored on its own; load the whole prompt file")
 
     def size(self) -> int:
-        return self.offset
+        return max(row.seen for row in self.shared.rows)
 
     def empty(self) -> bool:
-        return self.offset == 0
+        return self.size() == 0
 
     @property
     def nbytes(self) -> int:
@@ -185,26 +194,28 @@ class BoundedKVCache(mlx_cache._BaseCache):
         :mod:`mlx_kvret.mlx_backend.hosts`.
         """
         self.shared.passes.repair()
-        waiting = self.shared.recents[self.layer].length
-        return self.offset == waiting and self.shared.schedule.next(self.offset, waiting) is None
+        if self.shared.batch:
+            return False
+        row = self.shared.row
+        return row.seen == row.length and row.next() is None
 
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens, or all if there are fewer.
 
         Raises:
-            UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back.
+            UnsupportedFeatureError: some of them have been through a compaction, which nothing brings back;
+                or it is a batch.
         """
         self.shared.passes.repair()
-        recent, n = self.shared.recents[self.layer], min(n, self.offset)
-        if n > recent.length:
+        if self.shared.batch:
+            raise UnsupportedFeatureError("tokens of a batch are not taken back; extract the row first")
+        n, left = min(n, self.offset), self.shared.row.length - self.shared.row.taken_back[self.layer]
+        if n > left:
             raise UnsupportedFeatureError(
-                f"cannot take back {n} tokens: all but the newest {recent.length} have been through a "
+                f"cannot take back {n} tokens: all but the newest {left} have been through a "
                 "compaction; make a new cache and read the prompt again"
             )
-        twin, seen = copy.copy(recent), list(self.shared.seen)
-        twin.trim(n)
-        seen[self.layer] -= n
-        self.shared.put(State([(recent, vars(twin)), (self.shared, {"seen": seen})]))
+        self.shared.trim(self.layer, n)
         return n
 
 
@@ -238,7 +249,7 @@ class BoundedCache(list[Any]):
     @identity.setter
     def identity(self, identity: str) -> None:
         if self.shared is not None:
-            self.shared.identity = identity
+            self.shared.arena.identity = identity
         self._identity = identity
 
     @property
@@ -301,10 +312,6 @@ class BoundedCache(list[Any]):
 def _others(entries: list[Any]) -> list[Any]:
     parts = [part for entry in entries for part in getattr(entry, "caches", (entry,))]
     return [part for part in parts if not isinstance(part, BoundedKVCache)]
-
-
-def _refuse(what: str, instead: str) -> NoReturn:
-    raise UnsupportedFeatureError(f"{what} does not work with a bounded cache; {instead}")
 
 
 # mlx-lm's loader looks the classes of saved entries up by name in its own module

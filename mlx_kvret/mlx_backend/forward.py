@@ -23,9 +23,8 @@ from ..core.state import State
 from ..errors import CacheError, KVRetError
 from .bounded import Bounded
 from .cache import BoundedKVCache, running
+from .reading import FEW
 
-# as many tokens, drafts say, are written in place
-FEW = 8
 # logits of so many bytes are computed with the pass; those of a prompt's chunk nobody may ever look at
 SMALL = 1 << 24
 
@@ -57,7 +56,7 @@ def run(cache: list[Any], tokens: int, forward: Forward, sliced: bool) -> Any:
         reason = str(error).partition("\n")[0]
     # outside of the handler, whose traceback would keep the arrays of the pass
     mx.clear_cache()
-    seen = int(whole.seen) if shared is None else shared.seen[0]
+    seen = int(whole.seen) if shared is None else max(row.seen for row in shared.rows)
     chunk = largest_chunk(tokens, lambda size: one.fits(size, forward)) if sliced else None
     raise does_not_fit(tokens, seen, reason, chunk, "read fewer at a time, or lower the budget")
 
@@ -77,17 +76,20 @@ class _Pass:
         if wait:
             confirm(self.parts, self.shared, self.passes)
         if self.shared is not None:
-            self.shared.settle(wait)
+            self.shared.prepare(tokens, wait)
 
     def run(self, tokens: int, forward: Forward, trial: bool = False) -> Any:
         """The pass; a ``trial`` is undone in the end."""
         shared, passes = self.shared, self.passes
         outer = running.set(shared)
         try:
-            passes.begin(self._before())
+            reading, before = (None, None) if shared is None else shared.begin(tokens)
+            passes.begin(self._before(before))
+            if shared is not None:
+                shared.reading = reading
             out = forward(tokens)
             if shared is not None:
-                shared.release()
+                shared.finish()
             if tokens > FEW:
                 mx.eval(self._arrays(), [] if self.ahead else _small(out))
             if trial:
@@ -114,16 +116,13 @@ class _Pass:
             mx.clear_cache()
         return False
 
-    def _before(self) -> State:
-        held = [
+    def _before(self, shared: State | None) -> State:
+        held = State(
             (part, {name: _held(value) for name, value in vars(part).items()})
             for part in self.parts
             if not isinstance(part, BoundedKVCache)
-        ]
-        if self.shared is not None:
-            held += [(recent, vars(recent).copy()) for recent in self.shared.recents]
-            held.append((self.shared, {"seen": list(self.shared.seen), "masks": [], "fetchers": {}}))
-        return State(held)
+        )
+        return held if shared is None else State.all([shared, held])
 
     def _compute(self, tokens: int, out: Any) -> None:
         """A few tokens, which are part of the cache already."""
@@ -137,8 +136,7 @@ class _Pass:
             raise
 
     def _arrays(self) -> list[Any]:
-        own = [] if self.shared is None else [recent.arrays() for recent in self.shared.recents]
-        return [own, _others(self.parts)]
+        return [[] if self.shared is None else self.shared.arena.newest(), _others(self.parts)]
 
 
 class _Undone(Exception):

@@ -289,7 +289,7 @@ def _swap_model(model: nn.Module, made: Attachment) -> None:
         _dispatch(mine.namespaces)
         joined = mine.layout.join(cache, mine.gates, mine.owner)
         if joined is not None:
-            joined.identity = mine.identity(self)
+            joined.arena.identity = mine.identity(self)
         found = _identity_of(cache)
         if found is None:
             return cls.__call__(self, inputs, *args, **kwargs)

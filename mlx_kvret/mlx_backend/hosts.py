@@ -15,8 +15,9 @@ import mlx_lm
 
 from ..errors import CacheError, MissingDependencyError, UnsupportedFeatureError
 from . import loops
-from .cache import BoundedKVCache
+from .cache import BoundedCacheList, BoundedKVCache
 from .dispatch import User, give_back, take_over
+from .saved import Loaded
 
 # the package's attribute of this name is a function
 GENERATION = vars(importlib.import_module("mlx_lm.generate"))
@@ -65,13 +66,31 @@ def refuse_bits(stock: Callable[..., Any]) -> Callable[..., Any]:
     return maybe_quantize_kv_cache
 
 
-def refuse_batches(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """mlx-lm names the class that has no ``merge``, but not what to do."""
+def check_batch(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """mlx-lm names the class that has no ``merge``, but neither why nor what to do."""
 
     def _merge_caches(caches: list[list[Any]]) -> list[Any]:
-        if any(isinstance(part, BoundedKVCache) for cache in caches for part in _parts(cache)):
+        for parts in zip(*map(_parts, caches), strict=False):
+            bounded = [isinstance(part, BoundedKVCache) for part in parts]
+            if any(isinstance(part, Loaded) for part in parts):
+                raise UnsupportedFeatureError(
+                    "a cache as mlx-lm reads it from a file cannot join a batch; have the model read a "
+                    "token into it alone first, or open it with mlx_kvret.load_cache"
+                )
+            if any(bounded) and not all(bounded):
+                raise UnsupportedFeatureError(
+                    "a batch of bounded and of full caches does not work; make all caches of a batch with "
+                    "policies that evict, or none"
+                )
+            if any(bounded) and not all(hasattr(part, "merge") for part in parts):
+                raise UnsupportedFeatureError(
+                    "batched generation does not work with a bounded cache of this model, whose attention "
+                    "computes on cached keys (latent attention); run one sequence at a time"
+                )
+        if any(isinstance(entry, BoundedCacheList) for cache in caches for entry in cache):
             raise UnsupportedFeatureError(
-                "batched generation does not work with a bounded cache; run one sequence at a time"
+                "batched generation does not work with a bounded cache of this model, whose layers keep "
+                "a state beside it; run one sequence at a time"
             )
         merged: list[Any] = stock(caches)
         return merged
@@ -85,7 +104,7 @@ REPLACED = {
     "can_trim_prompt_cache": can_take_back,
     "trim_prompt_cache": take_back,
     "maybe_quantize_kv_cache": refuse_bits,
-    "_merge_caches": refuse_batches,
+    "_merge_caches": check_batch,
 }
 
 

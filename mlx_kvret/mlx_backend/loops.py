@@ -32,7 +32,7 @@ class Text:
     @property
     def _seen(self) -> int:
         whole: Any = self._cache
-        return int(whole.seen) if self._shared is None else self._shared.seen[0]
+        return int(whole.seen) if self._shared is None else self._shared.seen
 
     def end(self, given: list[int]) -> None:
         """The answer ends after the tokens that were given out: have the cache hold just these.
@@ -55,7 +55,7 @@ class Text:
 
     def _take_back(self, count: int) -> None:
         others = [part for part in self._parts if not isinstance(part, BoundedKVCache)]
-        waiting = count if self._shared is None else self._shared.recents[0].length
+        waiting = count if self._shared is None else self._shared.row.length
         if count > waiting or not all(part.is_trimmable() for part in others):
             self._passes.lose(
                 f"{count} tokens were read that nobody was given, and cannot be taken back from a sliding "

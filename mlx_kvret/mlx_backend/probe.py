@@ -57,8 +57,8 @@ class Layout:
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model."""
         if config.policy != "learned" or gates is None:
-            return Bounded(self.shape, config, owner)
-        return Bounded(self.shape, config, owner, gates, self.check_gates(gates))
+            return Bounded.single(self.shape, config, owner)
+        return Bounded.single(self.shape, config, owner, gates, self.check_gates(gates))
 
     def join(self, cache: list[Any], gates: RetentionGates | None, owner: dict[str, str]) -> Bounded | None:
         """Turn layers read from a prompt file into a working cache, in place; None if there are none.

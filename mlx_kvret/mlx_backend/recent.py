@@ -1,143 +1,126 @@
-"""One layer's newest tokens: a dense rectangle of entries whose fate is not decided yet."""
+"""The newest tokens of every sequence of an arena: dense windows of entries whose fate is not decided yet."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import mlx.core as mx
 
 STEP = 256
+Pair = tuple[mx.array, mx.array]
 
 
 class Recent:
-    """Keys and values of the last ``length`` tokens, (1, H, length, D), with what a later selection needs.
+    """Of each layer the keys and values of all slabs' newest tokens, (slabs, H, room, D).
 
-    Gates are deferred: their inputs wait until ``defer`` tokens have come, then one call serves them all, so
-    that a decoded token does not pay for reading the gates' weights.
-
-    Attributes get new values and are never changed in place, arrays too, so that whoever holds the old ones
-    can go back to them. MLX writes where the old values stand once nobody does.
+    How many of a slab's places are filled is told by the row that holds it. Windows have room for at most
+    ``buffer`` tokens: what a longer chunk leaves is held by its row. Lists get new arrays, which are never
+    changed in place, so that whoever holds the old ones can go back to them; MLX writes where the old values
+    stand once nobody does.
     """
 
-    def __init__(self, buffer: int, defer: int, gate: Callable[[mx.array], mx.array] | None) -> None:
-        self._buffer, self._defer, self._gate = buffer, defer, gate
-        self.length = 0
-        self.fetched: tuple[mx.array, mx.array] | None = None
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
-        self._inputs: list[mx.array] = []
-        self._log_beta: list[mx.array] = []
-        self._fresh: list[mx.array] = []
+    def __init__(self, layers: int, buffer: int, slabs: int = 1) -> None:
+        self.slabs, self.buffer = slabs, buffer
+        self.keys: list[mx.array | None] = [None] * layers
+        self.values: list[mx.array | None] = [None] * layers
 
-    @property
-    def keys(self) -> mx.array:
-        assert self._keys is not None
-        return self._keys[:, :, : self.length]
+    def append(self, layer: int, slab: int, start: int, keys: mx.array, values: mx.array) -> None:
+        """Put keys (1, H, T, Dk) and values (1, H, T, Dv) of a slab's tokens from place ``start`` on."""
+        self.append_block(layer, slice(slab, slab + 1), start, keys, values)
 
-    @property
-    def values(self) -> mx.array:
-        assert self._values is not None
-        return self._values[:, :, : self.length]
+    def append_block(self, layer: int, slabs: slice, start: int, keys: mx.array, values: mx.array) -> None:
+        """Of neighbouring slabs (R, H, T, D), all from the same place on."""
+        end = start + keys.shape[2]
+        for held, new in ((self.keys, keys), (self.values, values)):
+            wide = self._roomy(held[layer], end, new)
+            wide[slabs, :, start:end] = new
+            held[layer] = wide
 
-    def observe(self, x: mx.array) -> None:
-        """Take in the attention inputs (T, hidden) of tokens whose keys come next."""
-        if self._gate is None:
-            return
-        self._inputs = [*self._inputs, x]
-        if sum(len(x) for x in self._inputs) >= self._defer:
-            self._run_gate()
-
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        """Take in keys (1, H, T, Dk) and values (1, H, T, Dv)."""
-        end = self.length + keys.shape[2]
-        if self._keys is None or self._values is None or end > self._keys.shape[2]:
-            # a chunk gets what it needs; single tokens get room in steps, at most the buffer
-            room = max(end, min(self._buffer, -(-end // STEP) * STEP))
-            self._keys = _widened(self._keys, self.length, keys, room)
-            self._values = _widened(self._values, self.length, values, room)
-        self._keys = _written(self._keys, self.length, keys)
-        self._values = _written(self._values, self.length, values)
-        self.length = end
-
-    def fetch(self) -> tuple[mx.array, mx.array]:
-        """Keys and values (1, H, length, D), remembered as ``fetched`` until they change."""
-        self.fetched = self.keys, self.values
-        return self.fetched
-
-    def release(self) -> None:
-        """Forget what was fetched, which would hold on to the memory of a whole chunk."""
-        self.fetched = None
-
-    def fresh(self) -> list[mx.array]:
-        """log β that the gate has been asked for since the last call; until computed they hold its inputs."""
-        fresh, self._fresh = self._fresh, []
-        return fresh
-
-    def log_beta(self) -> mx.array:
-        """log β (H, length); runs the gate over what still waits."""
-        self._run_gate()
-        if len(self._log_beta) > 1:
-            self._log_beta = [mx.concatenate(self._log_beta, axis=1)]
-        return self._log_beta[0]
-
-    def trim(self, count: int) -> None:
-        """Forget the newest ``count`` tokens."""
-        self.release()
-        self.length -= count
-        self._inputs, count = _shortened(self._inputs, count, axis=0)
-        self._log_beta, _ = _shortened(self._log_beta, count, axis=1)
-
-    def forget_oldest(self, count: int) -> None:
-        """Drop the oldest ``count`` tokens, whose entries have been decided upon."""
-        self.release()
-        if count == self.length:
-            wide = self._keys is not None and self._keys.shape[2] > max(1, self._buffer)
-            if wide:
-                self._keys = self._values = None
-            self._log_beta = []
+    def put(self, layer: int, slab: int, keys: mx.array, values: mx.array) -> None:
+        """Have a slab hold just these, (1, H, T, D), which may be a part of what it holds."""
+        if self.slabs == 1:
+            self.keys[layer], self.values[layer] = mx.contiguous(keys), mx.contiguous(values)
         else:
-            # copies: views would hold on to the memory of a whole chunk
-            self._keys = mx.contiguous(self.keys[:, :, count:])
-            self._values = mx.contiguous(self.values[:, :, count:])
-            self._log_beta = [part[:, count:] for part in ([self.log_beta()] if self._gate else [])]
-        self.length -= count
+            # copies: MLX writes in place only where nobody looks on
+            self.append(layer, slab, 0, keys + 0, values + 0)
 
-    def restore(self, keys: mx.array, values: mx.array, log_beta: mx.array | None) -> None:
-        """Replace everything; keys and values (1, H, T, D), log β (H, T)."""
-        self._keys, self._values, self.length = keys, values, keys.shape[2]
-        self._inputs, self._log_beta = [], [] if log_beta is None else [log_beta]
+    def append_rows(
+        self, layer: int, slabs: mx.array, starts: mx.array, end: int, keys: mx.array, values: mx.array
+    ) -> None:
+        """One token (R, H, 1, D) of each of several slabs (R,), at its place (R,), all before ``end``."""
+        for held, new in ((self.keys, keys), (self.values, values)):
+            wide = self._roomy(held[layer], end, new)
+            wide[slabs, :, starts] = new[:, :, 0]
+            held[layer] = wide
 
-    def _run_gate(self) -> None:
-        if self._inputs and self._gate:
-            x = self._inputs[0] if len(self._inputs) == 1 else mx.concatenate(self._inputs)
-            scored = self._gate(x).T
-            # at once: what was scored no longer waits
-            vars(self).update(_log_beta=[*self._log_beta, scored], _fresh=[*self._fresh, scored], _inputs=[])
+    def window(self, layer: int, slab: int, length: int) -> Pair:
+        """A slab's newest tokens: keys and values (1, H, length, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None and values is not None
+        if self.slabs == 1:
+            return keys[:, :, :length], values[:, :, :length]
+        return keys[slab : slab + 1, :, :length], values[slab : slab + 1, :, :length]
+
+    def windows(self, layer: int, slabs: list[int], length: int) -> Pair:
+        """Of several slabs, (R, H, length, D), filled or not."""
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None and values is not None
+        first, last = slabs[0], slabs[-1] + 1
+        if slabs == list(range(first, last)):
+            return keys[first:last, :, :length], values[first:last, :, :length]
+        index = mx.array(slabs, mx.int32)
+        return keys[:, :, :length][index], values[:, :, :length][index]
+
+    def _roomy(self, held: mx.array | None, end: int, new: mx.array) -> mx.array:
+        """An array of its own on the same values, with room up to ``end``."""
+        if held is not None and end <= held.shape[2]:
+            return held[...]
+        room = max(end, min(self.buffer, -(-end // STEP) * STEP))
+        wide = mx.zeros((self.slabs, new.shape[1], room, new.shape[3]), new.dtype)
+        if held is not None:
+            wide[:, :, : held.shape[2]] = held
+        return wide
+
+    def resized(self, kept: list[int], count: int) -> Recent:
+        """Of ``count`` slabs, those of ``kept`` first."""
+        made = Recent(len(self.keys), self.buffer, count)
+        for held, ours in ((self.keys, made.keys), (self.values, made.values)):
+            for layer, array in enumerate(held):
+                if array is not None:
+                    same = kept == list(range(self.slabs))
+                    part = array if same else array[mx.array(kept, mx.int32)]
+                    if empty := count - len(kept):
+                        part = mx.concatenate([part, mx.zeros((empty, *part.shape[1:]), part.dtype)])
+                    ours[layer] = part
+        return made
+
+    def take(self, slab: int, other: Recent, source: int, length: int) -> None:
+        """The first ``length`` tokens of another's slab ``source`` into ``slab``, and zeros after them.
+
+        Nothing is left of what was there: no row's padding may ever be another's NaN.
+        """
+        for held, given in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, theirs in enumerate(given):
+                model = held[layer] if theirs is None else theirs
+                if model is None:
+                    continue
+                ours = held[layer]
+                room = max(length, 0 if ours is None else ours.shape[2])
+                part = mx.zeros((1, model.shape[1], room, model.shape[3]), model.dtype)
+                if theirs is not None:
+                    part[:, :, :length] = theirs[:, :, :length][mx.array([source], mx.int32)]
+                wide = self._roomy(ours, room, part)
+                wide[slab : slab + 1, :, :room] = part
+                held[layer] = wide
+
+    def copy(self) -> Recent:
+        """One of its own that holds the same arrays."""
+        made = Recent(0, self.buffer, self.slabs)
+        made.keys, made.values = list(self.keys), list(self.values)
+        return made
 
     def arrays(self) -> list[mx.array]:
         """Everything to be counted or evaluated."""
-        held = [a for a in (self._keys, self._values) if a is not None]
-        return [*held, *self._inputs, *self._log_beta]
+        return [a for a in (*self.keys, *self.values) if a is not None]
 
-
-def _widened(old: mx.array | None, length: int, new: mx.array, room: int) -> mx.array:
-    wide = mx.zeros((*new.shape[:2], room - length, new.shape[3]), new.dtype)
-    return wide if old is None or length == 0 else mx.concatenate([old[:, :, :length], wide], axis=2)
-
-
-def _written(wide: mx.array, start: int, new: mx.array) -> mx.array:
-    wide = wide[...]  # an array of its own on the same values
-    wide[:, :, start : start + new.shape[2]] = new
-    return wide
-
-
-def _shortened(parts: list[mx.array], count: int, axis: int) -> tuple[list[mx.array], int]:
-    """Parts without the last ``count`` places along ``axis``, and how many are still to go."""
-    parts = list(parts)
-    while count and parts:
-        last = parts.pop()
-        size = last.shape[axis]
-        if size > count:
-            parts.append(last[: size - count] if axis == 0 else last[:, : size - count])
-        count -= min(size, count)
-    return parts, count
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays())

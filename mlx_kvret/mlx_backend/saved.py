@@ -22,6 +22,7 @@ from ..core.reading import exactly, parse_json
 from ..core.snapshot import Snapshot
 from ..core.tensors import FLOATS, Tensor, checksum, verify
 from ..errors import CheckpointError, ConfigError
+from .compaction import retention_of
 from .gates import to_tensor
 
 if TYPE_CHECKING:
@@ -66,22 +67,23 @@ class Loaded:
 def layer_state(shared: Bounded, layer: int) -> list[Any]:
     """Strings and arrays that restore one layer; the first layer's hold the pool."""
     shared.settle()
+    row, arena = shared.row, shared.arena
     header = {
         "format": FORMAT,
         "layer": layer,
         "owner": shared.owner,
         "shape": dataclasses.asdict(shared.shape),
-        "eviction": shared.config.to_dict(),
-        "seen": shared.seen[0],
-        "counts": shared.schedule.counts.tolist(),
-        "capacity": shared.pool.capacity,
+        "eviction": row.config.to_dict(),
+        "seen": row.seen,
+        "counts": row.schedule.counts.tolist(),
+        "capacity": arena.pool.capacity,
     }
-    recent = shared.recents[layer]
     new: list[Any] = [None, None, None]
-    if recent.length:
-        learned = shared.config.policy == "learned"
-        new = [recent.keys, recent.values, recent.log_beta() if learned else None]
-    arrays = [*new, *(shared.pool.arrays() if layer == 0 else [])]
+    if row.length:
+        log_beta = retention_of(row, row.length)[layer] if row.config.policy == "learned" else None
+        new = [*row.window(layer), log_beta]
+    pool = arena.pool.resized([row.slab], 1).arrays() if layer == 0 else []
+    arrays = [*new, *pool]
     return [_Sealed(header, arrays), *arrays]
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from ..core.snapshot import Snapshot
 from ..errors import CheckpointError, UnsupportedFeatureError
 from .cache import BoundedCache, BoundedKVCache
+from .compaction import retention_of
 from .filling import fill
 from .gates import to_array, to_tensor
+from .pool import Pool
+from .row import Row
 
 if TYPE_CHECKING:
     from .attachment import Attachment
-    from .bounded import Bounded
     from .probe import Layout
 
 
@@ -33,14 +35,16 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         )
     kept = shared.kept_positions()
     heads = [positions for layer in kept for positions in layer]
-    slots, tokens = _places(shared, [len(positions) for positions in heads]), shared.recents[0].length
-    keys, values = (_in_order(shared, name, slots) for name in ("keys", "values"))
-    retention = mx.concatenate([shared.pool.retention, _recent_retention(shared, tokens)])
+    row, pool = shared.row, shared.arena.pool.resized([shared.row.slab], 1)
+    slots = _places(pool, row.length)
+    keys, values = (_in_order(row, pool, name, slots) for name in ("keys", "values"))
+    newest = retention_of(row, row.length).reshape(-1) if row.length else mx.zeros((0,))
+    retention = mx.concatenate([pool.retention, newest])
     return Snapshot(
         model=shared.owner["model"],
         gates=shared.owner.get("gates", ""),
         eviction=shared.config,
-        seen=shared.seen[0],
+        seen=row.seen,
         counts=np.array([[len(p) for p in layer] for layer in kept], np.int32),
         position=np.concatenate(heads).astype(np.int32),
         retention=np.array(retention[mx.array(slots)]).astype(np.float32),
@@ -70,39 +74,30 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     return cache
 
 
-def _places(shared: Bounded, counts: list[int]) -> np.ndarray:
-    """For each entry in the snapshot's order its index into the pool's slots and then the rectangles'."""
-    pool, tokens = shared.pool, shared.recents[0].length
+def _places(pool: Pool, tokens: int) -> np.ndarray:
+    """For each entry in the snapshot's order its index into the pool's slots and then the windows'."""
     table, offsets = np.array(pool.lookup.table), pool.lookup.on_host()
     position = np.array(pool.position)
     places = []
-    for head in range(shared.shape.heads):
+    for head in range(pool.heads):
         slots = table[offsets[head] : offsets[head + 1]]
-        rectangle = len(position) + head * tokens + np.arange(tokens)
-        places += [slots[np.argsort(position[slots])], rectangle]
+        window = len(position) + head * tokens + np.arange(tokens)
+        places += [slots[np.argsort(position[slots])], window]
     return np.concatenate(places).astype(np.int32)
 
 
-def _in_order(shared: Bounded, name: str, places: np.ndarray) -> mx.array:
-    if not shared.seen[0]:
+def _in_order(row: Row, pool: Pool, name: str, places: np.ndarray) -> mx.array:
+    shape, held = row.arena.shape, getattr(pool, name)
+    if not row.seen:
         # nothing has told the arrays their width yet
-        return mx.zeros((0, shared.shape.key_dim if name == "keys" else shared.shape.value_dim))
-    pool, recents = getattr(shared.pool, name), shared.recents
-    parts = [pool] if shared.pool.capacity else [pool[:, :0]]
-    if recents[0].length:
-        rectangles = [getattr(recent, name)[0] for recent in recents]
-        parts.append(mx.concatenate([r.reshape(-1, r.shape[-1]) for r in rectangles]))
-        if not shared.pool.capacity:
-            parts[0] = mx.zeros((len(pool), parts[1].shape[1]), parts[1].dtype)
+        return mx.zeros((0, shape.key_dim if name == "keys" else shape.value_dim))
+    parts = [held] if pool.capacity else [held[:, :0]]
+    if row.length:
+        windows = [row.window(layer)[name == "values"][0] for layer in range(shape.layers)]
+        parts.append(mx.concatenate([w.reshape(-1, w.shape[-1]) for w in windows]))
+        if not pool.capacity:
+            parts[0] = mx.zeros((len(held), parts[1].shape[1]), parts[1].dtype)
     return mx.concatenate(parts)[mx.array(places)]
-
-
-def _recent_retention(shared: Bounded, tokens: int) -> mx.array:
-    if not tokens:
-        return mx.zeros((0,))
-    start = shared.seen[0] - tokens
-    rows = [shared._retention(layer, tokens, start) for layer in range(shared.shape.layers)]
-    return mx.concatenate(rows).reshape(-1)
 
 
 def _window_state(entry: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What one layer attends to: the pool's slots of its KV heads, and its newest tokens."""
+"""What one layer attends to: the pool's slots of its KV heads, and its newest tokens, of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,29 +14,57 @@ from .pool import Pool
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a layer attends to: pool slots of its heads and its rectangle (1, H, r, D)."""
+    """Rows of ``slabs`` of the pool, and their newest tokens (R, H, r, D).
+
+    Rows with fewer than r have ``lengths`` (R,) of them, and ``bias`` (R, 1, 1, r) is -inf where there is
+    nothing; both are None where all have r.
+    """
 
     pool: Pool
     layer: int
     keys: mx.array
     values: mx.array
+    slabs: tuple[int, ...] = (0,)
+    lengths: tuple[int, ...] | None = None
+    bias: mx.array | None = None
+
+    @property
+    def pair(self) -> tuple[mx.array, mx.array]:
+        return self.keys, self.values
 
     @property
     def kv_heads(self) -> int:
         return self.keys.shape[1]
 
     @property
-    def first(self) -> int:
+    def head(self) -> int:
+        """The layer's first flat head."""
         return self.layer * self.kv_heads
 
+    @property
+    def first(self) -> int:
+        """Where the only row's heads begin in the offsets."""
+        return self.slabs[0] * (self.pool.heads + 1) + self.head
+
+    def rows(self) -> Iterator[LayerView]:
+        """The rows one by one."""
+        for row, slab in enumerate(self.slabs):
+            length = self.keys.shape[2] if self.lengths is None else self.lengths[row]
+            keys, values = (a[row : row + 1, :, :length] for a in (self.keys, self.values))
+            yield LayerView(self.pool, self.layer, keys, values, (slab,))
+
+    def host_offsets(self) -> Ints:
+        """Where the only row's heads (H + 1,) begin and end; waits for the device once after a compaction."""
+        return self.pool.lookup.on_host(self.slabs[0])[self.head : self.head + self.kv_heads + 1]
+
     def host_lengths(self) -> Ints:
-        """Kept entries of each KV head (H,); waits for the device once after a compaction."""
-        return np.diff(self.pool.lookup.on_host()[self.first : self.first + self.kv_heads + 1])
+        """Kept entries of each KV head (H,) of the only row; waits as :meth:`host_offsets`."""
+        return np.diff(self.host_offsets())
 
     def kept(self, first: int, count: int, width: int) -> tuple[mx.array, mx.array, mx.array | None]:
         """Kept keys and values of ``count`` heads from ``first`` on, padded, and which of them are real.
 
         Returns (count, width, Dk), (count, width, Dv) and a mask (count, width), None if all are real.
         """
-        slots, real = self.pool.lookup.padded(self.first + first, count, width)
+        slots, real = self.pool.lookup.padded(self.head + first, count, width, self.slabs[0])
         return self.pool.keys[slots], self.pool.values[slots], real

@@ -14,55 +14,58 @@ import cuda_backend.arena
 import cuda_backend.bounded
 import cuda_backend.cache
 import cuda_backend.compaction
+import cuda_backend.layer
 import cuda_backend.pool
 import cuda_backend.reading
 import cuda_backend.recent
 import cuda_backend.row
+from mlx_kvret.mlx_backend import arena as mlx_arena
 from mlx_kvret.mlx_backend import bounded as mlx_bounded
 from mlx_kvret.mlx_backend import cache as mlx_cache
+from mlx_kvret.mlx_backend import compaction as mlx_compaction
 from mlx_kvret.mlx_backend import pool as mlx_pool
+from mlx_kvret.mlx_backend import reading as mlx_reading
 from mlx_kvret.mlx_backend import recent as mlx_recent
+from mlx_kvret.mlx_backend import row as mlx_row
 
 from .sides import Side
 
 KINDS: tuple[type[BaseException], ...] = (KeyboardInterrupt, RuntimeError, MemoryError)
-_RECENT = ("observe", "append", "forget_oldest")
 _PLACES: dict[str, list[tuple[Any, str]]] = {
     "mlx": [
-        *((mlx_recent.Recent, name) for name in (*_RECENT, "fetch", "_run_gate")),
+        *((mlx_reading.Reading, name) for name in ("observe", "append", "view", "after", "before")),
+        *((mlx_recent.Recent, name) for name in ("append", "put", "window")),
         *((mlx_pool.Pool, name) for name in ("grow", "destinations", "admit", "fill")),
         *((mlx_cache.BoundedKVCache, name) for name in ("observe", "update_and_fetch", "attend")),
         (mlx_cache.BoundedKVCache, "make_mask"),
-        *((mlx_bounded.Bounded, name) for name in ("settle", "put", "release", "_retention")),
-        (mlx_bounded, "select"),
-        (mlx_cache, "attend"),
+        *((mlx_bounded.Bounded, name) for name in ("settle", "prepare", "begin", "finish")),
+        *((mlx_arena.Arena, name) for name in ("put", "score", "gate", "tidy")),
+        (mlx_row.Row, "window"),
+        *((mlx_compaction, name) for name in ("select", "retention_of")),
+        *((mlx_bounded, name) for name in ("compacted", "folded")),
+        (mlx_reading, "attend"),
     ],
     "torch": [
         *((cuda_backend.reading.Reading, name) for name in ("observe", "append", "views", "commit")),
         *((cuda_backend.recent.Recent, name) for name in ("reserve", "reserve_scores", "reserve_inputs")),
         *((cuda_backend.pool.Slab, name) for name in ("destinations", "admitted", "fill", "take")),
-        *((cuda_backend.arena.Arena, name) for name in ("put", "run_gates")),
+        (cuda_backend.arena.Arena, "put"),
+        (cuda_backend.bounded, "run_gates"),
         *((cuda_backend.row.Row, name) for name in ("own", "retention", "newest", "scores")),
         (cuda_backend.pool.Pool, "grow"),
-        *((cuda_backend.cache.BoundedKVCache, name) for name in ("observe", "update", "attend")),
+        *((cuda_backend.layer.BoundedKVCache, name) for name in ("observe", "update", "attend")),
         *((cuda_backend.bounded.Bounded, name) for name in ("settle", "begin", "before", "commit")),
         (cuda_backend.compaction, "select"),
         (cuda_backend.compaction, "fill"),
-        (cuda_backend.cache, "attend"),
+        (cuda_backend.layer, "attend"),
     ],
 }  # fmt: skip
 FILES = tuple(
     str(Path(module.__file__ or "").parent / name)
     for module, names in {
         mlx_bounded: (
-            "bounded",
-            "cache",
-            "forward",
-            "pool",
-            "recent",
-            "hooks",
-            "core/passes",
-            "core/state",
+            *("arena", "bounded", "cache", "compaction", "forward", "hooks", "lookup", "observed", "pool"),
+            *("joining", "reading", "recent", "row"),
         ),
         cuda_backend.bounded: (
             "arena",
@@ -71,6 +74,7 @@ FILES = tuple(
             "compaction",
             "forward",
             "hooks",
+            "layer",
             "pool",
             "reading",
             "recent",

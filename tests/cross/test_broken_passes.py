@@ -180,7 +180,7 @@ def test_a_prompt_that_does_not_fit_names_the_chunk_that_does(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = side_of(backend)
-    module = mlx_kvret.mlx_backend.cache if backend == "mlx" else __import__("cuda_backend.cache").cache
+    module = mlx_kvret.mlx_backend.reading if backend == "mlx" else __import__("cuda_backend.layer").layer
     stock = module.attend
 
     def small(queries: Any, *rest: Any) -> Any:

@@ -27,7 +27,7 @@ def pool_with(lengths, key_dim, value_dim, dtype=mx.float32, free=3, seed=0):
     pool.position = mx.array(rng.integers(0, 1000, slots + 1).astype(np.int32))
     pool.retention = uniform(slots + 1)
     pool.owner = mx.array(owner)
-    pool._index()
+    pool.index()
     return pool
 
 

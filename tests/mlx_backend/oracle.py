@@ -9,7 +9,7 @@ import numpy as np
 from mlx_kvret.core.eviction import due_groups, select
 from mlx_kvret.core.policies import knorm_score, random_score, recent_score
 from mlx_kvret.core.retention import retention_score
-from mlx_kvret.mlx_backend.recent import Recent
+from mlx_kvret.mlx_backend.reading import Reading
 from mlx_kvret.mlx_backend.selection import keydiff_score
 
 
@@ -75,27 +75,24 @@ class Oracle:
 def recording(monkeypatch):
     """Yields ``watch(cache, oracle)``: from then on the oracle is told the log β and keys of that cache."""
     watched = {}
-    gate, append = Recent._run_gate, Recent.append
+    observe, append = Reading.observe, Reading.append
 
-    def run_gate(self):
-        before = len(self._log_beta)
-        gate(self)
-        if id(self) in watched:
-            _, oracle, layer = watched[id(self)]
-            oracle.log_beta[layer] += [np.array(part) for part in self._log_beta[before:]]
+    def note_log_beta(self, layer, x):
+        observe(self, layer, x)
+        if id(self.rows[0]) in watched and self.observed is not None:
+            _, oracle = watched[id(self.rows[0])]
+            oracle.log_beta[layer].append(np.array(self.arena.gate(layer, x[0]).T))
 
-    def note_keys(self, keys, values):
-        append(self, keys, values)
-        if id(self) in watched:
-            _, oracle, layer = watched[id(self)]
+    def note_keys(self, layer, keys, values):
+        if id(self.rows[0]) in watched:
+            _, oracle = watched[id(self.rows[0])]
             oracle.keys[layer].append(np.array(keys[0]))
+        return append(self, layer, keys, values)
 
     def watch(cache, oracle):
-        watched.update(
-            {id(recent): (recent, oracle, layer) for layer, recent in enumerate(cache.shared.recents)}
-        )
+        watched[id(cache.shared.row)] = cache.shared.row, oracle
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recent, "_run_gate", run_gate)
-        patch.setattr(Recent, "append", note_keys)
+        patch.setattr(Reading, "observe", note_log_beta)
+        patch.setattr(Reading, "append", note_keys)
         yield watch

@@ -191,7 +191,7 @@ def test_gates_for_all_layers_serve_those_that_compete():
     gates = random_gates(shape_of(model), layers=4, shared=False)
     mlx_kvret.attach(model, gates)
     cache = mlx_kvret.make_cache(model, budget=6, buffer=2)
-    assert list(cache.shared.gate_layers) == [1, 3]
+    assert list(cache.shared.arena.gate_layers) == [1, 3]
     forward(model, prompt(30), cache)
     assert cache.entries == 6 * 4
 

@@ -92,5 +92,5 @@ def test_a_chunk_that_is_only_partly_flushed_lets_its_memory_go():
     cache = mlx_kvret.make_cache(model, budget=600, buffer=16)
     read(model, cache, prompt(610))
     cache.settle()
-    assert cache.shared.recents[0].length == 10 and cache.nbytes < 630 * 4 * 512
+    assert cache.shared.row.length == 10 and cache.nbytes < 630 * 4 * 512
     assert held() - before == pytest.approx(cache.nbytes, abs=SLACK)

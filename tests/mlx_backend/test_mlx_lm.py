@@ -197,8 +197,9 @@ def test_what_cannot_work_is_refused():
         mlx_lm.generate(model, TokenIds(), [1, 2], max_kv_size=32)
     with pytest.raises(UnsupportedFeatureError, match="batch"):
         model(mx.zeros((2, 3), mx.int32), cache=mlx_kvret.make_cache(model))
-    with pytest.raises(UnsupportedFeatureError, match="batched generation"):
-        batches = BatchGenerator(model)
+    latent = gated("deepseek_v3")
+    with pytest.raises(UnsupportedFeatureError, match=r"batched generation .*latent attention"):
+        batches = BatchGenerator(latent)
         batches.insert([[1, 2, 3], [4, 5]])
         for _ in range(3):
             batches.next()
@@ -222,6 +223,6 @@ def test_deferred_gates_keep_the_same(monkeypatch):
         monkeypatch.setattr("mlx_kvret.core.budget.CacheShape.deferred", lambda *_, g=defer: g)
         cache = mlx_kvret.make_cache(model, budget=20, buffer=40)
         tokens(model, cache, PROMPT, 130, chunk=30)
-        assert cache.shared.recents[0]._defer == defer
+        assert cache.shared.arena.defer == defer
         kept.append(positions(cache))
     assert kept[0] == kept[1] and random_gates(shape_of(model))

@@ -27,7 +27,7 @@ def test_logits_are_the_stock_model_s(name):
         for chunk, logits in zip(pieces(TOKENS, sizes), expected[way], strict=True):
             assert_near(forward(model, chunk, cache), logits, 64)
         assert cache.entries == 40 * shape_of(model).heads
-        assert cache.shared.recents[0].length < 40
+        assert cache.shared.row.length < 40
 
 
 @pytest.mark.parametrize("policy", ["recent", "random", "knorm", "keydiff", "full"])

@@ -26,7 +26,7 @@ def entries(pool):
 def test_an_entry_never_moves_and_moves_are_at_most_evictions(scope):
     model = gated()
     cache = mlx_kvret.make_cache(model, budget=8, buffer=4, scope=scope)
-    pool, before, full = cache.shared.pool, {}, False
+    pool, before, full = cache.shared.arena.pool, {}, False
     for chunk in pieces(prompt(90), [20, 1, 1, 1, 16, 1]):
         forward(model, chunk, cache)
         cache.settle()
@@ -71,27 +71,27 @@ def test_filling_slots_happens_in_place():
 
 
 def test_adding_a_token_happens_in_place():
-    recent = Recent(64, 1, None)
+    recent = Recent(1, 64)
     token = mx.ones((1, 2, 1, 16))
-    recent.append(token, token)
-    before = address(recent._keys), address(recent._values)
-    for _ in range(40):
-        recent.append(token, token)
-        mx.eval(recent.fetch())
-        assert (address(recent._keys), address(recent._values)) == before
+    recent.append(0, 0, 0, token, token)
+    before = address(recent.keys[0]), address(recent.values[0])
+    for place in range(1, 41):
+        recent.append(0, 0, place, token, token)
+        mx.eval(recent.window(0, 0, place + 1))
+        assert (address(recent.keys[0]), address(recent.values[0])) == before
 
 
 @pytest.mark.parametrize("policy", ["learned", "recent"])
 def test_decoding_copies_neither_pool_nor_rectangle(policy):
-    model = gated(head_dim=128, num_hidden_layers=4)
+    model = gated(head_dim=128, num_hidden_layers=8)
     cache = mlx_kvret.make_cache(model, budget=512, buffer=8, policy=policy)
     for chunk in pieces(prompt(1024), [256]):
         forward(model, chunk, cache)
     forward(model, [1], cache)
     cache.settle()
-    pool_bytes = cache.shared.pool.keys.nbytes
+    pool_bytes = cache.shared.arena.pool.keys.nbytes
     gc.collect(), mx.synchronize(), mx.clear_cache()
-    addresses = address(cache.shared.pool.keys), address(cache.shared.pool.values)
+    addresses = address(cache.shared.arena.pool.keys), address(cache.shared.arena.pool.values)
     for token in range(20):  # two compactions at least
         mx.reset_peak_memory()
         held = mx.get_active_memory()
@@ -99,4 +99,4 @@ def test_decoding_copies_neither_pool_nor_rectangle(policy):
         cache.settle()
         mx.synchronize()
         assert mx.get_peak_memory() - held < pool_bytes
-    assert (address(cache.shared.pool.keys), address(cache.shared.pool.values)) == addresses
+    assert (address(cache.shared.arena.pool.keys), address(cache.shared.arena.pool.values)) == addresses

@@ -53,7 +53,7 @@ def by_head(
     attention itself. Lengths come to the host, once for a whole chunk.
     """
     pool, group = view.pool, queries.shape[1] // view.kv_heads
-    offsets = pool.lookup.on_host()[view.first :]
+    offsets = view.host_offsets()
     mask = "causal" if causal and queries.shape[2] > 1 else None
     out = []
     for head in range(view.kv_heads):

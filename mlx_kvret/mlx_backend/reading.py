@@ -1,0 +1,210 @@
+"""A forward pass under way: which rows read how many tokens, and where these are put until it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import mlx.core as mx
+
+from ..core.state import State
+from ..errors import UnsupportedFeatureError
+from .attention import attend
+from .observed import Observed
+from .recent import Pair
+from .view import LayerView
+
+if TYPE_CHECKING:
+    from .arena import Arena
+    from .row import Row
+
+# as many tokens of one row, drafts say, are written in place
+FEW = 8
+
+
+class Reading:
+    """``rows`` read ``counts`` tokens each of the ``tokens`` that the model is given for every one of them.
+
+    A row's clock stands still until :meth:`clocks`. Few tokens go to the recent windows, others to arrays of
+    their own, ``wide``, by row and layer.
+    """
+
+    def __init__(self, arena: Arena, rows: list[Row], counts: list[int], tokens: int) -> None:
+        self.arena, self.rows, self.counts, self.tokens = arena, rows, counts, tokens
+        self.active = [(index, row, n) for index, (row, n) in enumerate(zip(rows, counts, strict=True)) if n]
+        self.ends = [row.length + n for _, row, n in self.active]
+        self.end = max(self.ends, default=0)
+        layers = arena.shape.layers
+        few = tokens == 1 or (len(rows) == 1 and tokens <= FEW)
+        in_place = few and self.end <= max(1, arena.config.buffer)
+        self.wide: list[list[Pair | None]] | None = (
+            None if in_place else [[None] * layers for _ in self.active]
+        )
+        self.observed: Observed | None = None
+        if arena.gates is not None and arena.config.policy == "learned":
+            self.observed = Observed(layers, tokens, sum(counts))
+        self.fetched: list[Pair | None] = [None] * layers
+        # masks that were made for the pass, and by id of the keys whose they are
+        self.masks: list[mx.array] = []
+        self.fetchers: dict[int, Any] = {}
+        self._slabs = [row.slab for _, row, _ in self.active]
+        self._starts = [row.length for _, row, _ in self.active]
+        self._places: tuple[mx.array, mx.array] | None = None
+        self._bias: mx.array | None = None
+        self._offsets: dict[bool, mx.array] = {}
+
+    # ------------------------------------------------------------------ what the layers bring
+
+    def observe(self, layer: int, x: mx.array) -> None:
+        """Take in a layer's attention input (R, T, hidden)."""
+        if x.shape[0] != len(self.rows):
+            raise UnsupportedFeatureError(
+                f"a batch of {x.shape[0]} sequences does not work with a cache of {len(self.rows)}; make a "
+                "cache for each, and generate with mlx_lm.batch_generate or mlx-lm's BatchGenerator"
+            )
+        if self.observed is None:
+            return
+        if self.observed.count == x.shape[0] * x.shape[1]:
+            flat = x.reshape(-1, x.shape[-1])
+        else:
+            flat = mx.concatenate([x[index, :n] for index, _, n in self.active])
+        if self.tokens > FEW or self.tokens >= self.arena.defer:
+            self.observed.scores[layer] = self.arena.gate(layer, flat).T
+        else:
+            self.observed.inputs[layer] = flat
+
+    def append(self, layer: int, keys: mx.array, values: mx.array) -> Pair:
+        """Take in a layer's keys and values (R, H, T, D).
+
+        Returns what attention is to be asked with: a single row's whole window (1, H, r, D), else what came.
+        """
+        recent, single = self.arena.recent, len(self.rows) == 1
+        if self.wide is None and len(self.active) == 1:
+            index = self.active[0][0]
+            new = (keys, values) if single else (keys[index : index + 1], values[index : index + 1])
+            recent.append(layer, self._slabs[0], self._starts[0], *new)
+        elif self.wide is None:
+            new = self._chosen(keys), self._chosen(values)
+            if self._abreast:
+                first, last, start = self._slabs[0], self._slabs[-1] + 1, self._starts[0]
+                recent.append_block(layer, slice(first, last), start, *new)
+            else:
+                recent.append_rows(layer, *self._where(), self.end, *new)
+        else:
+            for place, (index, row, n) in enumerate(self.active):
+                part = [a[index : index + 1, :, :n] for a in (keys, values)]
+                if row.length:
+                    old = row.window(layer)
+                    part = [mx.concatenate([a, b], axis=2) for a, b in zip(old, part, strict=True)]
+                else:
+                    # a view would hold on to more than these tokens
+                    part = [mx.contiguous(a) for a in part]
+                self.wide[place][layer] = part[0], part[1]
+        self.fetched[layer] = self.view(layer).pair if single else (keys, values)
+        return self.fetched[layer]  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------ what the layers see
+
+    def view(self, layer: int) -> LayerView:
+        """What the rows that read attend to if their tokens are in the recent windows, or the only row."""
+        pool, recent, slabs = self.arena.pool, self.arena.recent, tuple(self._slabs)
+        if self.wide is not None:
+            return LayerView(pool, layer, *self._wide(0, layer), slabs[:1])
+        if len(slabs) == 1:
+            return LayerView(pool, layer, *recent.window(layer, slabs[0], self.end), slabs)
+        pair = recent.windows(layer, self._slabs, self.end)
+        if len(set(self.ends)) == 1:
+            return LayerView(pool, layer, *pair, slabs)
+        if self._bias is None:
+            real = mx.arange(self.end) < mx.array(self.ends)[:, None]
+            self._bias = mx.where(real, 0.0, -mx.inf)[:, None, None]
+        return LayerView(pool, layer, *pair, slabs, tuple(self.ends), self._bias)
+
+    def attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        scale: float,
+        causal: bool,
+        sinks: mx.array | None = None,
+        softcap: float = 0.0,
+    ) -> mx.array:
+        """Attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); zeros for what is padding."""
+        if len(self.rows) == 1:
+            return attend(queries, self.view(layer), scale, causal, sinks, softcap)
+        if self.wide is None:
+            out = attend(self._chosen(queries), self.view(layer), scale, causal, sinks, softcap)
+            if len(self.active) == len(self.rows):
+                return out
+            spread = mx.zeros((len(self.rows), *out.shape[1:]), out.dtype)
+            spread[mx.array([index for index, _, _ in self.active])] = out
+            return spread
+        parts, width = {}, self.fetched[layer][1].shape[-1]  # type: ignore[index]
+        for place, (index, row, n) in enumerate(self.active):
+            view = LayerView(self.arena.pool, layer, *self._wide(place, layer), (row.slab,))
+            out = attend(queries[index : index + 1, :, :n], view, scale, causal, sinks, softcap)
+            parts[index] = mx.pad(out, [(0, 0), (0, 0), (0, self.tokens - n), (0, 0)])
+        nothing = mx.zeros((1, queries.shape[1], self.tokens, width), queries.dtype)
+        return mx.concatenate([parts.get(index, nothing) for index in range(len(self.rows))])
+
+    def offsets(self, layer: int) -> mx.array:
+        """Tokens that each row has seen (R,), those of the pass too once the layer has them."""
+        came = self.fetched[layer] is not None
+        if came not in self._offsets:
+            seen = [row.seen + n * came for row, n in zip(self.rows, self.counts, strict=True)]
+            self._offsets[came] = mx.array(seen, mx.int32)
+        return self._offsets[came]
+
+    # ------------------------------------------------------------------ its end
+
+    def after(self) -> State:
+        """The rows and the arena once the pass is over."""
+        changed: list[tuple[Any, dict[str, Any]]] = []
+        observed, first = self.observed, 0
+        if observed is not None and self.active:
+            changed.append((observed, observed.whole()))
+            if observed.scores[0] is None:
+                waiting = [one for one in self.arena.unscored if one() is not None]
+                changed.append((self.arena, {"unscored": [*waiting, ref(observed)]}))
+        for place, (_, row, n) in enumerate(self.active):
+            after: dict[str, Any] = {"seen": row.seen + n, "length": row.length + n}
+            if observed is not None:
+                after["pieces"] = [*row.pieces, (observed, first, first + n)]
+                first += n
+            if self.wide is not None:
+                after["wide"] = list(self.wide[place])
+            changed.append((row, after))
+        return State(changed)
+
+    def before(self) -> Iterable[tuple[Any, dict[str, Any]]]:
+        """What :meth:`after` and the layers change, as it is now."""
+        arena = self.arena
+        yield arena.recent, {"keys": list(arena.recent.keys), "values": list(arena.recent.values)}
+        yield arena, {"unscored": arena.unscored}
+        for _, row, _ in self.active:
+            yield row, {"seen": row.seen, "length": row.length, "pieces": row.pieces, "wide": row.wide}
+
+    # ------------------------------------------------------------------ places
+
+    def _wide(self, place: int, layer: int) -> Pair:
+        assert self.wide is not None
+        pair = self.wide[place][layer]
+        assert pair is not None
+        return pair
+
+    def _chosen(self, array: mx.array) -> mx.array:
+        """The part of an array over rows that belongs to those that read."""
+        if len(self.active) == len(self.rows):
+            return array
+        return array[mx.array([index for index, _, _ in self.active])]
+
+    @property
+    def _abreast(self) -> bool:
+        first = self._slabs[0]
+        return len(set(self._starts)) == 1 and self._slabs == list(range(first, first + len(self._slabs)))
+
+    def _where(self) -> tuple[mx.array, mx.array]:
+        if self._places is None:
+            self._places = mx.array(self._slabs, mx.int32), mx.array(self._starts, mx.int32)
+        return self._places
