@@ -89,11 +89,16 @@ class ExcludeTop(LogitsProcessor):
 
     def __init__(self, probability: float, threshold: float, special: Any) -> None:
         self._probability, self._threshold, self._special = probability, threshold, list(special or ())
+        # made on the device once, which a list of places would wait for at every token
+        self._may: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         share = scores.softmax(-1)
         above = share.masked_fill(share <= self._threshold, torch.inf)
-        out = share > above.amin(-1, keepdim=True)
-        out[:, self._special] = False
+        if self._may is None:
+            may = torch.ones(scores.shape[-1], dtype=torch.bool)
+            may[self._special] = False
+            self._may = may.to(scores.device)
+        out = (share > above.amin(-1, keepdim=True)) & self._may
         now = torch.rand(len(scores), 1, device=scores.device) < self._probability
         return scores.masked_fill(out & now, -torch.inf)

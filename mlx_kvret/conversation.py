@@ -106,8 +106,8 @@ class Transcript:
         shown = self.template.render([*([] if self.system is None else [system]), user])
         if self.system is not None and _SYSTEM not in shown:
             raise ConfigError(
-                "the model's chat template drops the system message; leave it out (--system) and put its "
-                "text in front of the first message"
+                "the model's chat template drops the system message; leave it out (--system-prompt) and put "
+                "its text in front of the first message"
             )
 
     # ---------------------------------------------------------------- a turn

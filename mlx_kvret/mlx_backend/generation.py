@@ -14,6 +14,7 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse, generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..core.config import MOST_TOKENS
 from ..core.detokenizer import Detokenizer
 from ..core.prompts import check_ids, prompt_ids
 from ..core.request import check_generation, check_max_tokens, figures, split_eviction
@@ -105,6 +106,8 @@ def stream_generate(
         check_ids(ids, vocabulary(draft_model), "the draft model")
         options["logits_processors"] = [behind(ids[:-1], p) for p in options.get("logits_processors") or ()]
         held = [*cache, *make_prompt_cache(draft_model)]
+        # that loop counts down, and knows no -1
+        max_tokens = MOST_TOKENS if max_tokens == -1 else max_tokens
     reader: Any = TokenIds() if tokenizer is None else tokenizer
     rest = {"max_tokens": max_tokens, "draft_model": draft_model, "prompt_cache": held, **options}
     return _responses(model, reader, ids, cache, rest)

@@ -257,3 +257,11 @@ def test_drafts_change_nothing_under_penalties(case):
             draft.model.norm.weight = -draft.model.norm.weight
         drafted = tokens(loaded, draft_model=draft, num_draft_tokens=count, **CHANGES[case])
         assert drafted == tokens(loaded, **CHANGES[case])
+
+
+def test_drafts_without_a_limit_of_tokens():
+    loaded = mlx_kvret.load("demo", backend="mlx")
+    draft = mlx_kvret.detach(mlx_kvret.load("demo", None, backend="mlx")[0])
+    stream = mlx_kvret.stream_generate(*loaded, IDS, budget=64, max_tokens=-1, draft_model=draft)
+    assert [r.token for r in itertools.islice(stream, 6)] == tokens(loaded)[:6]
+    stream.close()
