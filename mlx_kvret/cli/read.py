@@ -43,7 +43,7 @@ def command(**options: Any) -> None:
     if files.count("-") > 1:
         raise ConfigError("standard input can be read once; give '-' once")
     text = joined([read_text(file) for file in files])
-    evict, step = shared.eviction(options), options.pop("prefill_step_size")
+    evict, step = shared.eviction(options), options["prefill_step_size"]
     if evict.get("policy") == "full":
         raise ConfigError(
             "a cache of policy full is the backend's own, and not saved; choose another policy, or a budget "
