@@ -24,7 +24,6 @@ from abilities.cells import Part
 from abilities.chats import full_answers
 from abilities.page import ENOUGH, write_page
 from abilities.prose import Text, texts_with_facts
-from abilities.talks import TALKS
 from texts import measured_texts
 
 import mlx_kvret
@@ -38,7 +37,7 @@ from mlx_kvret.zoo.names import smollm2_folder
 
 SHIPPED = Path(mlx_kvret.__file__).parent / "gates_shipped" / "smollm2"
 # the same four sinks for all, so that no comparison credits gates with a protection
-LEARNED, H2O, SNAPKV, RECENT = "learned-global:sinks=4", "h2o:sinks=4", "snapkv:sinks=4", "recent:sinks=4"
+LEARNED, H2O, RECENT = "learned-global:sinks=4", "h2o:sinks=4", "recent:sinks=4"
 BUDGETS = ("1/2", "1/4", "1/8")
 
 
@@ -50,9 +49,9 @@ class Size:
     longest: int = 2048
     pieces: int = 4
     budgets: tuple[str, ...] = BUDGETS
-    talks: int = len(TALKS)
+    talks: int = 8
     answer: int = 64
-    chats: int = 8
+    chats: int = 6
     watched: tuple[int, ...] = (256, 1024, 4096)
     watched_pieces: int = 1
     scored: int = 512
@@ -89,17 +88,19 @@ class Abilities:
 
     def facts(self) -> None:
         bench, size = self.bench(), self.size
-        part = self.part("facts", bench.gates, pieces=size.pieces)
         for length in (*size.lengths, size.longest):
+            if self.options.lengths and length not in self.options.lengths:
+                continue
+            part = self.part(f"facts-{length}", bench.gates, pieces=size.pieces)
             texts = texts_with_facts(self.texts, bench.tokenizer, length, size.pieces)
 
             def measure(method: Method, budget: str, texts: Any = texts, length: int = length) -> Any:
                 return _asked(bench.reference, texts, method, budget, length)
 
-            task, all_of = "facts in prose", parse_methods([LEARNED, RECENT, H2O, SNAPKV])
+            task, bounded = "facts in prose", parse_methods([LEARNED, RECENT, H2O])
             part.fill(task, length, (), parse_methods(["full"]), asking.NAMES, bench.reference, measure)
             if length != size.longest and part.mean(f"{task}: {asking.COMPLETED}", length) >= ENOUGH:
-                part.fill(task, length, size.budgets, all_of, asking.NAMES, bench.reference, measure)
+                part.fill(task, length, size.budgets, bounded, asking.NAMES, bench.reference, measure)
 
     def talks(self) -> None:
         answers, bench = self.answers(), self.bench()
@@ -205,8 +206,9 @@ def _pieces(texts: dict[str, str], work: Path, tokenizer: Any, length: int) -> l
 
 def cells(folder: Path) -> list[Cell]:
     """All that was measured so far, in the order of the parts."""
-    files = (folder / f"{name}.json" for name in PARTS)
-    return [cell for path in files if path.exists() for cell in read_results(path).cells.values()]
+    found = [path for name in PARTS for path in folder.glob(f"{name}*.json")]
+    results = (read_results(path) for path in found)
+    return sorted((cell for one in results for cell in one), key=lambda cell: cell.length)
 
 
 def main() -> None:
@@ -215,6 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--gates", nargs="+", type=Path, default=[], help="gate folders, one a seed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of facts in prose, only these")
     parser.add_argument("--page", action="store_true", help="write the page only")
     parser.add_argument("--tiny", action="store_true", help="to see that it runs")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")

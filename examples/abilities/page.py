@@ -26,7 +26,6 @@ METHODS = {
     "full": "full cache",
     "learned-global": "**learned, global**",
     "h2o": "H2O (sees attention)",
-    "snapkv": "SnapKV (sees attention)",
     "recent": "sinks + window",
 }
 LEARNED = "learned-global"
