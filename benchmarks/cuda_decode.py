@@ -1,9 +1,11 @@
 """The torch backend on a GPU: decode attention against copy bandwidth, and whole steps against a full one.
 
-``python benchmarks/cuda_decode.py --write``. On a GPU the models are random Qwen3 of the shapes of 4B and 8B
-in bfloat16; without one the same script runs tiny on the CPU, and the table says so. The full cache runs
-torch's SDPA and, where they are installed, ``flash_attention_2`` and FlashInfer. Caches take turns and ratios
-are medians over the turns.
+``python benchmarks/cuda_decode.py --write``, or with ``--model smollm2 --budget 256 --context 8192 --batch 1
+--chunk 1024 --tokens 32`` a real model and its own gates. The models are otherwise random Qwen3, on a GPU of
+the shapes of 4B and 8B in bfloat16; without one the same script runs tiny on the CPU, and the table says so.
+The full cache runs torch's SDPA and, where they are installed, ``flash_attention_2`` and FlashInfer;
+``sliding`` are transformers' sliding-window layers of M tokens. Caches take turns and ratios are medians over
+the turns.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import datetime
 import importlib.util
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +24,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+import mlx_kvret
 from cuda_backend import hooks
 from cuda_backend.cache import BoundedCache, cache_argument
 from cuda_backend.gates import RetentionGates
@@ -34,7 +39,7 @@ from cuda_backend.step import Step, decoder_step
 from cuda_backend.view import LayerView
 from mlx_kvret.core.config import EvictionConfig, GateConfig
 
-RESULTS = Path(__file__).parent / "results" / "cuda_decode.md"
+RESULTS = Path(__file__).parent / "results"
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -145,6 +150,14 @@ def build(size: str, context: int) -> tuple[Any, hooks.Attachment]:
     return model, hooks.install(model, gates, {"model": "", "gates": ""})
 
 
+def load(name: str, dtype: str) -> tuple[Any, hooks.Attachment]:
+    """A model with the gates that are known for it."""
+    model, _ = mlx_kvret.load(name, backend="cuda" if GPU else "torch", dtype=dtype)
+    made = hooks.attachment(model)
+    assert made is not None
+    return model, made
+
+
 @torch.no_grad()
 def read(model: Any, cache: Any, rows: int, tokens: int, chunk: int) -> float:
     """Prefill random tokens; seconds until the next token is known."""
@@ -186,8 +199,8 @@ def step_table(
     size: str, batches: list[int], context: int, budget: int, options: argparse.Namespace
 ) -> list[str]:
     """Tokens per second of every sequence of a batch together, bounded and full."""
-    model, made = build(size, context)
-    config = EvictionConfig.create(budget)
+    model, made = load(size, options.dtype or "auto") if options.model else build(size, context)
+    config, layers = EvictionConfig.create(budget), model.config.num_hidden_layers
     stock = ["sdpa", *(name for name, package in PEERS.items() if GPU and importlib.util.find_spec(package))]
     rows = [
         "| model | batch | cache | first token s | tokens/s | full = 1 | cache MB | formula MB | peak GB |"
@@ -196,6 +209,7 @@ def step_table(
     for batch in batches:
         caches: dict[str, Any] = {"bounded": hooks.new_cache(model, made, config)}
         caches |= {f"full {name}": DynamicCache(config=model.config) for name in stock}
+        caches["sliding sdpa"] = Cache(layers=[DynamicSlidingWindowLayer(budget) for _ in range(layers)])
         first: dict[str, float] = {}
         peak: dict[str, float] = {}
         for name in list(caches):
@@ -220,7 +234,7 @@ def step_table(
             full = turns.get("full sdpa", [float("nan")] * len(own))
             ratio = statistics.median(f / t for f, t in zip(full, own, strict=True))
             bounded = isinstance(cache, BoundedCache)
-            held = cache.nbytes if bounded else shape.full_nbytes(cache.get_seq_length()) * batch
+            held = cache.nbytes if bounded else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
             formula = shape.nbytes(config.budget, config.buffer) * batch if bounded else held
             rows.append(
                 f"| {size} | {batch} | {name} | {first[name]:.2f} | {batch / statistics.median(own):.1f} | "
@@ -233,7 +247,7 @@ class implementation:
     """The model with the attention a contestant is named after; ours reads every kind of cache."""
 
     def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model, name.removeprefix("full ")
+        self.model, self.name = model, name.split()[-1]
 
     def __enter__(self) -> None:
         self.stock = self.model.config._attn_implementation
@@ -273,7 +287,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=["4B", "8B"] if GPU else ["tiny"])
+    parser.add_argument("--size", nargs="+", choices=SIZES, help="random models (4B 8B, tiny without a GPU)")
+    parser.add_argument("--model", help="a folder, hub id or known name instead of random models")
+    parser.add_argument("--dtype", help="of that model's weights and cache (as it is in its files)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16] if GPU else [1, 4])
     parser.add_argument("--context", nargs="+", type=int, default=[32768] if GPU else [512])
     parser.add_argument("--budget", type=int, default=1024 if GPU else 32, help="M, tokens per KV head")
@@ -282,17 +298,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32 if GPU else 8, help="tokens in a turn")
     parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/results")
     options = parser.parse_args()
-    device = torch.cuda.get_device_name() if GPU else f"no GPU: tiny shapes on the CPU ({platform.machine()})"
+    if (options.dtype and not options.model) or (options.size and options.model):
+        parser.error("--dtype goes with --model, --size with random models; drop one")
+    options.size = options.size or ([options.model] if options.model else ["4B", "8B"] if GPU else ["tiny"])
+    shapes = "" if options.model else "tiny shapes on "
+    device = torch.cuda.get_device_name() if GPU else f"no GPU: {shapes}the CPU ({platform.machine()})"
+    dtype = options.dtype or ("its own type" if options.model else DTYPE)
     lines = [
         "# The torch backend",
         "",
-        f"`python benchmarks/cuda_decode.py --write`, {datetime.date.today()}, {device}, torch "
-        f"{torch.__version__}, {DTYPE}, M = {options.budget}, chunks of {options.chunk}.",
-        "",
-        "## Decode attention of one layer",
-        "",
-        *attention_table([8192, 32768] if GPU else [256, 1024], 8, 4, 128 if GPU else 32),
+        f"`python benchmarks/cuda_decode.py {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {device}, "
+        f"torch {torch.__version__}, {dtype}, {torch.get_num_threads()} threads, M = {options.budget}, "
+        f"chunks of {options.chunk}, medians of {options.turns} turns of {options.tokens} tokens.",
     ]
+    if not options.model:
+        lines += ["", "## Decode attention of one layer", ""]
+        lines += attention_table([8192, 32768] if GPU else [256, 1024], 8, 4, 128 if GPU else 32)
     for context in options.context:
         for size in options.size:
             lines += ["", f"## Whole steps after {context:,} tokens", ""]
@@ -300,8 +321,8 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text)
+        name = f"cuda_decode_{Path(options.model).name}.md" if options.model else "cuda_decode.md"
+        (RESULTS / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
