@@ -90,7 +90,7 @@ LINES = {
     "folder for a prompt": ([*CONVERT, "{here}/o", "--prompt-file", "{here}"], "directory"),
     # models
     "no model folder": (["chat", "--model", "{here}/none"], "there is no folder"),
-    "a file for a model": (["info", "{here}/text"], "is a file"),
+    "a file for a model": (["info", "{here}/text"], "not a whole safetensors file"),
     "an empty folder": (["info", "{here}/folder"], "neither a model"),
     "an empty model": (["generate", "--model", "{here}/folder", *ASK], "config.json"),
     "a config that is a list": (["generate", "--model", "{here}/list", *ASK], "config.json"),
@@ -198,10 +198,15 @@ def test_interrupted(monkeypatch):
 def test_what_a_model_says_is_no_terminal_command(monkeypatch):
     from types import SimpleNamespace
 
+    text = "a\tb\n\x1b[2J\x9b31m👩‍💻"
+
     def says(*_, **__):
-        yield SimpleNamespace(text="a\tb\n\x1b[2J\x9b31m👩‍💻", token=1, finish_reason="stop")
+        yield SimpleNamespace(text=text, token=1, finish_reason="length")
 
     monkeypatch.setattr("mlx_kvret.api.stream_generate", says)
+    # a chat puts its words together from tokens
+    words = SimpleNamespace(add=lambda token: text, end=lambda: "")
+    monkeypatch.setattr("mlx_kvret.cli.talk.Detokenizer", lambda decode: words)
     for result in (CliRunner().invoke(main, [*GENERATE, *ASK]), CliRunner().invoke(main, CHAT, input="hi\n")):
         assert "a\tb\n\\x1b[2J\\x9b31m👩‍💻" in result.stdout and not set("\x1b\x9b") & set(result.stdout)
 
