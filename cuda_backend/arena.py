@@ -18,7 +18,6 @@ from mlx_kvret.core.state import State
 from .gates import RetentionGates
 from .pool import Pool
 from .recent import Recent
-from .row import Row
 
 
 class Change(Protocol):
@@ -69,6 +68,8 @@ class Arena:
         self.pool = Pool(1, shape.heads // self.size, self.size, device)
         self.recent = Recent(shape, 1, self.defer, device)
         self.passes, self.identity = Passes(), ""
+        # whose pass is under way
+        self.reader = 0
         self._decided: Change | None = None
 
     @property
@@ -101,11 +102,6 @@ class Arena:
             self.put(self._decided)
 
     # ------------------------------------------------------------------ slabs
-
-    def new_row(self, config: EvictionConfig) -> Row:
-        """An empty sequence, on a slab of its own."""
-        self.raise_to(config)
-        return Row(self, config, self.take())
 
     def raise_to(self, config: EvictionConfig) -> None:
         """Have room for rows of that budget too."""
@@ -143,39 +139,7 @@ class Arena:
         self.recent.copy_slab(hold.index, target)
         self.slabs.move(hold, target)
 
-    def adopt(self, row: Row) -> Row:
-        """A copy of another arena's sequence, settled, on a slab of its own."""
-        row.arena.run_gates([row])
-        twin = row.onto(self.new_row(row.config))
-        theirs, index = row.arena.pool, twin.hold.index
-        if (capacity := min(theirs.capacity, row.schedule.most)) > self.pool.capacity:
-            self.pool.grow(capacity, theirs.keys, theirs.values)
-        self.pool.slab(index).adopt(row.slab)
-        for layer in range(self.shape.layers) if row.length else ():
-            newest = row.newest(layer, 0, row.length)
-            self.recent.reserve(row.length, self.limit, *newest)
-            for mine, own in zip(twin.newest(layer, 0, row.length), newest, strict=True):
-                mine.copy_(own)
-        if row.length and self.gates is not None:
-            twin.scores(row.length).copy_(row.scores(row.length))
-        return twin
-
-    # ------------------------------------------------------------------ gates
-
-    def run_gates(self, rows: Sequence[Row]) -> None:
-        """Score all gate inputs of these rows that wait, in one call."""
-        waiting = [row for row in rows if row.waiting]
-        if not waiting:
-            return
-        assert self.recent.inputs is not None
-        held = [self.recent.inputs[:, row.hold.index, : row.waiting] for row in waiting]
-        x = held[0] if len(held) == 1 else torch.cat(held, 1)
-        parts = self._log_beta(x[:, None])[:, 0].split([row.waiting for row in waiting], 1)
-        for row, log_beta in zip(waiting, parts, strict=True):
-            row.scores(row.length)[:, :, row.scored :] = log_beta.mT
-            row.scored = row.length
-
-    def _log_beta(self, x: torch.Tensor) -> torch.Tensor:
+    def log_beta(self, x: torch.Tensor) -> torch.Tensor:
         """Gate inputs (L, 1, N, hidden) of all layers to log β (L, 1, N, H)."""
         assert self.gates is not None
         if self.gates.stacked == self.gate_layers:

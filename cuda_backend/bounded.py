@@ -21,7 +21,7 @@ from .compaction import settle
 from .gates import RetentionGates
 from .modes import ordinary
 from .reading import Reading
-from .row import Row
+from .row import Row, run_gates
 
 
 class Bounded:
@@ -54,7 +54,7 @@ class Bounded:
     ) -> Bounded:
         """An empty sequence in an arena of its own."""
         arena = Arena(shape, config, owner, device, gates, gate_layers)
-        return cls(arena, [arena.new_row(config)])
+        return cls(arena, [Row.new(arena, config)])
 
     @property
     def shape(self) -> CacheShape:
@@ -103,7 +103,7 @@ class Bounded:
                     "cache"
                 )
             self.arena.reserve(rows - len(self.rows))
-            self.rows = [self.arena.new_row(self.config) for _ in range(rows)]
+            self.rows = [Row.new(self.arena, self.config) for _ in range(rows)]
         if lengths is not None and max(lengths) > tokens:
             raise ConfigError(f"lengths are up to {max(lengths)} in a pass of {tokens} tokens; lower them")
         counts = lengths or self._counts(tokens, mask)
@@ -173,7 +173,7 @@ class Bounded:
         if lost := next((row.lost for row in self.rows if row.lost), ""):
             raise CacheError(lost)
         if arena.gates is not None and any(row.waiting >= arena.defer for row in self.rows):
-            arena.run_gates(self.rows)
+            run_gates(self.rows)
         for row in self.rows:
             if row.chunk is not None or row.length >= row.schedule.soonest:
                 settle(row)
@@ -204,7 +204,7 @@ class Bounded:
         self.settle()
         arena = self.arena.fresh()
         arena.reserve(len(self.rows))
-        return Bounded(arena, [arena.adopt(row) for row in self.rows], self.places)
+        return Bounded(arena, [row.copied(arena) for row in self.rows], self.places)
 
     @ordinary
     def filter(self, keep: Sequence[int]) -> None:
@@ -221,29 +221,33 @@ class Bounded:
             ModelMismatchError: they belong to another model or other gates.
             UnsupportedFeatureError: they compete by another rule.
         """
-        if other is self:
-            raise ConfigError("a cache cannot be extended by itself; give a copy")
+        self.check_joins(other)
         self.settle()
         other.settle()
-        ours, theirs = self.arena, other.arena
-        rows = other.rows
-        if theirs is not ours:
-            if theirs.identity != ours.identity or theirs.shape != ours.shape:
-                raise ModelMismatchError(
-                    "the rows belong to another model or other gates; make their cache for this one"
-                )
-            for name in ("policy", "scope"):
-                found, expected = getattr(theirs.config, name), getattr(ours.config, name)
-                if found != expected:
-                    raise UnsupportedFeatureError(
-                        f"a row of {name} {found!r} cannot join those of {expected!r}; keep batches of each"
-                    )
+        rows, ours = other.rows, self.arena
+        if other.arena is not ours:
             ours.reserve(len(rows))
-            rows = [ours.adopt(row) for row in rows]
+            rows = [row.copied(ours) for row in rows]
         places = max((self.places, other.places) if self.rows else (other.places,))
         self.arena.put(State([
             (self, {"rows": [*self.rows, *rows], "places": places}), (other, {"rows": [], "places": 0})
         ]))  # fmt: skip
+
+    def check_joins(self, other: Bounded) -> None:
+        """Refuse rows that :meth:`extend` would not take. Raises as that does."""
+        if other is self:
+            raise ConfigError("a cache cannot be extended by itself; give a copy")
+        ours, theirs = self.arena, other.arena
+        if theirs.identity != ours.identity or theirs.shape != ours.shape:
+            raise ModelMismatchError(
+                "the rows belong to another model or other gates; make their cache for this one"
+            )
+        for name in ("policy", "scope"):
+            found, expected = getattr(theirs.config, name), getattr(ours.config, name)
+            if found != expected:
+                raise UnsupportedFeatureError(
+                    f"a row of {name} {found!r} cannot join those of {expected!r}; keep batches of each"
+                )
 
     # ------------------------------------------------------------------ looking
 

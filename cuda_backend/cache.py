@@ -1,4 +1,4 @@
-"""The cache as transformers knows it: one layer object per layer, here with layers that share one budget."""
+"""The cache as transformers knows it: a layer object for each layer, and what concerns them all."""
 
 from __future__ import annotations
 
@@ -6,131 +6,22 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from mlx_kvret.core.absent import Absent
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
-from mlx_kvret.errors import CacheError, ConfigError, ModelMismatchError, UnsupportedFeatureError
+from mlx_kvret.errors import ConfigError, ModelMismatchError, UnsupportedFeatureError
 
 from .bounded import Bounded
-from .kernels.dispatch import attend
+from .layer import BoundedKVCache, running
 from .modes import ordinary
-from .reading import Reading
-
-# the cache of the forward pass that is under way
-running: ContextVar[BoundedCache | None] = ContextVar("kvret_cache", default=None)
-
-
-class BoundedKVCache(CacheLayerMixin):
-    """One competing layer: transformers' cache contract on a shared :class:`Bounded`.
-
-    Its length is the number of tokens seen, not cached: RoPE positions are true positions.
-    """
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, shared: Bounded, layer: int) -> None:
-        super().__init__()
-        self.shared, self.layer = shared, layer
-        self.fetched: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.attended = 0
-        self.record_past = False
-
-    @classmethod
-    def owner_of(cls, keys: torch.Tensor) -> BoundedKVCache | None:
-        """The cache whose :meth:`update` returned exactly this tensor in the pass under way.
-
-        Attention functions are not told which cache keys come from.
-        """
-        cache = running.get()
-        owner: BoundedKVCache | None = None if cache is None else cache.fetchers.get(id(keys))
-        return owner if owner is not None and owner.fetched and owner.fetched[0] is keys else None
-
-    @ordinary
-    def observe(self, x: torch.Tensor) -> None:
-        """Take in the layer's attention input (R, T, hidden)."""
-        self.fetched = None
-        self.reading.observe(self.layer, x)
-
-    @ordinary
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the step's keys and values (R, H, T, D).
-
-        Returns the newest ones of a row that is alone, (1, H, r, D), from which :mod:`cuda_backend.attention`
-        goes on to the pool.
-        """
-        self.fetched = self.reading.append(self.layer, key_states.detach(), value_states.detach())
-        if (cache := running.get()) is not None:
-            cache.fetchers[id(self.fetched[0])] = self
-        return self.fetched
-
-    def attend(
-        self,
-        queries: torch.Tensor,
-        scale: float,
-        sinks: torch.Tensor | None = None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
-        """Attention of the step's queries (R, Hq, T, D) over all this layer holds: (R, Hq, T, Dv).
-
-        Padding gets zeros.
-        """
-        self.attended += queries.shape[2]
-        views = self.reading.views(self.layer)
-        if len(views) == 1 and self.reading.whole:
-            return attend(queries, views[0][2], scale, sinks, softcap)
-        out = queries.new_zeros(*queries.shape[:3], self.shared.shape.value_dim)
-        for at, part, view in views:
-            out[at, :, part] = attend(queries[at, :, part], view, scale, sinks, softcap)
-        return out
-
-    @property
-    def reading(self) -> Reading:
-        """The pass under way."""
-        found = self.shared.static or self.shared.reading
-        if found is None:
-            raise CacheError("no pass is under way in this cache; call the whole model with it")
-        return found
-
-    # -------------------------------------------------- what transformers asks, and what cannot work
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to prepare."""
-
-    def get_seq_length(self) -> int:
-        """Places so far, padding included."""
-        reading = self.shared.reading
-        read = reading.tokens if reading is not None and reading.done[self.layer] else 0
-        return self.shared.places + read
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def activate_past_recording(self) -> None:
-        """Tokens of the next passes may be taken back, each before another one comes."""
-        self.record_past = True
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether a rollback leaves no trace: of the last pass, for who announced it; else of all tokens."""
-        return self.record_past or all(row.undecided for row in self.shared.rows)
-
-    # tokens are taken back in all layers or in none: BoundedCache.crop
-    crop, reorder_cache, offload, prefetch, reset = (Absent() for _ in range(5))
 
 
 def _unbounded(cache: BoundedCache) -> bool:
@@ -171,6 +62,8 @@ class BoundedCache(Cache):
         """What ``forward()`` returns, a forward pass into this cache, which is undone if it is broken off."""
         self.settle()
         passes = self.passes
+        if self.shared is not None:
+            self.shared.arena.reader = id(self)
         try:
             passes.begin(self._before())
             out = forward()
@@ -195,6 +88,12 @@ class BoundedCache(Cache):
         """What undoes a pass."""
         stock = State.of(self._stock())
         return stock if self.shared is None else State.all([stock, self.shared.before()])
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether its own pass is under way, not that of another cache of the arena."""
+        mine = self.shared is None or self.shared.arena.reader == id(self)
+        return mine and self.passes.under_way
 
     @property
     def in_place(self) -> bool:
@@ -373,12 +272,24 @@ class BoundedCache(Cache):
             ModelMismatchError: they belong to another model or other gates.
             UnsupportedFeatureError: they compete by another rule, or have layers that know one clock only.
         """
+        self.check_joins(other)
+        assert self.shared is not None and other.shared is not None
+        self.shared.extend(other.shared)
+
+    def check_joins(self, other: BoundedCache) -> None:
+        """Refuse rows that :meth:`extend` would not take. Raises as that does."""
         if self.shared is None or other.shared is None:
             raise UnsupportedFeatureError(
-                "caches that evict nothing (policy 'full') do not join; read a batch at once"
+                "caches that evict nothing (policy 'full') do not join; read the prompts as one batch"
             )
         self.check_clocks()
-        self.shared.extend(other.shared)
+        self.shared.check_joins(other.shared)
+
+    def reserve(self, count: int) -> None:
+        """Have room for so many rows to join, so that their arrays grow once."""
+        if self.shared is not None:
+            self.settle()
+            self.shared.arena.reserve(count)
 
     def check_clocks(self) -> None:
         """Refuse rows that read at their own pace where a layer has one clock for all.

@@ -44,7 +44,7 @@ def wrap(module: nn.Module, check: Begin | None, begin: Begin | None) -> None:
                 return inner(*args, **kwargs)
 
             # a step of fixed shapes keeps its own accounts
-            return call() if cache is None or cache.fixed or cache.passes.under_way else cache.run(call)
+            return call() if cache is None or cache.fixed or cache.in_pass else cache.run(call)
         finally:
             running.reset(outer)
 

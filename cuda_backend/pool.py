@@ -102,7 +102,8 @@ class Pool:
         """Offsets (heads + 1,) of a slab as numpy; waits for the device once after a compaction."""
         found = self._hosts[index]
         if found is None:
-            found = self._hosts[index] = self.offsets[index].cpu().numpy()
+            # a copy, for on a CPU the numbers would change with the tensor
+            found = self._hosts[index] = self.offsets[index].cpu().numpy().copy()
         return found
 
     def forget(self, index: int) -> None:

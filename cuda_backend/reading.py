@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .arena import Arena
-from .row import Chunk, Row
+from .row import Chunk, Row, run_gates
 from .view import LayerView, Places
 
 
@@ -30,7 +30,7 @@ class Reading:
         if arena.gates is not None:
             room = [row.waiting + n <= arena.defer for row, n in zip(rows, counts, strict=True)]
             if self._direct or not all(room):
-                arena.run_gates(rows)
+                run_gates(rows)
         for row, n in zip(rows, counts, strict=True):
             if n:
                 row.own()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 
@@ -10,11 +10,9 @@ from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.schedule import Schedule
 from mlx_kvret.core.slabs import Hold
 
+from .arena import Arena
 from .pool import Slab
 from .selection import static_score
-
-if TYPE_CHECKING:
-    from .arena import Arena
 
 
 class Chunk:
@@ -43,6 +41,12 @@ class Row:
         self.chunk: Chunk | None = None
         self.lost = ""
 
+    @classmethod
+    def new(cls, arena: Arena, config: EvictionConfig) -> Row:
+        """An empty sequence, on a slab of its own."""
+        arena.raise_to(config)
+        return cls(arena, config, arena.take())
+
     @property
     def slab(self) -> Slab:
         return self.arena.pool.slab(self.hold.index)
@@ -64,10 +68,26 @@ class Row:
 
     def twin(self) -> Row:
         """The same sequence once more, on the same slab until either is written to."""
-        twin = Row(self.arena, self.config, self.arena.slabs.share(self.hold))
-        return self.onto(twin)
+        return self._told(Row(self.arena, self.config, self.arena.slabs.share(self.hold)))
 
-    def onto(self, twin: Row) -> Row:
+    def copied(self, arena: Arena) -> Row:
+        """The same sequence, settled, in another arena, on a slab of its own."""
+        run_gates([self])
+        twin = self._told(Row.new(arena, self.config))
+        theirs = self.arena.pool
+        if (capacity := min(theirs.capacity, self.schedule.most)) > arena.pool.capacity:
+            arena.pool.grow(capacity, theirs.keys, theirs.values)
+        twin.slab.adopt(self.slab)
+        for layer in range(arena.shape.layers) if self.length else ():
+            newest = self.newest(layer, 0, self.length)
+            arena.recent.reserve(self.length, arena.limit, *newest)
+            for mine, own in zip(twin.newest(layer, 0, self.length), newest, strict=True):
+                mine.copy_(own)
+        if self.length and arena.gates is not None:
+            twin.scores(self.length).copy_(self.scores(self.length))
+        return twin
+
+    def _told(self, twin: Row) -> Row:
         """``twin`` with this row's clock and counts."""
         for name in ("schedule", "seen", "length", "scored", "chunk", "lost"):
             setattr(twin, name, getattr(self, name))
@@ -96,7 +116,7 @@ class Row:
         """What is stored with the oldest ``tokens`` of the newest ones, (L, H, tokens) float32."""
         shape = self.arena.shape
         if self.config.policy == "learned":
-            self.arena.run_gates([self])
+            run_gates([self])
             return self.scores(tokens)
         start = self.seen - self.length
         position = torch.arange(start, start + tokens, device=self.arena.device)[None]
@@ -107,3 +127,18 @@ class Row:
                 for layer, head in enumerate(heads)
             ]
         )
+
+
+def run_gates(rows: Sequence[Row]) -> None:
+    """Score all gate inputs of rows of one arena that wait, in one call."""
+    waiting = [row for row in rows if row.waiting]
+    if not waiting:
+        return
+    arena = waiting[0].arena
+    assert arena.recent.inputs is not None
+    held = [arena.recent.inputs[:, row.hold.index, : row.waiting] for row in waiting]
+    x = held[0] if len(held) == 1 else torch.cat(held, 1)
+    parts = arena.log_beta(x[:, None])[:, 0].split([row.waiting for row in waiting], 1)
+    for row, log_beta in zip(waiting, parts, strict=True):
+        row.scores(row.length)[:, :, row.scored :] = log_beta.mT
+        row.scored = row.length

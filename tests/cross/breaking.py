@@ -21,8 +21,8 @@ import cuda_backend.recent
 import cuda_backend.row
 from mlx_kvret.mlx_backend import arena as mlx_arena
 from mlx_kvret.mlx_backend import bounded as mlx_bounded
-from mlx_kvret.mlx_backend import cache as mlx_cache
 from mlx_kvret.mlx_backend import compaction as mlx_compaction
+from mlx_kvret.mlx_backend import entry as mlx_entry
 from mlx_kvret.mlx_backend import pool as mlx_pool
 from mlx_kvret.mlx_backend import reading as mlx_reading
 from mlx_kvret.mlx_backend import recent as mlx_recent
@@ -36,8 +36,8 @@ _PLACES: dict[str, list[tuple[Any, str]]] = {
         *((mlx_reading.Reading, name) for name in ("observe", "append", "view", "after", "before")),
         *((mlx_recent.Recent, name) for name in ("append", "put", "window")),
         *((mlx_pool.Pool, name) for name in ("grow", "destinations", "admit", "fill")),
-        *((mlx_cache.BoundedKVCache, name) for name in ("observe", "update_and_fetch", "attend")),
-        (mlx_cache.BoundedKVCache, "make_mask"),
+        *((mlx_entry.BoundedKVCache, name) for name in ("observe", "update_and_fetch", "attend")),
+        (mlx_entry.BoundedKVCache, "make_mask"),
         *((mlx_bounded.Bounded, name) for name in ("settle", "prepare", "begin", "finish")),
         *((mlx_arena.Arena, name) for name in ("put", "score", "gate", "tidy")),
         (mlx_row.Row, "window"),
@@ -65,7 +65,7 @@ FILES = tuple(
     for module, names in {
         mlx_bounded: (
             *("arena", "bounded", "cache", "compaction", "forward", "hooks", "lookup", "observed", "pool"),
-            *("joining", "reading", "recent", "row"),
+            *("entry", "joining", "reading", "recent", "row"),
         ),
         cuda_backend.bounded: (
             "arena",

@@ -11,7 +11,7 @@ import torch
 
 import mlx_kvret
 from cuda_backend import api, versions
-from cuda_backend import cache as cache_module
+from cuda_backend import layer as layer_module
 from cuda_backend.kernels import dispatch
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import save_gates
@@ -134,7 +134,7 @@ def test_running_out_of_memory_says_which_chunk_fits(monkeypatch: pytest.MonkeyP
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
         return dispatch.attend(queries, *rest)
 
-    monkeypatch.setattr(cache_module, "attend", small)
+    monkeypatch.setattr(layer_module, "attend", small)
     with pytest.raises(CacheError, match=r"after 20 tokens .*prefill_step_size=8 fits"):
         mlx_kvret.generate(model, None, IDS[20:], cache=cache, prefill_step_size=32, max_tokens=2)
     assert cache.seen == 20

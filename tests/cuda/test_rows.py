@@ -1,0 +1,92 @@
+"""Rows of an arena: each is what it would be alone, memory follows those in use, and copies cost nothing."""
+
+from __future__ import annotations
+
+import gc
+import random
+
+import torch
+from cross import rows
+
+from mlx_kvret.core.config import EvictionConfig
+
+from .bare import Bare
+
+HOST = Bare()
+SMALL = EvictionConfig(budget=6, buffer=3)
+
+
+def ready(tokens: int = 20, config: EvictionConfig = SMALL):
+    cache = HOST.new(config)
+    for token in range(tokens):
+        HOST.read(cache, [[token]])
+    cache.settle()
+    return cache
+
+
+def test_random_schedules_change_no_row() -> None:
+    assert rows.run(HOST, 300) == []
+
+
+def test_a_hundred_copies_take_the_memory_of_one() -> None:
+    cache = ready()
+    one, copies = cache.arena.nbytes, [cache.copy() for _ in range(100)]
+    assert cache.arena.nbytes == one and all(copy.nbytes == one for copy in copies)
+    before = HOST.kept(cache, 0)
+    HOST.read(copies[3], [[1, 2]])
+    assert cache.arena.slabs.used == [0, 1] and cache.arena.nbytes == 2 * one
+    HOST.read(cache, [[3]])
+    assert cache.arena.slabs.used == [0, 1, 2]
+    assert [HOST.kept(copy, 0) for copy in copies if copy is not copies[3]] == [before] * 99
+
+
+def test_memory_is_where_it_was_after_many_joins_and_leaves() -> None:
+    chance, batch = random.Random(0), ready()
+    single, most = batch.arena.nbytes, 0
+    for _ in range(2000):
+        if len(batch.rows) < 16 and (len(batch.rows) < 2 or chance.random() < 0.5):
+            batch.extend(ready(5))
+        else:
+            batch.filter(sorted(chance.sample(range(len(batch.rows)), chance.randint(1, len(batch.rows)))))
+        # what was grown for more is given back once less than half of it is used
+        assert batch.arena.slabs.count <= max(2 * len(batch.rows), 1)
+        most = max(most, len(batch.rows))
+    assert most == 16
+    batch.filter([0])
+    gc.collect()
+    assert batch.arena.nbytes == single
+
+
+def test_sixteen_rows_take_little_more_than_sixteen_single_ones() -> None:
+    batch = ready()
+    single = batch.arena.nbytes
+    for _ in range(15):
+        batch.extend(ready())
+    assert 16 * single <= batch.arena.nbytes <= 1.15 * 16 * single
+
+
+def test_rows_of_other_budgets_and_of_another_rule() -> None:
+    batch = ready()
+    large = ready(40, EvictionConfig(budget=20, buffer=8))
+    kept = HOST.kept(large, 0)
+    batch.extend(large)
+    assert HOST.kept(batch, 1) == kept and batch.arena.config.budget == 20 and not large.rows
+    back = batch.extract(1)
+    small = ready(5, EvictionConfig(budget=2, buffer=1))
+    small.extend(back)
+    assert HOST.kept(small, 1) == kept
+
+
+def test_what_another_row_has_left_is_not_read() -> None:
+    batch = ready()
+    batch.extend(ready())
+    batch.extend(ready())
+    pool, recent = batch.arena.pool, batch.arena.recent
+    pool.keys[1], pool.values[1] = torch.nan, torch.nan
+    recent.keys[:, 1], recent.values[:, 1] = torch.nan, torch.nan
+    batch.filter([0, 2])
+    found = [HOST.read(batch, [[1], [2]]) for _ in range(4)]
+    assert all(torch.from_numpy(out).isfinite().all() for both in found for out in both)
+    batch.extend(ready(0))
+    found = [HOST.read(batch, [[1], [2], [3]]) for _ in range(4)]
+    assert all(torch.from_numpy(out).isfinite().all() for both in found for out in both)
