@@ -12,6 +12,6 @@ def note(cache: Any, notes: Mapping[str, str]) -> None:
 
 
 def notes_of(cache: Any) -> dict[str, str]:
-    """The texts beside a cache; none if it has gone on since."""
-    seen, notes = vars(cache).get("noted", (0, {}))
-    return dict(notes) if cache.seen == seen else {}
+    """The texts beside a cache; none if it has gone on since, or is a row of mlx-lm's, a plain list."""
+    seen, notes = getattr(cache, "noted", (0, {}))
+    return dict(notes) if notes and cache.seen == seen else {}

@@ -133,7 +133,7 @@ def save_cache(
     model: nn.Module, cache: BoundedCache, path: str | Path, notes: dict[str, str] | None = None
 ) -> None:
     """As :func:`mlx_kvret.save_cache`."""
-    write_snapshot(path, snapshots.take(cache, notes or {}))
+    write_snapshot(path, snapshots.take(hooks.checked_cache(model, cache), notes or {}))
 
 
 def load_cache(model: nn.Module, path: str | Path) -> tuple[BoundedCache, dict[str, str]]:

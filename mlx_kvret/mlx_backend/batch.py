@@ -23,14 +23,18 @@ class Batched(mlx_cache._BaseCache):
     layer: int
     padded: bool
 
+    def on(self, shared: Bounded) -> Batched:
+        """The same layer's entry on other rows."""
+        raise NotImplementedError
+
     def merge(self, caches: Sequence[Batched]) -> Batched:
         """A batch of copies of single sequences, each with any history or none."""
         parts = [cache.shared for cache in caches]
-        return self._of(self._once("merge", lambda: Bounded.merged(parts)))
+        return self.on(self._once("merge", lambda: Bounded.merged(parts)))
 
     def extract(self, index: int) -> Batched:
         """A single sequence that goes on where a row is, and that later passes of the batch do not touch."""
-        return self._of(self._once(int(index), lambda: self.shared.extract(int(index))))
+        return self.on(self._once(int(index), lambda: self.shared.extract(int(index))))
 
     def extend(self, other: Batched) -> None:
         """The rows of another batch come after these."""
@@ -61,10 +65,6 @@ class Batched(mlx_cache._BaseCache):
         """Passes have no padding any more."""
         if self.layer == 0:
             self.shared.expect(None)
-
-    def _of(self, shared: Bounded) -> Batched:
-        made = type(self)(shared, self.layer, self.padded)  # type: ignore[call-arg]
-        return made
 
     def _once(self, key: Any, make: Any) -> Bounded:
         """What the first layer makes, which holds it while the others ask."""

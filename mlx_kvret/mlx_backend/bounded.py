@@ -15,7 +15,7 @@ from ..core.config import EvictionConfig
 from ..core.passes import Passes
 from ..core.state import State
 from ..core.types import Ints
-from ..errors import CacheError, KVRetError
+from ..errors import CacheError, ConfigError, KVRetError
 from .arena import Arena
 from .compaction import compacted, folded
 from .joining import admit, alone, new_row, own
@@ -76,9 +76,16 @@ class Bounded:
 
     @property
     def row(self) -> Row:
-        """The only row."""
-        (row,) = self.rows
-        return row
+        """The only row.
+
+        Raises:
+            CacheError: there are several.
+        """
+        if len(self.rows) != 1:
+            raise CacheError(
+                f"the cache is a batch of {len(self.rows)} rows; take one of them with cache.row(i)"
+            )
+        return self.rows[0]
 
     @property
     def config(self) -> EvictionConfig:
@@ -93,22 +100,29 @@ class Bounded:
     # ------------------------------------------------------------------ rows
 
     def extend(self, other: Bounded) -> None:
-        """The rows of another come after these; what is held in another arena is copied, else nothing.
+        """The rows of another come after these and leave it; what is in another arena is copied.
 
-        Raises:
-            CacheError: they cannot stand in one batch.
+        Raises as :func:`.joining.admit`.
         """
-        self.arena.check()
-        if other.arena is not self.arena:
-            other.settle()
+        if other is self:
+            raise ConfigError("a cache cannot be extended by itself; give a copy")
+        self.settle()
+        other.settle()
         rows = [*self.rows, *admit(self.arena, other.rows)]
-        self.arena.put(State([(self, {"rows": rows})]))
+        self.arena.put(State([(self, {"rows": rows, "batch": True}), (other, {"rows": [], "batch": True})]))
         self.arena.tidy()
 
     def filter(self, keep: Sequence[int]) -> None:
-        """Keep these rows, in this order; the others end."""
+        """Keep these rows, in this order; the others end.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
         self.arena.check()
-        self.arena.put(State([(self, {"rows": [self.rows[int(index)] for index in keep]})]))
+        if bad := [index for index in keep if not 0 <= index < len(self.rows)]:
+            raise ConfigError(f"row {bad[0]} is not one of the cache's {len(self.rows)}; count from 0")
+        kept = {"rows": [self.rows[int(index)] for index in keep], "batch": True}
+        self.arena.put(State([(self, kept)]))
         self.arena.tidy()
 
     def copy(self) -> Bounded:
@@ -127,8 +141,7 @@ class Bounded:
     def merged(cls, parts: Sequence[Bounded]) -> Bounded:
         """A batch of copies of all rows, in an arena that has one already, or a new one.
 
-        Raises:
-            CacheError: they cannot stand in one batch.
+        Raises as :func:`.joining.admit`.
         """
         for part in parts:
             part.settle()

@@ -22,7 +22,7 @@ from ..core.passes import Passes
 from ..core.state import State
 from ..errors import CacheError, KVRetError
 from .bounded import Bounded
-from .cache import BoundedKVCache, running
+from .entry import BoundedKVCache, running
 from .reading import FEW
 
 # logits of so many bytes are computed with the pass; those of a prompt's chunk nobody may ever look at
@@ -94,6 +94,8 @@ class _Pass:
                 mx.eval(self._arrays(), [] if self.ahead else _small(out))
             if trial:
                 raise _Undone
+            # from here to the commit whatever breaks this off leaves it to be undone
+            passes.running = False
         except BaseException as error:
             passes.running = False
             passes.undo()

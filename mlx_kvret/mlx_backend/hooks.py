@@ -30,8 +30,9 @@ from ..errors import (
 from . import hosts
 from .agreement import check_agreement
 from .attachment import Attachment, Namespaces, attachment
-from .cache import BoundedCache, BoundedKVCache
+from .cache import BoundedCache
 from .dispatch import give_back, take_over
+from .entry import BoundedKVCache
 from .forward import leaves, run
 from .gates import RetentionGates
 from .memory import free_bytes
@@ -124,21 +125,22 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
     return cache
 
 
-def checked_cache(model: nn.Module, cache: list[Any]) -> BoundedCache:
-    """A cache to go on with: one of ours for this model, or layers that mlx-lm read from a prompt file.
+def checked_cache(model: nn.Module, given: list[Any]) -> BoundedCache:
+    """A cache to go on with: one of ours for this model, or layers that mlx-lm has kept or read from a file.
 
     Raises:
         ConfigError: it is something else.
         ModelMismatchError: it belongs to another model or other gates.
     """
     made = attachment(model)
-    if made is None or not isinstance(cache, list):
+    if made is None or not isinstance(given, list):
         raise ConfigError(
-            f"cache is a {type(cache).__name__}, the model {'not ' if made is None else ''}attached; "
+            f"cache is a {type(given).__name__}, the model {'not ' if made is None else ''}attached; "
             "make the cache with mlx_kvret.make_cache(model)"
         )
-    if not isinstance(cache, BoundedCache):
-        cache = made.layout.reopened(cache, made.gates, made.owner)
+    cache = given if isinstance(given, BoundedCache) else made.layout.extracted(given)
+    if cache is None:
+        cache = made.layout.reopened(given, made.gates, made.owner)
         cache.identity = made.identity(model)
     cache.passes.check()
     check_identity(made.identity(model), cache.identity)

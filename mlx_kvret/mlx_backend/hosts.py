@@ -15,8 +15,8 @@ import mlx_lm
 
 from ..errors import CacheError, MissingDependencyError, UnsupportedFeatureError
 from . import loops
-from .cache import BoundedCacheList, BoundedKVCache
 from .dispatch import User, give_back, take_over
+from .entry import BoundedCacheList, BoundedKVCache
 from .saved import Loaded
 
 # the package's attribute of this name is a function

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ..core.config import EvictionConfig
 from ..core.slabs import Hold
-from ..errors import CacheError
+from ..errors import ModelMismatchError, UnsupportedFeatureError
 from .arena import Arena
 from .row import Row
 
@@ -34,7 +34,8 @@ def admit(arena: Arena, rows: Sequence[Row]) -> list[Row]:
     """Rows of this arena stay as they are; those of another get slabs here, with what they hold.
 
     Raises:
-        CacheError: their policy or scope is not this arena's, or they belong to another model.
+        ModelMismatchError: they belong to another model or other gates.
+        UnsupportedFeatureError: they compete by another rule.
     """
     foreign = [row for row in rows if row.arena is not arena]
     for row in foreign:
@@ -86,12 +87,10 @@ def _check(arena: Arena, row: Row) -> None:
     for name in ("policy", "scope"):
         ours, theirs = getattr(arena.config, name), getattr(row.config, name)
         if ours != theirs:
-            raise CacheError(
-                f"a cache with {name} {theirs!r} cannot join a batch of {name} {ours!r}; make all of a "
-                f"batch with the same {name}"
+            raise UnsupportedFeatureError(
+                f"a row of {name} {theirs!r} cannot join those of {ours!r}; keep batches of each"
             )
     if (row.arena.identity, row.arena.shape) != (arena.identity, arena.shape):
-        raise CacheError(
-            "caches of different models or gates cannot stand in one batch; make all of them with the model "
-            "that reads them"
+        raise ModelMismatchError(
+            "the rows belong to another model or other gates; make their cache for this one"
         )

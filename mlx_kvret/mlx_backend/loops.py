@@ -14,7 +14,8 @@ import mlx.nn as nn
 
 from ..core.passes import Passes
 from ..errors import UnsupportedFeatureError
-from .cache import BoundedCache, BoundedKVCache
+from .cache import BoundedCache
+from .entry import BoundedKVCache
 from .forward import confirm, doubt, leaves
 
 

@@ -10,7 +10,8 @@ import mlx.nn as nn
 from ..core.prompts import check_ids
 from ..errors import UnsupportedFeatureError
 from . import hooks
-from .cache import BoundedCache, BoundedKVCache
+from .cache import BoundedCache
+from .entry import BoundedKVCache
 from .forward import leaves
 from .generation import vocabulary
 

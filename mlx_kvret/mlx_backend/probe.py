@@ -16,7 +16,8 @@ from ..core.config import EvictionConfig
 from ..core.fitting import fit_gates
 from ..errors import ConfigError, ModelMismatchError, UnsupportedModelError
 from .bounded import Bounded
-from .cache import BoundedCache, BoundedCacheList, BoundedKVCache
+from .cache import BoundedCache
+from .entry import BoundedCacheList, BoundedKVCache
 from .filling import fill
 from .gates import RetentionGates
 from .others import Other
@@ -84,6 +85,14 @@ class Layout:
         fill(shared, snapshot)
         self._place(cache, shared)
         return shared
+
+    def extracted(self, entries: list[Any]) -> BoundedCache | None:
+        """A prompt cache from entries that mlx-lm has kept in a list of its own; None if there are none."""
+        competing = [_at(entries, place) for place in self.places]
+        shared = {id(entry.shared): entry.shared for entry in competing if isinstance(entry, BoundedKVCache)}
+        if len(shared) != 1 or len(entries) != self.layers:
+            return None
+        return BoundedCache(entries, next(iter(shared.values())), competing)
 
     def reopened(
         self, entries: list[Any], gates: RetentionGates | None, owner: dict[str, str]

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..core.snapshot import Snapshot
 from ..errors import CheckpointError, UnsupportedFeatureError
-from .cache import BoundedCache, BoundedKVCache
+from .cache import BoundedCache
 from .compaction import retention_of
+from .entry import BoundedKVCache
 from .filling import fill
 from .gates import to_array, to_tensor
 from .pool import Pool

@@ -11,7 +11,7 @@ import torch
 
 import cuda_backend.cache
 import mlx_kvret
-import mlx_kvret.mlx_backend.cache
+import mlx_kvret.mlx_backend.reading
 from cuda_backend.agreement import RoundedDifferently as RoundedOnTorch
 from cuda_backend.api import load_model
 from cuda_backend.training.student import Student as TorchStudent
@@ -23,7 +23,7 @@ from mlx_kvret.mlx_backend.training.student import Student
 
 from .families import stock
 
-BACKENDS = {"mlx": mlx_kvret.mlx_backend.cache, "torch": cuda_backend.cache}
+BACKENDS = {"mlx": mlx_kvret.mlx_backend.reading, "torch": cuda_backend.cache}
 
 
 def test_tokens_of_a_probe():

@@ -9,7 +9,7 @@ from tiny import forward, gated, pieces, prompt, random_gates, shape_of, tiny
 
 import mlx_kvret
 from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
-from mlx_kvret.mlx_backend.cache import BoundedKVCache
+from mlx_kvret.mlx_backend.entry import BoundedKVCache
 from mlx_kvret.mlx_backend.generation import TokenIds
 
 BATCHES = ["merge", "extract", "filter", "extend", "prepare", "finalize"]

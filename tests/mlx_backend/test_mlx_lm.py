@@ -19,7 +19,8 @@ from tiny import forward, gated, pieces, prompt, random_gates, shape_of, tiny
 
 import mlx_kvret
 from mlx_kvret.errors import CheckpointError, ConfigError, ModelMismatchError, UnsupportedFeatureError
-from mlx_kvret.mlx_backend.cache import BoundedCache, BoundedKVCache
+from mlx_kvret.mlx_backend.cache import BoundedCache
+from mlx_kvret.mlx_backend.entry import BoundedKVCache
 from mlx_kvret.mlx_backend.generation import TokenIds
 
 PROMPT = prompt(70)
