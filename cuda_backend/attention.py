@@ -18,8 +18,8 @@ from mlx_kvret.core.types import Ints
 
 from .view import LayerView
 
-# heads are padded to a common length while that costs less than half again of the work
-PADDING = 1.5
+# heads are padded to a common length while that costs less than half again of the work, or few entries
+PADDING, FEW = 1.5, 2048
 
 
 def naive_attend(
@@ -85,9 +85,9 @@ def attend(
 
 
 def _parts(lengths: Ints) -> list[Ints]:
-    """Heads to be padded together: all, or those between two powers of two."""
+    """Heads to be padded together: all, where that is cheap, or those between two powers of two."""
     everyone = np.arange(len(lengths))
-    if len(lengths) * lengths.max() <= PADDING * max(lengths.sum(), len(lengths)):
+    if len(lengths) * lengths.max() <= PADDING * max(lengths.sum(), len(lengths)) + FEW:
         return [everyone]
     power = np.frexp(lengths)[1]
     return [everyone[power == p] for p in np.unique(power)]

@@ -30,8 +30,14 @@ class Places:
     def set(self, numbers: torch.Tensor) -> None:
         """Renew the numbers (5, R), which the host knows, without waiting for the device."""
         self.host_slabs, self.most = numbers[0].numpy(), int(numbers[2].max())
-        vars(self).pop("host_offsets", None)
+        for name in ("host_offsets", "visible"):
+            vars(self).pop(name, None)
         self._numbers.copy_(numbers, non_blocking=True)
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """Which of the ``most`` newest places of a window are in use, (R, 1, most)."""
+        return (torch.arange(self.most, device=self.after.device) < self.after[:, None])[:, None]
 
     @cached_property
     def host_offsets(self) -> Ints:
@@ -108,7 +114,7 @@ class LayerView:
         """Which of the newest tokens the last ``tokens`` see, (R or 1, tokens, r)."""
         device = self.keys.device
         if self.rows is not None:
-            return (torch.arange(self.rows.most, device=device) < self.rows.after[:, None])[:, None]
+            return self.rows.visible
         length = self.keys.shape[2]
         own = torch.arange(length - tokens, length, device=device)[:, None]
         return (torch.arange(length, device=device) <= own)[None]
