@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import cuda_backend.cache
+import cuda_backend.layer
 import mlx_kvret
 import mlx_kvret.mlx_backend.reading
 from cuda_backend.agreement import RoundedDifferently as RoundedOnTorch
@@ -23,7 +23,7 @@ from mlx_kvret.mlx_backend.training.student import Student
 
 from .families import stock
 
-BACKENDS = {"mlx": mlx_kvret.mlx_backend.reading, "torch": cuda_backend.cache}
+BACKENDS = {"mlx": mlx_kvret.mlx_backend.reading, "torch": cuda_backend.layer}
 
 
 def test_tokens_of_a_probe():

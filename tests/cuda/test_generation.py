@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as in a process that has not used the backend yet
+    monkeypatch.delitem(sys.modules, "cuda_backend.api")
     monkeypatch.setattr(versions.metadata, "version", lambda name: {"torch": "2.13.0+cpu"}.get(name, "5.3.1"))
     with pytest.raises(MissingDependencyError, match=r"transformers is 5\.3\.1, expected at least 5\.17"):
         mlx_kvret.load("demo", backend="torch")
