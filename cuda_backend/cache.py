@@ -67,9 +67,13 @@ class BoundedCache(Cache):
         try:
             passes.begin(self._before())
             out = forward()
-            if self.shared is not None and not self._trial:
+            if self._trial:
+                passes.undo()
+            elif self.shared is not None:
                 self.shared.commit()
             self._release()
+            passes.commit()
+            return out
         except BaseException:
             passes.running = False
             if self.in_place:
@@ -79,10 +83,6 @@ class BoundedCache(Cache):
             passes.undo()
             self._release()
             raise
-        if self._trial:
-            passes.undo()
-        passes.commit()
-        return out
 
     def _before(self) -> State:
         """What undoes a pass."""
@@ -159,16 +159,16 @@ class BoundedCache(Cache):
                 "for older ones have been through a compaction; or make a new cache"
             )
         passes = self.passes
-        passes.begin(self._before())
         try:
+            passes.begin(self._before())
             for layer in self._stock():
                 layer.crop(removed)
             if self.shared is not None:
                 self.shared.take_back(-removed)
+            passes.commit()
         except BaseException:
             passes.undo()
             raise
-        passes.commit()
 
     @contextmanager
     def trial(self) -> Iterator[None]:
