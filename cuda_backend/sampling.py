@@ -48,6 +48,39 @@ def sampler_of(asked: Sampling) -> Sampler | None:
     return draw
 
 
+def alone(asked: Sampling) -> Sampler | None:
+    """As :func:`sampler_of`, and with a seed who else draws does not change its tokens."""
+    if asked.seed is None:
+        return sampler_of(asked)
+    before = _state()
+    draw, own = sampler_of(asked), _state()
+    _set(before)
+
+    def one(logprobs: torch.Tensor) -> torch.Tensor:
+        nonlocal own
+        assert draw is not None
+        before = _state()
+        _set(own)
+        try:
+            return draw(logprobs)
+        finally:
+            own = _state()
+            _set(before)
+
+    return one
+
+
+def _state() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the random numbers on the CPU and, where there is one, the GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def _set(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
 def processors_of(asked: Sampling) -> list[Processor]:
     """Functions of the tokens (1, n) and the logits (1, V) that return logits: the bias and the penalties."""
     made: list[Processor] = []

@@ -18,6 +18,7 @@ from .api import (
     save_cache,
     stream_generate,
 )
+from .batching import generate_batch, stream_batch
 from .errors import KVRetError
 from .reading import answer, read
 
@@ -28,11 +29,13 @@ __all__ = [
     "backends",
     "detach",
     "generate",
+    "generate_batch",
     "load",
     "load_cache",
     "make_cache",
     "read",
     "save_cache",
+    "stream_batch",
     "stream_generate",
 ]
 __version__ = "0.1.0"

@@ -41,6 +41,34 @@ def sampler_of(asked: Sampling) -> Sampler | None:
     return lambda logprobs: chain(logprobs.shape[-1])(logprobs.astype(mx.float32))
 
 
+def alone(asked: Sampling) -> Sampler | None:
+    """As :func:`sampler_of`, and with a seed who else draws does not change its tokens."""
+    if asked.seed is None:
+        return sampler_of(asked)
+    before = _state()
+    draw, own = sampler_of(asked), _state()
+    mx.random.seed(before)
+
+    def one(logprobs: mx.array) -> mx.array:
+        nonlocal own
+        assert draw is not None
+        before = _state()
+        mx.random.seed(own)
+        try:
+            return draw(logprobs)
+        finally:
+            own = _state()
+            mx.random.seed(before)
+
+    return one
+
+
+def _state() -> int:
+    """The seed that gives the random numbers to come; MLX's state cannot be put in place otherwise."""
+    high, low = mx.random.state[0].tolist()
+    return int(high) << 32 | int(low)
+
+
 def processors_of(asked: Sampling) -> list[Processor]:
     """Functions of the tokens (n,) and the logits (1, V) that return logits: the bias and the penalties."""
     given: dict[str, Any] = {}

@@ -1,0 +1,178 @@
+"""Several prompts at once, each in a bounded cache of its own, on either backend's batch generator."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .api import backend_of
+from .core.detokenizer import Detokenizer
+from .core.options import MAX_SEED, short, whole
+from .core.prompts import prompt_ids
+from .core.request import check_generation, check_max_tokens, split_eviction
+from .core.sampling import SAMPLING, Sampling, split_sampling
+from .errors import ConfigError
+
+ROWS = 8
+# how many tokens "no limit" is
+ENDLESS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class BatchResponse:
+    """One more token of the answer to one prompt.
+
+    ``index`` tells which prompt, ``text`` is what became certain with the ``token``, the ``count``-th of the
+    answer. With the last one come ``finish_reason``, "stop" or "length", and ``cache``, which holds the
+    prompt and the answer, that token too, and goes on by itself.
+    """
+
+    index: int
+    text: str
+    token: int
+    prompt_tokens: int
+    count: int
+    finish_reason: str | None = None
+    cache: Any = None
+
+
+def stream_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    *,
+    budget: Any = None,
+    max_tokens: Any = 256,
+    caches: Sequence[Any] | None = None,
+    rows: int = ROWS,
+    prefill_step_size: int = 2048,
+    seed: Any = None,
+    **options: Any,
+) -> Iterator[BatchResponse]:
+    """Answers to several prompts side by side, by token, in the order in which they come.
+
+    A row is answered as it would be alone: it has a cache of its own budget, in arrays that all rows share,
+    and random numbers of its own. When one ends the next prompt takes its place.
+
+    Args:
+        prompts: a list of prompts of any length, each in any form that :func:`mlx_kvret.generate` takes.
+        budget, max_tokens: one for all, or a list of one each.
+        caches: caches to go on with, one each, instead of ``budget`` and the like; they stay as they are.
+        rows: how many prompts are answered at a time (8).
+        prefill_step_size: tokens of each prompt that are read in one forward pass (2048).
+        seed: of the first prompt where tokens are drawn, the next one's is one more; or a list.
+        options: eviction options as of :func:`mlx_kvret.make_cache`, and sampling options as of
+            :func:`mlx_kvret.generate`, the same for all rows.
+
+    Raises:
+        ConfigError: no list, or not one value for each prompt; else as :func:`mlx_kvret.generate`.
+    """
+    room = importlib.import_module(f"{backend_of(model).__package__}.batching")
+    asked = _prompts(prompts)
+    whole("rows", rows, 1)
+    drawn, rest = split_sampling(options)
+    seeds = _seeds(drawn, seed, len(asked))
+    eviction, _ = split_eviction(rest, caches is not None, SAMPLING)
+    check_generation({"prefill_step_size": prefill_step_size}, drawn)
+    limits = _each(max_tokens, len(asked), "max_tokens")
+    for limit in limits:
+        check_max_tokens(limit)
+    known = room.vocabulary(model)
+    drawn.check_vocabulary(known)
+    if caches is None:
+        budgets = _each(budget, len(asked), "budget")
+        held = [room.make_cache(model, budget=own, **eviction) for own in budgets]
+    elif budget is not None:
+        raise ConfigError("budgets were decided when the caches were made; drop budget, or drop caches")
+    else:
+        held = [room.checked_cache(model, cache) for cache in _as_many(caches, len(asked), "caches")]
+    ids = [
+        prompt_ids(tokenizer, prompt, cache.seen == 0, known)
+        for prompt, cache in zip(asked, held, strict=True)
+    ]
+    rows_of = {
+        "max_tokens": [ENDLESS if limit < 0 else limit for limit in limits],
+        "caches": held,
+        "samplers": [room.alone(own) for own in seeds],
+        "logits_processors": [room.processors_of(own) for own in seeds],
+    }
+    return _responses(room, model, room.reader(tokenizer), ids, rows_of, (rows, prefill_step_size))
+
+
+def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> list[str]:
+    """The texts that a model goes on with after each prompt. Arguments as of :func:`stream_batch`.
+
+    >>> mlx_kvret.generate_batch(model, tokenizer, ["first", "second"], budget=[512, 1024])
+    """
+    texts = [""] * len(_prompts(prompts))
+    for response in stream_batch(model, tokenizer, prompts, **options):
+        texts[response.index] += response.text
+    return texts
+
+
+@dataclass
+class _Answer:
+    """The answer to one prompt so far."""
+
+    index: int
+    prompt_tokens: int
+    text: Detokenizer
+    count: int = 0
+
+    def told(self, token: int, reason: str | None, cache: Any) -> BatchResponse:
+        self.count += 1
+        text = "" if reason == "stop" else self.text.add(token)
+        if reason is not None:
+            text += self.text.end()
+        return BatchResponse(self.index, text, token, self.prompt_tokens, self.count, reason, cache)
+
+
+def _responses(
+    room: Any, model: Any, reader: Any, ids: list[list[int]], rows_of: dict[str, Any], pace: tuple[int, int]
+) -> Iterator[BatchResponse]:
+    """The loop; what was asked has been checked."""
+    generator = room.generator(model, reader, *pace)
+    try:
+        uids = generator.insert(ids, **rows_of)
+        rows_of.clear()
+        answers = {
+            uid: _Answer(index, len(own), Detokenizer(reader.decode))
+            for index, (uid, own) in enumerate(zip(uids, ids, strict=True))
+        }
+        while responses := generator.next_generated():
+            for one in responses:
+                cache = None if one.finish_reason is None else room.of_row(model, one.prompt_cache)
+                yield answers[one.uid].told(int(one.token), one.finish_reason, cache)
+    finally:
+        generator.close()
+
+
+def _prompts(values: Any) -> list[Any]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise ConfigError(f"prompts is {short(values)}; expected a list of prompts, also for one")
+    if not values:
+        raise ConfigError("prompts is an empty list; give at least one prompt")
+    return list(values)
+
+
+def _each(value: Any, count: int, name: str) -> list[Any]:
+    """One value for each prompt, from as many or from one for all."""
+    return _as_many(value, count, name) if isinstance(value, (list, tuple)) else [value] * count
+
+
+def _seeds(drawn: Sampling, seed: Any, count: int) -> list[Sampling]:
+    """How each row's tokens are drawn: equal prompts get answers of their own."""
+    if seed is not None and not isinstance(seed, (list, tuple)):
+        whole("seed", seed, 0, MAX_SEED)
+        seed = [(seed + index) % (MAX_SEED + 1) for index in range(count)]
+    return [dataclasses.replace(drawn, seed=own) for own in _each(seed, count, "seed")]
+
+
+def _as_many(values: Sequence[Any], count: int, name: str) -> list[Any]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or len(values) != count:
+        found = f"has {len(values)} values" if isinstance(values, Sequence) else f"is {short(values)}"
+        raise ConfigError(f"{name} {found}, there are {count} prompts; give one each")
+    return list(values)
