@@ -1,8 +1,8 @@
 """What many questions about one reading cost, in readings: ``python benchmarks/ask.py [--backend mlx]``.
 
 The demo model reads its story of 4,096 tokens once and is asked 20 questions, each of a copy of the cache;
-some of them also of a reading of their own, which must answer the same. Times are seconds of the CPU, the least
-of ``--repeat`` runs: others may be at work on the machine.
+some of them also of a reading of their own, which must answer the same. Times are seconds of the CPU, the
+least of ``--repeat`` runs: others may be at work on the machine.
 """
 
 from __future__ import annotations

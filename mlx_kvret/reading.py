@@ -6,7 +6,6 @@ question joins it and a saved reading goes on in a chat. Every question is asked
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def joined(texts: Sequence[str]) -> str:
 
 def copied(cache: Any) -> Any:
     """A cache of its own that has read the same."""
-    return copy.deepcopy(cache)
+    return cache.copy()
 
 
 class Reading:

@@ -10,7 +10,7 @@ import click
 from ..errors import ConfigError, KVRetError
 from ..texts import check_stdin
 from . import options as shared
-from .ending import tell
+from .ending import one_line
 from .habits import older_names, refusals
 from .screen import note
 from .session import load, required, sampling, template_of
@@ -71,4 +71,4 @@ def command(context: click.Context, **options: Any) -> None:
             if text is None or not conversation.take(text, draw):
                 break
         except KVRetError as error:
-            tell(error)
+            note(f"error: {one_line(error)}", err=True)

@@ -228,8 +228,9 @@ class Conversation:
             note(f"[stopped after {self.cache.seen - read} of {len(ids)} tokens were read]")
             return
         self.spoken = response
-        show(words.add(rest) + words.end())
-        click.echo(" [stopped; /continue goes on]" if response.finish_reason is None else "")
+        stopped = " [stopped; /continue goes on]" if response.finish_reason is None else ""
+        show(words.add(rest + stopped) + words.end())
+        click.echo()
         if response.finish_reason == "length":
             note(f"[cut by --max-tokens {options['max_tokens']}; /continue goes on]", err=True)
 
