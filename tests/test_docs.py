@@ -186,6 +186,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(found), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_figures_are_those_of_the_page_they_are_from(page: Path) -> None:
+    found = re.findall(r"<!-- figures of (\S+) -->\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"))
+    for source, table in found:
+        measured = (page.parent / source).read_text(encoding="utf-8")
+        figures = re.findall(r"\S+ ± [\d.]+", table)
+        assert figures and [figure for figure in figures if figure not in measured] == []
+
+
 @pytest.mark.parametrize("script", ["make_pictures.py", "make_refused.py"])
 def test_what_scripts_make_is_not_stale(script: str) -> None:
     done = subprocess.run(
