@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..texts import read_text
 from . import options as shared
 from .habits import older_names, refusals
+from .many import answer_many
 from .screen import note, progress
 from .session import (
     chosen_template,
@@ -25,11 +26,16 @@ from .session import (
     stats_line,
 )
 
+# what goes with one prompt alone
+MANY_WITHOUT = ("prompt", "file", "cache", "prefill_response", "draft_model", "num_draft_tokens", "verbose")
+
 
 @click.command("generate")
 @shared.model_options
 @click.option("--prompt", "-p", help="The prompt, '-' for stdin; after --file: what to ask about the file.")
 @click.option("--file", help="Text to read first; '-' is stdin, 'demo' the demo's story of 4,096 tokens.")
+@click.option("--prompts", help="Answer many prompts side by side: a file of JSON lines, see below.")
+@click.option("--rows", type=int, help="How many of them at a time.  [default: 8]")
 @click.option("--cache", help="Go on with a reading or a chat that was saved in this file.")
 @shared.prompt_options
 @click.option("--prefill-response", help="What the answer begins with; control tokens in it count.")
@@ -67,9 +73,19 @@ def command(context: click.Context, **options: Any) -> None:
       mlx-kvret generate --model mlx-community/Qwen3-4B-4bit --gates ./gates --file book.txt \\
           --prompt "Who is the murderer?" --budget 256MB
       cat notes.txt | mlx-kvret generate --model ./model --gates ./gates --file -
+      mlx-kvret generate --model ./model --prompts questions.jsonl > answers.jsonl
+
+    A line of --prompts is an object: {"prompt": "text"} or {"messages": [...]}, and if it likes "budget",
+    "max_tokens" and "id". Each answer is one line, what it would be alone, printed when it is complete.
     """
     from ..api import make_cache, stream_generate
 
+    many, rows = options.pop("prompts"), options.pop("rows")
+    if many is not None:
+        check_many(options)
+        return answer_many(many, 8 if rows is None else rows, options, shared.eviction(options))
+    if rows is not None:
+        raise ConfigError("--rows has no effect without --prompts; drop it, or give both")
     text = prompt_text(options.pop("prompt"), options.pop("file"))
     saved = options.pop("cache")
     shared.check_cache_alone(context, saved, options)
@@ -101,6 +117,13 @@ def command(context: click.Context, **options: Any) -> None:
     cut_note(last, options["max_tokens"])
     if verbose and last is not None:
         note(stats_line(model, cache, last), err=True)
+
+
+def check_many(options: dict[str, Any]) -> None:
+    """Refuse what means nothing for many prompts; takes it out."""
+    for name in MANY_WITHOUT:
+        if options.pop(name):
+            raise ConfigError(f"--{name.replace('_', '-')} does not work with --prompts; drop one of them")
 
 
 def check_draft(draft: str | None, tokens: int | None, backend: str) -> None:

@@ -117,7 +117,15 @@ def sampling(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, A
     """Generation options of the model's backend from those of drawing tokens, which are taken out."""
     from ..api import backend_of
 
-    backend, given = backend_of(model), {name: options.pop(name) for name in SAMPLING if name in options}
+    found: dict[str, Any] = backend_of(model).sampling(model, asked_sampling(model, tokenizer, options))
+    return found
+
+
+def asked_sampling(model: Any, tokenizer: Any, options: dict[str, Any]) -> Sampling:
+    """How tokens are to be drawn, from a command's options, which are taken out."""
+    from ..api import backend_of
+
+    given = {name: options.pop(name) for name in SAMPLING if name in options}
     bias = json_object("--logit-bias", given.pop("logit_bias", None), "{}")
     by_id = {token_id(tokenizer, text): added for text, added in bias.items()}
     if len(by_id) < len(bias):
@@ -125,9 +133,9 @@ def sampling(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, A
     if given.get("xtc_probability"):
         # what mlx_lm.generate never excludes
         lines = tokenizer.encode("\n", add_special_tokens=False)
-        given["xtc_special_tokens"] = [*map(int, lines), *backend.stop_tokens(model, tokenizer)]
-    found: dict[str, Any] = backend.sampling(model, Sampling(**given, logit_bias=by_id or None))
-    return found
+        stops = backend_of(model).stop_tokens(model, tokenizer)
+        given["xtc_special_tokens"] = [*map(int, lines), *stops]
+    return Sampling(**given, logit_bias=by_id or None)
 
 
 def read_line(prompt: str) -> str | None:
