@@ -65,7 +65,8 @@ def alone(asked: Sampling) -> Sampler | None:
 
 def _state() -> int:
     """The seed that gives the random numbers to come; MLX's state cannot be put in place otherwise."""
-    high, low = mx.random.state[0].tolist()
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
     return int(high) << 32 | int(low)
 
 
