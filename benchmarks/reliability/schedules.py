@@ -95,14 +95,35 @@ def _gates() -> Any:
     )
 
 
+def read(name: str, cache: Any, log_beta: np.ndarray) -> None:
+    """One pass over tokens of that log β (heads, tokens)."""
+    count, make = log_beta.shape[1], mx.array if name == "mlx" else torch.from_numpy
+    if name == "mlx":
+        cache.prepare(count)
+        cache.reading, before = cache.begin(count)
+        cache.passes.begin(before)
+    else:
+        cache.begin(1, count)
+    for layer in range(SHAPE.layers):
+        x = log_beta[layer * 2 : layer * 2 + 2].T[None].copy()
+        zeros = np.zeros((1, 2, count, 2), np.float32)
+        cache.reading.observe(layer, make(x))
+        cache.reading.append(layer, make(zeros), make(zeros))
+    if name == "mlx":
+        cache.finish()
+        cache.passes.commit()
+    else:
+        cache.commit()
+
+
 def schedule(seed: int) -> list[str]:
     """Faults of one random schedule."""
     chance = np.random.default_rng(seed)
     config, faults = configuration(chance), []
     gates = _gates() if config.policy == "learned" else None
     backends: dict[str, Any] = {
-        "mlx": MLXBounded(SHAPE, config, {}, gates),
-        "torch": TorchBounded(SHAPE, config, {}, torch.device("cpu"), gates),
+        "mlx": MLXBounded.single(SHAPE, config, {}, gates),
+        "torch": TorchBounded.single(SHAPE, config, {}, torch.device("cpu"), gates),
     }
     oracle = Oracle(config)
     for step in range(int(chance.integers(3, 12))):
@@ -111,14 +132,7 @@ def schedule(seed: int) -> list[str]:
         # few values, so that ties are common
         log_beta = -chance.integers(0, 4, (HEADS, count)).astype(np.float32)
         for name, backend in backends.items():
-            backend.settle()
-            for layer, recent in enumerate(backend.recents):
-                x = log_beta[layer * 2 : layer * 2 + 2].T
-                zeros = np.zeros((1, 2, count, 2), np.float32)
-                make = mx.array if name == "mlx" else torch.from_numpy
-                recent.observe(make(x if name == "mlx" else x[None].copy()))
-                recent.append(make(zeros), make(zeros))
-                backend.seen[layer] += count
+            read(name, backend, log_beta)
         oracle.read(log_beta)
         if chance.random() < 0.3:
             back = int(chance.integers(1, count + 1))

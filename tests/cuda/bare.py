@@ -35,7 +35,8 @@ class Bare:
         random = torch.Generator().manual_seed(0)
         widths = {"x": 4, "keys": 2 * 3, "values": 2 * 5, "queries": 2 * GROUP * 3}
         self._tables = {
-            name: torch.randn(SHAPE.layers, WORDS, width, generator=random) for name, width in widths.items()
+            name: torch.cat([torch.randn(2, WORDS, n, generator=random), torch.full((2, 1, n), torch.nan)], 1)
+            for name, n in widths.items()
         }
 
     def new(self, config: EvictionConfig) -> Bounded:
@@ -44,7 +45,8 @@ class Bare:
 
     def read(self, cache: Bounded, chunks: list[list[int]]) -> list[np.ndarray]:
         most = max(map(len, chunks))
-        ids = torch.tensor([[*chunk, *[0] * (most - len(chunk))] for chunk in chunks])
+        # what is padding shows if anyone looks at it
+        ids = torch.tensor([[*chunk, *[WORDS] * (most - len(chunk))] for chunk in chunks])
         cache.prepare(list(map(len, chunks)))
         cache.begin(len(chunks), most)
         assert cache.reading is not None
