@@ -59,6 +59,7 @@ NEEDED = ("starlette", "uvicorn", "pydantic")
     help="Temperature of requests that say none; 0 is greedy.",
 )
 @click.option("--max-tokens", type=int, default=4096, show_default=True, help="Most tokens of an answer.")
+@click.option("--max-prompt", type=int, default=1_000_000, show_default=True, help="Most tokens of a prompt.")
 @click.option(
     "--timeout", type=float, default=3600.0, show_default=True, help="Seconds a request may take in all."
 )
@@ -111,6 +112,7 @@ def command(**options: Any) -> None:
             options["cors_origin"],
             options["queue"],
             options["max_tokens"],
+            options["max_prompt"],
             options["temp"],
             options["timeout"],
             options["drain"],

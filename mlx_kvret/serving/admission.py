@@ -18,19 +18,21 @@ class Plan:
 
     Args:
         rows: conversations at once.
+        slabs: rooms of one conversation each that their arrays may have, which grow by an eighth.
         row: bytes of each, whatever its length.
         reading: bytes that the chunk of a prompt takes while it is read; one is read at a time.
         snapshots: bytes for caches to go on from, with the one that is being copied.
     """
 
     rows: int
+    slabs: int
     row: int
     reading: int
     snapshots: int
 
     @property
     def total(self) -> int:
-        return self.rows * self.row + self.reading + self.snapshots
+        return self.slabs * self.row + self.reading + self.snapshots
 
     @property
     def kept(self) -> int:
@@ -66,7 +68,15 @@ def plan(
     """
     row, reading = shape.nbytes(config.budget, config.buffer), shape.full_nbytes(chunk)
     kept = memory // SNAPSHOTS if snapshots is None else snapshots
-    rows = min(most_rows, (memory - reading - kept) // row)
+    if snapshots and snapshots < 2 * row:
+        raise ConfigError(
+            f"prompt_cache is {snapshots:,} bytes, which hold no snapshot of {row:,} beside the one that is "
+            f"being copied; give at least {2 * row:,}, or 0B"
+        )
+    room = (memory - reading - kept) // row
+    rows = min(most_rows, room)
+    while rows > 0 and _slabs(rows) > room:
+        rows -= 1
     if rows < 1:
         least = row + reading + (0 if snapshots is None else snapshots)
         least = least if snapshots is not None else -(-least * SNAPSHOTS // (SNAPSHOTS - 1))
@@ -75,4 +85,8 @@ def plan(
             f"{reading:,} while it is read, and snapshots {kept:,}: give at least {least:,} bytes, or a "
             "smaller budget or chunk"
         )
-    return Plan(int(rows), row, reading, kept)
+    return Plan(int(rows), _slabs(rows), row, reading, kept)
+
+
+def _slabs(rows: int) -> int:
+    return rows + rows // 8

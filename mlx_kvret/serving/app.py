@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -16,9 +17,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from ..errors import ConfigError
 from .answering import Answer
 from .backend import Backend
-from .channels import Plain
+from .channels import Plain, Splitter
 from .drawing import Drawing
 from .failures import Refusal
 from .guard import Guard, body_of, told
@@ -32,6 +34,9 @@ from .settings import Settings
 from .worker import Worker
 
 log = logging.getLogger(__name__)
+# bytes of a body that any number of clients may send at once
+SMALL = 1 << 20
+Prepared = tuple[Asked, Prompt, Splitter]
 
 
 @dataclass
@@ -53,26 +58,42 @@ class Service:
         self.started = int(time.time())
         # one at a time, and beside the loop: a long prompt takes a while
         self.prompting = ThreadPoolExecutor(1, "kvret-prompts")
+        self.large = asyncio.Semaphore(4)
 
     def decode(self, ids: list[int]) -> str:
         return str(self.reader.decode(ids))
 
     async def chat(self, request: Request) -> Response:
-        asked = parsed(ChatRequest, await body_of(request, self.settings))
-        prompt = await self._prompt(self.prompter.chat, asked)
+        asked, prompt, splitter = await self._prepared(request, self._chat)
         reply = ChatReply(self.settings.model, self.decode, asked.usage_in_stream)
-        tools = None if asked.tools is None else [tool.model_dump(exclude_none=True) for tool in asked.tools]
-        return self._answer(asked, prompt, reply, self.backend.splitter(self.tokenizer, prompt.ids, tools))
+        return self._answer(asked, prompt, reply, splitter)
 
     async def completion(self, request: Request) -> Response:
-        asked = parsed(CompletionRequest, await body_of(request, self.settings))
-        prompt = await self._prompt(self.prompter.completion, asked)
+        asked, prompt, splitter = await self._prepared(request, self._completion)
         reply = CompletionReply(self.settings.model, self.decode, asked.usage_in_stream)
-        return self._answer(asked, prompt, reply, Plain())
+        return self._answer(asked, prompt, reply, splitter)
 
-    async def _prompt(self, make: Callable[[Any], Prompt], asked: Asked) -> Prompt:
+    async def _prepared(self, request: Request, prepare: Callable[[bytes], Prepared]) -> Prepared:
+        """What a request asks for; of large ones only a few are held at once."""
+        length = request.headers.get("content-length", "")
+        small = length.isdecimal() and len(length) < 19 and int(length) <= SMALL
+        async with contextlib.AsyncExitStack() as stack:
+            if not small:
+                await stack.enter_async_context(self.large)
+            body = await body_of(request, self.settings)
+            return await asyncio.get_running_loop().run_in_executor(self.prompting, prepare, body)
+
+    def _chat(self, body: bytes) -> Prepared:
+        asked = parsed(ChatRequest, body)
         self._check(asked)
-        return await asyncio.get_running_loop().run_in_executor(self.prompting, make, asked)
+        prompt = self.prompter.chat(asked)
+        tools = None if asked.tools is None else [tool.model_dump(exclude_none=True) for tool in asked.tools]
+        return asked, prompt, self.backend.splitter(self.tokenizer, prompt.ids.tolist(), tools)
+
+    def _completion(self, body: bytes) -> Prepared:
+        asked = parsed(CompletionRequest, body)
+        self._check(asked)
+        return asked, self.prompter.completion(asked), Plain()
 
     def _check(self, asked: Asked) -> None:
         """What only the server knows of: its model, its limits and its vocabulary."""
@@ -108,7 +129,7 @@ class Service:
                     param="logit_bias",
                 )
 
-    def _answer(self, asked: Asked, prompt: Prompt, reply: Reply, splitter: Any) -> Response:
+    def _answer(self, asked: Asked, prompt: Prompt, reply: Reply, splitter: Splitter) -> Response:
         settings = self.settings
         drawing = Drawing(
             settings.temp if asked.temperature is None else asked.temperature,
@@ -196,6 +217,8 @@ def _refusing(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
             return await handler(request)
         except Refusal as refusal:
             return told(refusal)
+        except ConfigError as error:
+            return told(Refusal(400, str(error)))
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception:  # a fault of ours; the client is told in the shape it reads

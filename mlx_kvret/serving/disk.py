@@ -117,6 +117,8 @@ class Disk:
         """The cache of a file; PENDING until it has been read; None if it is gone, damaged or another's."""
         read = self._reads.get(key)
         if read is None:
+            # of requests that have left meanwhile
+            self._reads = {other: found for other, found in self._reads.items() if not found.done()}
             read = self._reads[key] = self._threads.submit(read_snapshot, self._path(key))
         if not read.done():
             return PENDING

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..core.detokenizer import Detokenizer
-from ..core.types import Array
+from ..core.types import Array, Ints
 from .channels import Said, Splitter
 from .drawing import Drawing
 from .failures import Refusal
@@ -23,13 +23,13 @@ class Prompt:
     """What is read.
 
     Args:
-        ids: token ids, at least one.
+        ids: token ids (n,), at least one.
         marks: lengths, at which a snapshot is worth keeping, of fewer than all tokens.
         pinned: those of them that end a system prompt.
         owner: whose snapshots may be used (:class:`.prefixes.Prefix`).
     """
 
-    ids: list[int]
+    ids: Ints
     marks: frozenset[int] = frozenset()
     pinned: frozenset[int] = frozenset()
     owner: tuple[str, ...] = ()

@@ -46,6 +46,8 @@ class OnMLX:
 
     def read(self, cache: BoundedCache, ids: list[int]) -> None:
         self.model(mx.array([ids]), cache=cache)
+        # as mlx-lm does between chunks
+        mx.clear_cache()
 
     def logprobs(self, cache: BoundedCache, token: mx.array) -> mx.array:
         logits = self.model(token[None], cache=cache)[:, -1]

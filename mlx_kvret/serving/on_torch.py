@@ -9,12 +9,14 @@ import torch
 
 from cuda_backend import hooks, snapshots
 from cuda_backend.attaching import make_cache
+from cuda_backend.batch import BatchGenerator
 from cuda_backend.cache import BoundedCache, cache_argument
 from cuda_backend.generation import stop_tokens, vocabulary
 from cuda_backend.memory import free_bytes
 
 from ..core.snapshot import Snapshot
 from ..core.types import Array
+from ..errors import UnsupportedFeatureError
 from .channels import Plain, Splitter
 from .drawing import Drawer, Drawing
 
@@ -30,7 +32,7 @@ class OnTorch:
         self.shape, self.eviction = made.layout.shape, first.shared.config
         self.identity = first.identity
         self.vocabulary = vocabulary(model)
-        self.batches = False
+        self.batches = _batches(first)
         self.ends = frozenset(stop_tokens(model, tokenizer))
 
     def new_cache(self, budget: int | None) -> BoundedCache:
@@ -63,11 +65,11 @@ class OnTorch:
     def array(self, token: int) -> torch.Tensor:
         return torch.tensor([token], device=self.model.device)
 
-    def generator(self, rows: int) -> Any:
-        raise NotImplementedError
+    def generator(self, rows: int) -> BatchGenerator:
+        return BatchGenerator(self.model, completion_batch_size=rows, prefill_batch_size=rows)
 
     def single(self, found: Any) -> BoundedCache:
-        raise NotImplementedError
+        return copy.deepcopy(found[0])
 
     def take(self, cache: BoundedCache) -> Snapshot:
         return snapshots.take(cache, {})
@@ -80,6 +82,15 @@ class OnTorch:
 
     def free_bytes(self) -> int | None:
         return free_bytes(self.model.device)
+
+
+def _batches(cache: BoundedCache) -> bool:
+    """Whether caches such as this one can stand in a batch."""
+    try:
+        cache.check_clocks()
+    except UnsupportedFeatureError:
+        return False
+    return True
 
 
 def greedy(logprobs: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..core.types import Ints
+
 
 @dataclass(frozen=True)
 class Key:
@@ -27,7 +29,7 @@ class Key:
 class Prefix:
     """Token ids as keys. ``owner`` is what must agree besides them: model, gates, budget, a user's salt."""
 
-    def __init__(self, owner: Sequence[str], ids: Sequence[int]) -> None:
+    def __init__(self, owner: Sequence[str], ids: Sequence[int] | Ints) -> None:
         self._owner, self._start = owner, hashlib.sha256()
         for part in owner:
             # with its length, so that no part can pass for two
@@ -35,7 +37,7 @@ class Prefix:
             self._start.update(len(data).to_bytes(8, "little") + data)
         self._ids = np.asarray(ids, "<i4")
 
-    def longer(self, ids: Sequence[int]) -> Prefix:
+    def longer(self, ids: Ints) -> Prefix:
         """Other tokens of the same owner."""
         return Prefix(self._owner, ids)
 

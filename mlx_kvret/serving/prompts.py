@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..chat_template import Template
 from ..chat_template import _speaker as speaker
 from ..core.plain import plain
@@ -35,10 +37,12 @@ class Prompter:
 
     Args:
         owner: what must agree for a snapshot to be used: model, gates, eviction options.
+        most: tokens that a prompt may have.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int | None, owner: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int | None, owner: Sequence[str], most: int) -> None:
         self._tokenizer, self._vocabulary, self._owner = tokenizer, vocabulary, tuple(owner)
+        self._most = most
         self._chats = has_chat_template(tokenizer)
         self._speaker = speaker(tokenizer)
 
@@ -72,12 +76,12 @@ class Prompter:
                 f"chat_template_kwargs holds {', '.join(taken)}, which the server sets itself; drop it",
                 param="chat_template_kwargs",
             )
+        if asked.reasoning_effort is not None:
+            options["reasoning_effort"] = asked.reasoning_effort
         try:
             Template(self._tokenizer, options)
         except ConfigError as error:
             raise Refusal(400, str(error), param="chat_template_kwargs") from None
-        if asked.reasoning_effort is not None:
-            options["reasoning_effort"] = asked.reasoning_effort
         if asked.tools and asked.tool_choice != "none":
             options["tools"] = [tool.model_dump(exclude_none=True) for tool in asked.tools]
             probe = [{"role": "user", "content": _USERS[0]}]
@@ -125,11 +129,15 @@ class Prompter:
     def _prompt(
         self, ids: list[int], turns: list[int], systems: list[int], budget: int | None, salt: str | None
     ) -> Prompt:
+        if len(ids) > self._most:
+            raise Refusal(
+                400, f"the prompt has {len(ids):,} tokens; this server reads at most {self._most:,}"
+            )
         last = len(ids) - 1
         pinned = frozenset(place for place in systems if 0 < place <= last)
         marks = frozenset(place for place in (*turns, last) if 0 < place <= last) | pinned
         owner = (*self._owner, str(budget or ""), salt or "")
-        return Prompt(ids, marks, pinned, owner)
+        return Prompt(np.array(ids, np.int32), marks, pinned, owner)
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from .backend import Backend
 from .engine import Engine
 from .failures import Refusal, failed, gone, too_late
@@ -116,7 +118,7 @@ class Scheduler:
                 return False
             if job.unread > 0:
                 end = job.next_end(self.chunk)
-                self.backend.read(job.cache, job.prompt.ids[job.read : end])
+                self.backend.read(job.cache, job.prompt.ids[job.read : end].tolist())
                 job.read = end
                 if end in job.prompt.marks:
                     cache = job.cache
@@ -126,7 +128,7 @@ class Scheduler:
                 self.reading.append(job)
                 return True
             cache, job.cache = job.cache, None
-            row = self.engine.join(cache, job.prompt.ids[-1], self.backend.chooser(job.drawing))
+            row = self.engine.join(cache, int(job.prompt.ids[-1]), self.backend.chooser(job.drawing))
             self.decoding[row] = job
         return True
 
@@ -148,7 +150,7 @@ class Scheduler:
         for job, cache in answered:
             self.metrics.ended(job.begun)
             with self._failing([]):
-                ids = job.prompt.ids + job.answer
+                ids = np.append(job.prompt.ids, job.answer)
                 self.prefixes.put(job.prefix.longer(ids).key(len(ids)), functools.partial(_same, cache))
 
     def _drop_rows(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ class Serving(uvicorn.Server):
             )
         )
         self._service, self._ready = service, ready
+        # connections that end, and since when
+        self._closing: dict[Any, float] = {}
 
     def run_until_told(self) -> None:
         """Serve until a signal comes; all requests have ended then, and all snapshots are written.
@@ -61,6 +64,16 @@ class Serving(uvicorn.Server):
         """Take no more requests, and end when those that run have; from any thread."""
         self._service.worker.drain(self._service.settings.drain)
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        # what is sent to a client that takes nothing would wait for ever
+        now = time.monotonic()
+        closing = [one for one in self.server_state.connections if one.transport.is_closing()]
+        self._closing = {one: self._closing.get(one, now) for one in closing}
+        for one, since in self._closing.items():
+            if now - since > self._service.settings.write_time:
+                one.transport.abort()
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.should_exit:
@@ -121,7 +134,9 @@ def _timed(seconds: float) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._expect()
+            # the next request may have come already
+            if self.cycle is None or self.cycle.response_complete:
+                self._expect()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
@@ -137,7 +152,6 @@ def _timed(seconds: float) -> type[H11Protocol]:
                 self._timer = None
 
         def _too_slow(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.close()
+            self.transport.abort()
 
     return Timed

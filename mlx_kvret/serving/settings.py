@@ -24,6 +24,7 @@ class Settings:
         origins: of web pages that may use the server.
         queue: requests that may wait while as many run as fit.
         max_tokens: the most tokens an answer may have, and of how many it has at most if nothing is said.
+        max_prompt: the most tokens a prompt may have.
         temp: temperature of requests that say none.
         timeout: seconds a request may take in all.
         drain: seconds that running requests may go on once the server is told to stop.
@@ -41,6 +42,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     queue: int = 64
     max_tokens: int = 4096
+    max_prompt: int = 1_000_000
     temp: float = 0.0
     timeout: float = 3600.0
     drain: float = 30.0
@@ -54,6 +56,7 @@ class Settings:
         whole("port", self.port, 0, 65535)
         whole("queue", self.queue, 0)
         whole("max_tokens", self.max_tokens, 1)
+        whole("max_prompt", self.max_prompt, 1)
         number("temp", self.temp, "a number from 0 (greedy) to 2", 0, 2)
         number("timeout", self.timeout, "seconds, more than 0", 1e-3)
         number("drain", self.drain, "seconds", 0)

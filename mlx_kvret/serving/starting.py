@@ -73,7 +73,7 @@ def start(
         memory = free // 2
     planned = plan(backend.shape, backend.eviction, room.chunk, memory, room.rows, room.snapshots)
     worker = Worker(lambda: _scheduler(backend, planned, settings, room), planned.rows, settings.queue)
-    prompter = Prompter(tokenizer, backend.vocabulary, owner_of(backend))
+    prompter = Prompter(tokenizer, backend.vocabulary, owner_of(backend), settings.max_prompt)
     # the thread's own: a tokenizer changes while it encodes
     reader = copy.deepcopy(tokenizer)
     scheduler = worker.start()

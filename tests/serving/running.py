@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from mlx_kvret.serving.channels import Plain
 from mlx_kvret.serving.drawing import Drawing
 from mlx_kvret.serving.job import Job, Prompt
@@ -152,7 +154,9 @@ class Asking:
         marks = frozenset({len(ids) - 1} - {0} if marks is None else marks)
         drawing = options.pop("drawing", Drawing())
         most = options.pop("max_tokens", 12)
-        prompt = Prompt(ids, marks, frozenset(options.pop("pinned", ())), options.pop("owner", ()))
+        prompt = Prompt(
+            np.array(ids, np.int32), marks, frozenset(options.pop("pinned", ())), options.pop("owner", ())
+        )
         ends = options.pop("ends", frozenset())
         made = Job(prompt, drawing, most, ends, Plain(), told.append, str, top=0, **options)
         made.told = told

@@ -16,8 +16,8 @@ import pytest
 
 from .running import CHAT, TEXT, facts, request, running, user
 
-# a word that ends answers, banned
-ENDLESS = {"logit_bias": {"4": -100}}
+# the token that ends answers, banned
+ENDLESS = {"logit_bias": {"1": -100}}
 
 
 def left(server, body, wait):

@@ -169,9 +169,16 @@ def test_how_many_fit_is_arithmetic():
     config = EvictionConfig.create(1024)
     found = plan(SHAPE, config, 2048, 8 * 10**9, 100)
     assert found.row == SHAPE.nbytes(1024, 128) and found.reading == SHAPE.full_nbytes(2048)
-    assert found.total <= 8 * 10**9 < found.total + found.row
+    assert found.total <= 8 * 10**9 < found.total + 2 * found.row
+    assert found.slabs == found.rows * 9 // 8
     assert plan(SHAPE, config, 2048, 8 * 10**9, 5).rows == 5
     assert plan(SHAPE, config, 2048, 8 * 10**9, 100, snapshots=0).rows > found.rows
+
+
+def test_snapshots_that_could_hold_none_are_refused():
+    config = EvictionConfig.create(1024)
+    with pytest.raises(ConfigError, match="0B"):
+        plan(SHAPE, config, 2048, 8 * 10**9, 8, snapshots=SHAPE.nbytes(1024, 128))
 
 
 @pytest.mark.parametrize("snapshots", [None, 0, 10**9])

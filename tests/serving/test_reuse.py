@@ -40,7 +40,7 @@ def with_template(loaded, template):
 
 def ask(server, *messages, **more):
     """The answer's text, tokens of the prompt, and those of them that a snapshot had read."""
-    options = {"messages": list(messages), "max_tokens": 30, "logit_bias": {"4": -100}} | more
+    options = {"messages": list(messages), "max_tokens": 30, "logit_bias": {"1": -100}} | more
     answer = server.post(CHAT, **options)
     assert answer.status == 200, answer.text
     found = answer.json()
@@ -111,7 +111,7 @@ def test_a_budget_of_one_s_own_has_snapshots_of_its_own(server):
 
 def test_a_completion_that_goes_on_word_for_word(server):
     prompt = words(2000, 100)
-    options = {"max_tokens": 8, "logit_bias": {"4": -100}}
+    options = {"max_tokens": 8, "logit_bias": {"1": -100}}
     text = server.text(prompt, **options)
     for longer in (f"{prompt} {text}", f"{prompt} {text}", prompt):
         assert server.text(longer, **options)
