@@ -73,7 +73,7 @@ def attend_reference(
         sinks = mx.broadcast_to(mx.repeat(sinks, tokens).reshape(1, heads, -1, 1), (*grouped.shape[:3], 1))
 
     parts, place = view.pool.lookup.parts(view.head, heads, view.slabs)
-    if place is None:
+    if parts[0].members is None:
         joined = _attend(grouped, view, parts[0], view.pair, bias, sinks, softcap)
     else:
         out = []
@@ -84,7 +84,8 @@ def attend_reference(
             pair = view.keys[at], view.values[at]
             own_sinks = None if sinks is None else sinks[at]
             out.append(_attend(grouped[at], view, part, pair, own, own_sinks, softcap))
-        joined = mx.concatenate(out)[place]
+        joined = mx.concatenate(out)
+        joined = joined if place is None else joined[place]
     return joined.reshape(rows, query_heads, tokens, -1)
 
 

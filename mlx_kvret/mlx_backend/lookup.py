@@ -70,7 +70,7 @@ class Lookup:
     def parts(self, first: int, count: int, slabs: tuple[int, ...]) -> tuple[list[Part], mx.array | None]:
         """How to take ``count`` heads of each row from ``first`` on, in as few parts as padding allows.
 
-        Returns them, and where each head stands in their concatenation (R·count,), None if there is one part.
+        Returns them, and where each head stands in their concatenation (R·count,), None if in order.
         Made once, for every step until the next compaction. Waits for the device as :meth:`on_host`.
         """
         if slabs != self._rows:
@@ -84,9 +84,11 @@ class Lookup:
                 part = self._part(np.arange(len(length)), bounded, None, (len(slabs), count))
                 self._parts[first] = [part], None
             else:
+                together.sort(key=lambda heads: int(heads[0]))
                 found = [self._part(m, bounded, _members(m, len(slabs), count), (len(m),)) for m in together]
-                place = mx.array(np.argsort(np.concatenate(together)).astype(np.int32))
-                self._parts[first] = found, place
+                order = np.concatenate(together)
+                ordered = (order == np.arange(len(order))).all()
+                self._parts[first] = found, None if ordered else mx.array(np.argsort(order).astype(np.int32))
         return self._parts[first]
 
     def _part(
@@ -152,7 +154,7 @@ def _together(length: Ints) -> list[Ints]:
     order, found, begin, total = np.argsort(-length, kind="stable"), [], 0, 0
     for end, head in enumerate(order):
         if end > begin and not cheap(end + 1 - begin, int(length[order[begin]]), total + int(length[head])):
-            found.append(order[begin:end])
+            found.append(np.sort(order[begin:end]))
             begin, total = end, 0
         total += int(length[head])
-    return [*found, order[begin:]]
+    return [*found, np.sort(order[begin:])]
