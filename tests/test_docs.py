@@ -126,7 +126,7 @@ def test_blocks_run(page: Path, tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=600,
         )
         assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
         if block.language == "python":
