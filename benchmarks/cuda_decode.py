@@ -34,7 +34,7 @@ from cuda_backend import hooks
 from cuda_backend.cache import BoundedCache, cache_argument
 from cuda_backend.gates import RetentionGates
 from cuda_backend.kernels.dispatch import attend
-from cuda_backend.pool import Pool
+from cuda_backend.pool import Pool, listing
 from cuda_backend.step import Step, decoder_step
 from cuda_backend.view import LayerView
 from mlx_kvret.core.config import EvictionConfig, GateConfig
@@ -104,15 +104,17 @@ def copy_bandwidth() -> float:
 def ragged_view(lengths: list[int], dim: int) -> LayerView:
     """A layer whose heads hold that many entries, scattered over the pool, and one new token."""
     heads = len(lengths)
-    pool = Pool(1, heads, DEVICE)
+    pool = Pool(1, 1, heads, DEVICE)
     keys = torch.randn(1, heads, 1, dim, device=DEVICE, dtype=DTYPE)
     pool.grow(-(-sum(lengths) // heads), keys, keys)
     owner = torch.arange(heads).repeat_interleave(torch.tensor(lengths))[torch.randperm(sum(lengths))]
-    pool.owner[: len(owner)] = owner.to(DEVICE, torch.int32)
+    slab = pool.slab(0)
+    slab.owner[: len(owner)] = owner.to(DEVICE, torch.int32)
     pool.keys.normal_()
     pool.values.normal_()
-    pool.restore(pool.capacity, pool.arrays())
-    return LayerView(pool, 0, 1, keys, keys)
+    table, offsets = listing(slab.owner, heads, len(slab.table))
+    slab.take({"table": table, "offsets": offsets})
+    return LayerView(pool, 0, 0, keys, keys)
 
 
 def attention_table(kept: list[int], heads: int, group: int, dim: int) -> list[str]:
@@ -270,9 +272,12 @@ def overhead(model: Any, made: hooks.Attachment, config: EvictionConfig, context
         assert cache.shared is not None
         cache.shared.settle()
         if name == "without":
-            cache.shared.schedule.config = EvictionConfig.create(config.budget, 10**6)
-            for recent in cache.shared.recents:
-                recent.observe = lambda x: None
+            # nothing is due, and no gate has anything to read
+            (row,) = cache.shared.rows
+            row.schedule.config = endless = EvictionConfig.create(config.budget, 10**6)
+            row.schedule.counts = row.schedule.counts
+            cache.shared.arena.raise_to(endless)
+            cache.shared.arena.gates = None
         steps[name] = partial(plain_step, model, cache)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(options.turns + 1):
