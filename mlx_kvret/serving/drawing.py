@@ -1,4 +1,4 @@
-"""How a request's next token is drawn: on the host, so that each row has a seed of its own."""
+"""How a request's next token is drawn: by the backend, or on the host where logits are changed first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..core.options import MAX_SEED
+from ..core.sampling import Sampling
 from ..core.types import Array
+
+# below it the likeliest token is drawn anyway
+LEAST_TEMP = 1e-6
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,24 @@ class Drawing:
     frequency: float = 0.0
 
     @property
+    def plain(self) -> bool:
+        """Whether the model's logits are taken as they are."""
+        return not self.bias and not self.presence and not self.frequency
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken as the model has it."""
-        return self.temp == 0 and not self.bias and not self.presence and not self.frequency
+        return self.temp == 0 and self.plain
+
+    @property
+    def sampling(self) -> Sampling:
+        """For the backend's own way to draw, where the temperature is not 0."""
+        seed = None if self.seed is None else self.seed % (MAX_SEED + 1)
+        return Sampling(max(self.temp, LEAST_TEMP), self.top_p, seed)
 
 
 class Drawer:
-    """Draws the tokens of one answer, in their order."""
+    """Draws the tokens of one answer, in their order, on the host: the same on every backend."""
 
     def __init__(self, asked: Drawing) -> None:
         self._asked, self._said = asked, Counter[int]()
@@ -51,7 +67,7 @@ class Drawer:
             logits[token] += added
         for token, count in self._said.items():
             logits[token] -= asked.presence + asked.frequency * count
-        token = int(logits.argmax()) if asked.temp == 0 else self._drawn(logits / max(asked.temp, 1e-6))
+        token = int(logits.argmax()) if asked.temp == 0 else self._drawn(logits / max(asked.temp, LEAST_TEMP))
         self._said[token] += 1
         return token
 

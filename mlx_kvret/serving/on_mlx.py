@@ -17,6 +17,7 @@ from ..mlx_backend.cache import BoundedCache, BoundedKVCache
 from ..mlx_backend.forward import leaves
 from ..mlx_backend.generation import vocabulary
 from ..mlx_backend.memory import free_bytes
+from ..mlx_backend.sampling import alone
 from .channels import Calls, Plain, Said, Splitter
 from .drawing import Drawer, Drawing
 
@@ -56,6 +57,8 @@ class OnMLX:
     def chooser(self, asked: Drawing) -> Any:
         if asked.greedy:
             return greedy
+        if asked.plain:
+            return alone(asked.sampling)
         draw = Drawer(asked)
         return lambda logprobs: self.array(draw(self.host(logprobs[0])))
 

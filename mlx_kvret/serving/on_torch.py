@@ -13,6 +13,7 @@ from cuda_backend.batch import BatchGenerator
 from cuda_backend.cache import BoundedCache, cache_argument
 from cuda_backend.generation import stop_tokens, vocabulary
 from cuda_backend.memory import free_bytes
+from cuda_backend.sampling import alone
 
 from ..core.snapshot import Snapshot
 from ..core.types import Array
@@ -56,6 +57,8 @@ class OnTorch:
     def chooser(self, asked: Drawing) -> Any:
         if asked.greedy:
             return greedy
+        if asked.plain:
+            return alone(asked.sampling)
         draw = Drawer(asked)
         return lambda logprobs: self.array(draw(self.host(logprobs[0])))
 
