@@ -59,7 +59,8 @@ def test_a_reading_and_a_question_are_what_generate_reads_at_once(loaded):
         "".join(response.text for response in whole)
     ]
     assert (
-        cache.seen + len(tokenizer.encode("recall Frank", add_special_tokens=False)) == whole[-1].prompt_tokens
+        cache.seen + len(tokenizer.encode("recall Frank", add_special_tokens=False))
+        == whole[-1].prompt_tokens
     )
 
 

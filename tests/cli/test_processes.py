@@ -73,7 +73,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate("/stats\n/quit\n", timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors
-    assert "[stopped]" in out and "generated at" in out
+    assert "[stopped;" in out and "generated at" in out
 
 
 COMMAND = str(SCRIPTS / "mlx-kvret")
