@@ -56,3 +56,28 @@ def test_plain_passes_may_come_between(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_steps_are_plain() -> None:
     model, _ = attached("llama")
     assert not isinstance(decoder_step(model, new_cache(model)), FixedStep)
+
+
+def test_rows_may_have_clocks_of_their_own() -> None:
+    model, _ = attached("qwen3")
+    caches = []
+    for _ in range(2):
+        together = new_cache(model, budget=10, buffer=4)
+        run(model, IDS[:1, :33], together)
+        for row, start in ((1, 9), (0, 2)):
+            other = new_cache(model, budget=8, buffer=3)
+            run(model, IDS[row : row + 1, start:40], other)
+            together.extend(other)
+        caches.append(together)
+    step = fixed_step(model, caches[0])
+    for place in range(40, 90):
+        token = IDS[[0, 1, 0], place : place + 1]
+        assert_near(step(token), run(model, token, caches[1])[:, -1], 64)
+        if place == 60:
+            for cache in caches:
+                cache.filter([2, 0, 1])
+    assert [str(caches[0].kept_positions(row)) for row in range(3)] == [
+        str(caches[1].kept_positions(row)) for row in range(3)
+    ]
+    assert 1 <= step.captures <= 4 and caches[0].shared is not None
+    assert [row.seen for row in caches[0].shared.rows] == [88, 83, 81]
