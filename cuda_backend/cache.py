@@ -235,19 +235,27 @@ class BoundedCache(Cache):
         return self._with(self.shared.copy(), copy.deepcopy(self._stock()))
 
     def row(self, index: int) -> BoundedCache:
-        """A single sequence of it, in a cache that later passes do not touch; it costs as much as a copy."""
+        """A single sequence of it, in a cache that later passes do not touch; it costs as much as a copy.
+
+        Raises:
+            ConfigError: there is no such row.
+            UnsupportedFeatureError: it began with padding, which a layer that does not compete has kept.
+        """
         self._check_rows([index])
         if self.shared is None:
             found = self.copy()
             found.filter([index])
             return found
+        if self.shared.padding[index]:
+            # which such a layer has kept, and a single sequence has no mask for
+            self.check_clocks()
         return self._with(self.shared.extract(index), self._picked([index]))
 
     def filter(self, keep: Sequence[int]) -> None:
         """Keep these rows, in this order.
 
         Raises:
-            ConfigError: there is no such row.
+            ConfigError: there is no such row, or one is named twice.
         """
         self._check_rows(keep)
         if self.shared is None:
@@ -317,6 +325,8 @@ class BoundedCache(Cache):
     def _check_rows(self, which: Sequence[int]) -> None:
         if bad := [at for at in which if not 0 <= at < self.rows]:
             raise ConfigError(f"row {bad[0]} is not one of the cache's {self.rows}; count from 0")
+        if len(set(which)) < len(which):
+            raise ConfigError(f"rows {list(which)} name one twice; copy the cache to have it twice")
 
     def lose(self, reason: str) -> None:
         """What the sequences hold is not known any more, so that they cannot go on."""

@@ -217,3 +217,23 @@ def test_rows_of_a_padded_batch_leave_and_are_saved(tmp_path: Any) -> None:
         assert str(one.kept_positions()) == str(together.kept_positions())
     with pytest.raises(ConfigError, match="row 5 is not one"):
         together.row(5)
+    with pytest.raises(ConfigError, match="name one twice"):
+        together.filter([0, 0])
+
+
+def test_rows_of_a_batch_with_windows_leave_unless_these_hold_padding() -> None:
+    model, _ = attached("gemma3_text")
+    rows = torch.tensor([prompt(20), prompt(22)[:20], [0] * 6 + prompt(14)])
+    mask = (rows != 0).long()
+    together, alone_ = new_cache(model, budget=8), new_cache(model, budget=8)
+    run(model, rows, together, attention_mask=mask)
+    run(model, rows[1:2], alone_)
+    single = together.row(1)
+    with pytest.raises(UnsupportedFeatureError, match="DynamicSlidingWindowLayer"):
+        together.row(2)
+    together.filter([2, 1])
+    longer = torch.cat([mask[[2, 1]], torch.ones(2, 1, dtype=torch.long)], 1)
+    both = run(model, torch.tensor([[4], [4]]), together, attention_mask=longer)
+    for cache in (single, alone_):
+        torch.testing.assert_close(run(model, torch.tensor([[4]]), cache), both[1:], rtol=1e-4, atol=1e-4)
+        assert str(cache.kept_positions()) == str(together.kept_positions(1))
