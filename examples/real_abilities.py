@@ -38,7 +38,8 @@ from mlx_kvret.zoo.names import smollm2_folder
 SHIPPED = Path(mlx_kvret.__file__).parent / "gates_shipped" / "smollm2"
 # the same four sinks for all, so that no comparison credits gates with a protection
 LEARNED, H2O, RECENT = "learned-global:sinks=4", "h2o:sinks=4", "recent:sinks=4"
-BUDGETS = ("1/2", "1/4", "1/8")
+# what is of most interest comes first, for a run may be stopped
+BUDGETS = ("1/4", "1/8", "1/2")
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,17 @@ class Size:
     longest: int = 2048
     pieces: int = 4
     budgets: tuple[str, ...] = BUDGETS
-    talks: int = 8
+    talks: int = 6
     answer: int = 64
     chats: int = 6
     watched: tuple[int, ...] = (256, 1024, 4096)
     watched_pieces: int = 1
     scored: int = 512
+    compared: int = 256
     batch: int = 6
 
 
-TINY = Size((256,), 320, 1, ("1/4",), 2, 8, 1, (256,), 1, 256, 3)
+TINY = Size((256,), 320, 1, ("1/4",), 2, 8, 1, (256,), 1, 64, 192, 3)
 
 
 class Abilities:
@@ -143,7 +145,7 @@ class Abilities:
 
             methods = parse_methods(["full", LEARNED, RECENT])
             part.fill(
-                "attention", length, size.budgets[-2:], methods, dilution.NAMES, bench.reference, measure
+                "attention", length, size.budgets[:2], methods, dilution.NAMES, bench.reference, measure
             )
 
     def forms(self) -> None:
@@ -167,15 +169,16 @@ class Abilities:
     def backends(self) -> None:
         for backend in ("torch", "mlx"):
             bench = self.bench(backend, "float32")
-            part = self.part("backends", bench.gates)
-            texts = texts_with_facts(self.texts, bench.tokenizer, 256, 1)
+            length = self.size.compared
+            part = self.part("backends", bench.gates, length=length)
+            texts = texts_with_facts(self.texts, bench.tokenizer, length, 1)
             (engine,) = bench.engines
 
             def measure(method: Method, budget: str, engine: Any = engine, texts: Any = texts) -> Any:
                 return wings.measure(engine, texts, method, budget)
 
             methods = parse_methods(["full", LEARNED, RECENT])
-            part.fill(f"both backends, {backend}", 256, ("1/4",), methods, wings.NAMES, engine, measure)
+            part.fill(f"both backends, {backend}", length, ("1/4",), methods, wings.NAMES, engine, measure)
 
 
 PARTS = ("facts", "talks", "chat", "attention", "forms", "backends")

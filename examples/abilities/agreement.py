@@ -60,7 +60,9 @@ def agree(engine: Any, turns: Sequence[tuple[Any, Any]], method: Method, budget:
     reading = _open(engine, sample, method, budget)
     nats, first, greedy, same = [], [], [], []
     for read, said in turns:
-        reading.read([Turn(read, scored=True)])
+        # as generation does: the last token alone
+        for part in filter(None, (read[:-1], read[-1:])):
+            reading.read([Turn(part, scored=True)])
         before = len(reading.nats)
         likeliest = reading.likeliest[-1:]
         done = 0

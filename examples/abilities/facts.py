@@ -115,11 +115,12 @@ def ask(fact: Fact, question: Question, writer: Writer) -> Asked:
         ConfigError: the tokenizer does not tell the alternatives apart by one token.
     """
     said = [writer.encode(f" {choice}") for choice in fact.choices]
+    # digits stand behind a token of their own in some vocabularies
     same = 0
-    while len({tokens[: same + 1] for tokens in said}) == 1:
+    while said[0][same:] and len({tokens[same : same + 1] for tokens in said}) == 1:
         same += 1
-    differ = tuple(tokens[same] for tokens in said)
-    if len(set(differ)) != len(differ):
+    differ = tuple(token for tokens in said for token in tokens[same : same + 1])
+    if len(set(differ)) != len(said):
         raise ConfigError(
             f"the tokenizer begins two of {', '.join(fact.choices)} with the same token; choose other words"
         )

@@ -59,7 +59,7 @@ SECTIONS = (
     Section(
         "Five-turn talks: does a bounded cache answer as the full one?",
         "talks",
-        "A dozen talks of five turns; the full cache's greedy answers of up to 64 tokens are read by "
+        "Six talks of five turns; the full cache's greedy answers of up to 64 tokens are read by "
         "the other caches, and entries go at the same tokens as in decoding. *nats*: per token of the "
         "full cache's answer; *before the first difference*: the share of an answer until a greedy one "
         "would differ; *greedy tokens*: the share of its tokens that are still the likeliest. The full "

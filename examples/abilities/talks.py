@@ -1,4 +1,4 @@
-"""What a user says in five turns of a talk, on a dozen subjects."""
+"""What a user says in five turns of a talk, on six subjects."""
 
 TALKS = (
     (
@@ -42,47 +42,5 @@ TALKS = (
         "Which questions should I ask them?",
         "What should I wear?",
         "Could you write a short note to thank them afterwards?",
-    ),
-    (
-        "We have just adopted an old dog from a shelter. What should we look out for in the first days?",
-        "He hides under the table when visitors come. Is that normal?",
-        "How often should an old dog be walked?",
-        "He does not like the food that we bought. What else could we try?",
-        "How can we tell whether he is in pain?",
-    ),
-    (
-        "I would like to understand what inflation is. Can you explain it briefly?",
-        "Why do central banks raise interest rates against it?",
-        "Does that hurt people who have a loan on their house?",
-        "What can a family do to protect its savings?",
-        "Please repeat the main points as if I were fifteen.",
-    ),
-    (
-        "Our balcony faces north and gets little sun. Which plants would grow there?",
-        "Can I grow any herbs for the kitchen?",
-        "How often do they have to be watered?",
-        "There are small black flies in the soil. How do I get rid of them?",
-        "What should I do with the plants in winter?",
-    ),
-    (
-        "Tell me something about the history of the bicycle.",
-        "Who invented the one with pedals?",
-        "Why did early bicycles have such a large front wheel?",
-        "When did ordinary people begin to ride to work on them?",
-        "Which of these steps was the most important one, and why?",
-    ),
-    (
-        "I have to write a letter to my landlord, because the heating has not worked for two weeks. Help me.",
-        "I already called him twice. Please put that in.",
-        "Make it a little more polite, but firm.",
-        "How long should I wait for an answer?",
-        "What can I do if he does not answer at all?",
-    ),
-    (
-        "I want to start running. I am forty and have not done any sport for years. How do I begin?",
-        "Which shoes do I need?",
-        "My knee hurts a little after the first week. Should I stop?",
-        "How long does it take until I can run five kilometres?",
-        "Please write a training plan for the first four weeks.",
     ),
 )
