@@ -1,4 +1,4 @@
-"""Attention in which every entry fades with its age: logits of query t and key i get ``(t - i)·log β_i``.
+"""Attention in which every entry decays with its age: logits of query t and key i get ``(t - i)·log β_i``.
 
 The bias has rank 2: ``(t - c)·log β_i + (c - i)·log β_i`` for any c. So two more columns of queries and keys
 carry it, and stock fused attention computes outputs and gradients without a T×T bias. Queries are taken in
@@ -40,7 +40,7 @@ def decay_attention(
     rows: int = ROWS,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of a sequence on itself, fading if ``log_beta`` is given.
+    """Causal attention of a sequence on itself, decayed if ``log_beta`` is given.
 
     Args:
         query: (B, H·G, T, D); ``key`` (B, H, T, D); ``value`` (B, H, T, Dv).

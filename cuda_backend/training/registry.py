@@ -1,4 +1,4 @@
-"""The fading attention in transformers' registries of attention and mask functions.
+"""The decayed attention in transformers' registries of attention and mask functions.
 
 A model that was switched to :data:`IMPLEMENTATION` calls :func:`_attend` in every attention layer. Its mask
 is kept as the arguments of transformers' own mask function and built for one block of queries at a time.
@@ -22,7 +22,7 @@ from .attention import PackedMask, decay_attention
 IMPLEMENTATION = "kvret_training"
 # where the hook before an attention module leaves its Call
 CALL = "_kvret_call"
-# arguments of an attention call that change its result in ways the fading attention does not follow
+# arguments of an attention call that change its result in ways the decayed attention does not follow
 _UNKNOWN = ("softcap", "position_bias")
 
 

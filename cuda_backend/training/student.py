@@ -1,8 +1,8 @@
 """The frozen base model with hooks: one stock transformers model is teacher and student.
 
-As the teacher it attends fully. As the student every global attention layer fades its entries by the gates.
+As the teacher it attends fully. As the student every global attention layer decays its entries by the gates.
 Nothing of the model is copied: a pre-hook on each attention module runs the gate, an attention function in
-transformers' registry fades, and the stock head turns hidden states into logits.
+transformers' registry decays, and the stock head turns hidden states into logits.
 """
 
 from __future__ import annotations

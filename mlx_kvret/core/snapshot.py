@@ -129,7 +129,7 @@ class Snapshot:
         return np.repeat(np.arange(self.counts.size, dtype=np.int32), self.counts.ravel())
 
     def recent(self, limit: int) -> int:
-        """How many of the newest tokens every head holds, up to ``limit``: they fill a rectangle."""
+        """How many of the newest tokens every head holds, up to ``limit``: they are its recent window."""
         # no head holds more than it has entries, however large a buffer the file tells of
         limit = min(limit, int(self.counts.min()))
         age = self.seen - 1 - self.position

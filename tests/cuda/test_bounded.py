@@ -30,7 +30,7 @@ def configs() -> st.SearchStrategy[EvictionConfig]:
 
 
 class Gates:
-    """Few different values, so that ties are common; a zero input never fades."""
+    """Few different values, so that ties are common; a zero input never decays."""
 
     stacked = (0, 1)
 

@@ -37,7 +37,7 @@ def view_with(lengths, recent, key_dim=64, value_dim=64, dtype=mx.float32, layer
     all_lengths = [2] * heads * layers
     all_lengths[layer * heads : (layer + 1) * heads] = lengths
     pool = pool_with(all_lengths, key_dim, value_dim, dtype, free)
-    room = recent + 5  # as in the cache, the rectangle is a slice of something longer
+    room = recent + 5  # as in the cache, the recent window is a slice of something longer
     keys, values = (
         uniform(1, heads, room, key_dim, dtype=dtype),
         uniform(1, heads, room, value_dim, dtype=dtype),

@@ -1,4 +1,4 @@
-"""Attention over the pool and the rectangle equals dense attention under a mask."""
+"""Attention over the pool and the recent window equals dense attention under a mask."""
 
 import math
 
@@ -46,7 +46,7 @@ def as_numpy(array):
 
 
 def dense(queries, kept, keys, values, scale, causal, sinks):
-    """(Hq, T, D) queries over each head's kept entries and its rectangle, one query at a time."""
+    """(Hq, T, D) queries over each head's kept entries and its recent window, one query at a time."""
     query_heads, tokens, _ = queries.shape
     group, length = query_heads // len(kept), keys.shape[1]
     out = np.zeros((query_heads, tokens, values.shape[2]))

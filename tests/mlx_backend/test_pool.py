@@ -82,7 +82,7 @@ def test_adding_a_token_happens_in_place():
 
 
 @pytest.mark.parametrize("policy", ["learned", "recent"])
-def test_decoding_copies_neither_pool_nor_rectangle(policy):
+def test_decoding_copies_neither_pool_nor_recent_window(policy):
     model = gated(head_dim=128, num_hidden_layers=8)
     cache = mlx_kvret.make_cache(model, budget=512, buffer=8, policy=policy)
     for chunk in pieces(prompt(1024), [256]):

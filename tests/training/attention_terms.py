@@ -1,4 +1,4 @@
-"""The sizes of what fading attention and its gradients sum, for :func:`rounding.assert_norm_near`."""
+"""The sizes of what decayed attention and its gradients sum, for :func:`rounding.assert_norm_near`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def attention_terms(
     all: its terms are ``w·(1 + |logit| + Σ w·(1 + |logit|))``.
 
     Args:
-        inputs: query (B, H·G, T, D), key (B, H, T, D), value (B, H, T, Dv) and, if it fades, log β (B, T, H).
+        inputs: query (B, H·G, T, D), key (B, H, T, D), value (B, H, T, Dv) and, if it decays, log β (B, T, H).
         starts: (B, T), where a token's document begins.
         given: (B, H·G, T, Dv), the gradient of the output.
         sinks: (H·G,) logits without a value.

@@ -95,7 +95,7 @@ def test_pieces_hold_float32(dtype):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)])
 def test_exact_at_128k_tokens(dtype, tolerance):
-    """Late queries with quickly fading entries, where t·log β loses what (t - i)·log β needs."""
+    """Late queries with quickly decaying entries, where t·log β loses what (t - i)·log β needs."""
     tokens, block = 1 << 17, range((1 << 17) - 64, 1 << 17)
     query, key, value = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, tokens, 4), torch.randn(1, 1, tokens, 4)
     log_beta = -torch.rand(1, tokens, 1) * 3

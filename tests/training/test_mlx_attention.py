@@ -68,11 +68,11 @@ def test_attention_equals_naive(tokens, groups, size, value, elements, window):
     )
 
 
-@pytest.mark.parametrize("fades", [True, False])
-def test_sinks_and_no_gates(fades):
+@pytest.mark.parametrize("decays", [True, False])
+def test_sinks_and_no_gates(decays):
     rest = (packed(50), SCALE, mx.linspace(-3, 5, 6))
-    inputs = tensors() if fades else tensors()[:3]
-    gate = () if fades else (None,)
+    inputs = tensors() if decays else tensors()[:3]
+    gate = () if decays else (None,)
     compare(
         lambda *x: decay_attention(*x, *gate, *rest, elements=9000),
         lambda *x: naive_decay_attention(*x, *gate, *rest),
@@ -93,7 +93,7 @@ def test_half_precision_is_computed_in_float32(dtype, tolerance):
 
 
 def test_exact_at_128k_tokens():
-    """Late queries with quickly fading entries, where t·log β loses what (t - i)·log β needs."""
+    """Late queries with quickly decaying entries, where t·log β loses what (t - i)·log β needs."""
     tokens, last = 1 << 17, 64
     mask = PackedMask(np.zeros((1, tokens), np.int64))
     mask.starts[:] = tokens - 4096

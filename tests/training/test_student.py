@@ -1,4 +1,4 @@
-"""The hooked base model: it is the stock model as the teacher, and fades as the student."""
+"""The hooked base model: it is the stock model as the teacher, and decays as the student."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_open_gates_change_nothing_and_closed_ones_do(model):
     assert not torch.allclose(student.learn(IDS, STARTS, gates_for(student, 0.0)).hidden, teacher, atol=1e-2)
 
 
-def test_fading_equals_a_bias_in_eager_attention():
+def test_decay_equals_a_bias_in_eager_attention():
     """The student against stock eager attention with the bias (t - i)·log β as a mask."""
     model = tiny_model("llama")
     student = Student(model)

@@ -21,7 +21,7 @@ METAL_FUNC void copy_row(threadgroup T* out, P row, uint lane, long step, bool t
   for (int d = int(lane); d < D; d += 32) out[d] = there ? row[d * step] : T(0);
 }
 
-// A layer's entries as one list: each head's kept ones, then its rectangle. Piece i of n takes an equal share.
+// A layer's entries as one list: each head's kept ones, then its recent window. Piece i of n takes an equal share.
 METAL_FUNC int piece_start(long entries, int piece, int pieces) { return int(entries * piece / pieces); }
 // The last piece that starts at or before an entry; no smaller one that is not empty holds it.
 METAL_FUNC int piece_of(long entries, int entry, int pieces) { return int(((entry + 1L) * pieces - 1) / entries); }

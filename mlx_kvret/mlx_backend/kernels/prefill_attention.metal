@@ -1,4 +1,4 @@
-// Attention of a chunk of queries over a head's kept entries and its rectangle (FlashAttention, arXiv 2205.14135).
+// Attention of a chunk of queries over a head's kept entries and its recent window (FlashAttention, arXiv 2205.14135).
 // A threadgroup has S * 8 query rows of one KV head, its G query heads side by side; tiles of N entries pass through
 // threadgroup memory, once for all rows. Products are of 8x8 blocks; a lane holds two neighbours of one row of each.
 constexpr int E = D / 8, F = V / 8, C = N / 8, PAD = 16 / sizeof(T);
@@ -20,7 +20,7 @@ const int token = real ? row / group : 0;
 const int query_head = head * group + (real ? row % group : 0);
 const size_t place = size_t(query_head) * tokens + token;
 const device T* own_query = queries + query_head * queries_strides[1] + token * queries_strides[2];
-const int unseen = CAUSAL ? recent - tokens + 1 : recent;  // of the rectangle, for the first token, past it
+const int unseen = CAUSAL ? recent - tokens + 1 : recent;  // of the recent window, for the first token, past it
 const int visible = kept + unseen + (CAUSAL ? token : 0);
 const int last_token = (min(first_row + S * 8, all_rows) - 1) / group;
 const int entries = kept + unseen + (CAUSAL ? last_token : 0);

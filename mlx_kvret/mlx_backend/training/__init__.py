@@ -3,8 +3,8 @@
 ``blocks``      work in blocks with bounded memory
 ``attention``   attention whose entries fade with age, in bounded memory
 ``soft_size``   the soft size of a cache, in memory linear in the number of tokens
-``entries``     the prompt cache of a training pass: it hands attention calls to the fading attention
-``student``     the hooked base model: its full-attention and its fading forward pass
+``entries``     the prompt cache of a training pass: it hands attention calls to the decayed attention
+``student``     the hooked base model: its full-attention and its decayed forward pass
 ``loss``        distillation, next-token and capacity losses
 ``step``        the gradient of a batch
 ``memory``      how long a context fits, from shapes

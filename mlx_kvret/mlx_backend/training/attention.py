@@ -1,4 +1,4 @@
-"""Attention in which every entry fades with its age: logits of query t and key i get ``(t - i)·log β_i``.
+"""Attention in which every entry decays with its age: logits of query t and key i get ``(t - i)·log β_i``.
 
 Queries are taken in blocks against all keys they may see, and each block is worked out again for the
 gradient, so that no T×T matrix is ever in memory. MLX's fused attention would not help: where a gradient is
@@ -72,7 +72,7 @@ def decay_attention(
     sinks: mx.array | None = None,
     elements: int | None = None,
 ) -> mx.array:
-    """Causal attention of a sequence on itself, fading if ``log_beta`` is given; computed in float32.
+    """Causal attention of a sequence on itself, decayed if ``log_beta`` is given; computed in float32.
 
     Args:
         query: (B, H·G, T, D); ``key`` (B, H, T, D); ``value`` (B, H, T, Dv).

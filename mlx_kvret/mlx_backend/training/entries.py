@@ -1,4 +1,4 @@
-"""The prompt cache of a training pass: nothing is cached, attention calls go to the fading attention.
+"""The prompt cache of a training pass: nothing is cached, attention calls go to the decayed attention.
 
 An attached model's hooks (:mod:`..hooks`) show each entry its attention's input and hand it the
 attention call. A model's mask is kept as what it would show, and built for one block of queries at a time.

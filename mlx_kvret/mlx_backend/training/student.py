@@ -1,6 +1,6 @@
 """The frozen base model with hooks: one stock mlx-lm model is teacher and student.
 
-As the teacher it attends fully. As the student every global attention layer fades its entries by the gates.
+As the teacher it attends fully. As the student every global attention layer decays its entries by the gates.
 Nothing of the model is copied: :mod:`..hooks` hands attention to the entries of a training cache,
 each block is recomputed for its gradient, and the stock head turns hidden states into logits.
 """
