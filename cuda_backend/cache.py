@@ -101,7 +101,7 @@ class BoundedCache(Cache):
         return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
 
     def _release(self) -> None:
-        """Forget what was fetched: a slice that is still referred to would keep the memory of a whole chunk."""
+        """Forget what was fetched: a slice that is referred to would keep the memory of a whole chunk."""
         self.fetchers = {}
         for layer in self.layers:
             if isinstance(layer, BoundedKVCache):

@@ -21,6 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
 }
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class RetentionGates(nn.Module):

@@ -21,7 +21,7 @@ from mlx_kvret.errors import KVRetError, UnsupportedModelError
 from .agreement import last_logits, rounded_cache, tokens_of
 from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, cache_argument
-from .gates import RetentionGates
+from .gates import CODES, RetentionGates
 from .memory import out_of_memory
 
 
@@ -29,13 +29,15 @@ from .memory import out_of_memory
 class Layout:
     """The competing layers of a model: their common shape, their places, and the number of all layers.
 
-    ``windows`` tells what layers with a sliding window cache, by place.
+    ``windows`` tells what layers with a sliding window cache, by place, ``dtype`` the float type of
+    keys and values as in safetensors.
     """
 
     shape: CacheShape
     places: tuple[int, ...]
     layers: int
     device: torch.device
+    dtype: str
     windows: dict[int, WindowShape] = field(default_factory=dict)
 
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
@@ -166,4 +168,5 @@ def _layout(cache: Any, places: list[int], hidden: dict[int, int], name: str) ->
         for index, layer in enumerate(cache.layers)
         if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None
     }
-    return Layout(shapes.pop(), tuple(places), len(cache.layers), devices.pop(), windows)
+    dtype = CODES[used[0].keys.dtype]
+    return Layout(shapes.pop(), tuple(places), len(cache.layers), devices.pop(), dtype, windows)

@@ -13,14 +13,13 @@ from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.errors import CheckpointError, UnsupportedFeatureError
 
 from .cache import BoundedCache, BoundedKVCache
-from .gates import to_tensor
+from .gates import CODES, to_tensor
 
 if TYPE_CHECKING:
     from .attachment import Attachment
     from .bounded import Bounded
     from .probe import Layout
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
@@ -83,10 +82,12 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     """A cache that goes on where the snapshot was taken; ``stock`` are the model's empty layers.
 
     Raises:
-        ModelMismatchError: the snapshot belongs to another model or other gates.
+        ModelMismatchError: the snapshot belongs to another model or other gates, or its float type does not
+            fit into the model's.
         CheckpointError: its shape is not the model's.
     """
     snapshot.check(made.owner["model"], made.owner.get("gates", ""), snapshot.eviction)
+    snapshot = snapshot.cast(made.layout.dtype)
     cache = made.layout.bounded_cache(stock, snapshot.eviction, made.gates, made.owner)
     others = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, BoundedKVCache)]
     snapshot.check_shape(made.layout.shape, others)
@@ -100,7 +101,7 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
 
 def stored(tensor: torch.Tensor) -> Tensor:
     """A torch tensor as one to be stored, of the same type."""
-    return Tensor.of(tensor.detach().float().cpu().numpy(), _NAMES[tensor.dtype])
+    return Tensor.of(tensor.detach().float().cpu().numpy(), CODES[tensor.dtype])
 
 
 def _fill(shared: Bounded, snapshot: Snapshot) -> None:

@@ -25,7 +25,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,29 @@ class Snapshot:
         age = self.seen - 1 - self.position
         held = np.bincount(age[age < limit], minlength=limit + 1) == self.counts.size
         return int(held.argmin())
+
+    def cast(self, dtype: str) -> Snapshot:
+        """The same entries in the float type that a model computes in, ``F32``, ``F16`` or ``BF16``.
+
+        Raises:
+            ModelMismatchError: that type cannot hold them.
+        """
+        try:
+            with np.errstate(over="ignore"):
+                return replace(
+                    self,
+                    keys=self.keys.cast(dtype),
+                    values=self.values.cast(dtype),
+                    extras={
+                        at: {name: tensor.cast(dtype) for name, tensor in own.items()}
+                        for at, own in self.extras.items()
+                    },
+                )
+        except CheckpointError as error:
+            raise ModelMismatchError(
+                f"the cache was saved in {self.keys.dtype} with values that are too large for the model's "
+                f"{dtype}; load the model in the type it was saved with"
+            ) from error
 
     def check(self, model: str, gates: str, eviction: EvictionConfig) -> None:
         """Refuse to go on with another model (fingerprint), other gates (their id) or other options.

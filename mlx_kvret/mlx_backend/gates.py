@@ -19,7 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "relu": nn.relu,
 }
 _VIEWS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-_CODES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
+CODES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -72,7 +72,7 @@ def to_array(tensor: Tensor) -> mx.array:
 def to_tensor(array: mx.array) -> Tensor:
     """An MLX array as a tensor to be stored, of the same type."""
     bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return Tensor(_CODES[array.dtype], np.array(bits))
+    return Tensor(CODES[array.dtype], np.array(bits))
 
 
 def from_checkpoint(checkpoint: GateCheckpoint) -> RetentionGates:

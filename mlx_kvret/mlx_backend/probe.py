@@ -19,7 +19,7 @@ from .bounded import Bounded
 from .cache import BoundedCache
 from .entry import BoundedCacheList, BoundedKVCache
 from .filling import fill
-from .gates import RetentionGates
+from .gates import CODES, RetentionGates
 from .others import Other
 from .saved import Loaded, snapshot_of
 
@@ -32,13 +32,14 @@ class Layout:
     """The competing layers of a model: their common shape, their places, and the number of all layers.
 
     ``latent`` models compute on the cached keys (MLA), so they get them padded instead of ragged. ``others``
-    are the entries that do not compete, by place.
+    are the entries that do not compete, by place, ``dtype`` is the type of keys and values as in safetensors.
     """
 
     shape: CacheShape
     places: tuple[Place, ...]
     layers: int
     latent: bool
+    dtype: str
     others: dict[Place, Other] = field(default_factory=dict)
 
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
@@ -202,7 +203,8 @@ def probe(model: nn.Module, stock: list[Any], name: str, latent: bool) -> Layout
         )
     competing = tuple(place for place, _ in used)
     others = {place: Other.of(entry) for place, entry in _entries(stock) if place not in competing}
-    return Layout(shapes.pop(), competing, len(stock), ways == {"transformed"}, others)
+    dtype = CODES[used[0][1].fetched[0].dtype]
+    return Layout(shapes.pop(), competing, len(stock), ways == {"transformed"}, dtype, others)
 
 
 def _shape(probe: _Probe, layers: int) -> CacheShape:

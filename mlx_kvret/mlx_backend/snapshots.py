@@ -60,10 +60,12 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     """A cache that goes on where the snapshot was taken; ``stock`` are the model's empty entries.
 
     Raises:
-        ModelMismatchError: the snapshot belongs to another model or other gates.
+        ModelMismatchError: the snapshot belongs to another model or other gates, or its float type does not
+            fit into the model's.
         CheckpointError: its shape is not the model's.
     """
     snapshot.check(made.owner["model"], made.owner.get("gates", ""), snapshot.eviction)
+    snapshot = snapshot.cast(made.layout.dtype)
     cache = made.layout.bounded_cache(stock, snapshot.eviction, made.gates, made.owner)
     others = [i for i, entry in enumerate(cache) if not isinstance(entry, BoundedKVCache)]
     snapshot.check_shape(made.layout.shape, others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import mlx_kvret
 import mlx_kvret.mlx_backend.hooks as mlx_hooks
 import mlx_kvret.mlx_backend.snapshots as mlx_snapshots
 from cuda_backend import hooks
+from mlx_kvret import demo
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
+from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.errors import CheckpointError, ModelMismatchError, UnsupportedFeatureError
 
 from .test_backends import IDS, Backends, kept
@@ -94,3 +97,42 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         backends.torch(torch.from_numpy(IDS[:12]).view(2, 6), cache=batch)
     with pytest.raises(UnsupportedFeatureError, match="2 sequences"):
         torch_snapshots.take(batch, {})
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_a_snapshot_takes_the_float_type_of_the_model_that_goes_on(tmp_path, backend, saved):
+    (model, tokenizer), other = (in_type(backend, dtype) for dtype in (saved, OTHER[saved]))
+    cache = mlx_kvret.make_cache(model, budget=16, buffer=4)
+    mlx_kvret.generate(model, tokenizer, "remember Anna amber " * 20, cache=cache, max_tokens=1)
+    mlx_kvret.save_cache(model, cache, tmp_path / "a.kv")
+    taken = read_snapshot(tmp_path / "a.kv")
+    found, _ = mlx_kvret.load_cache(other[0], tmp_path / "a.kv")
+    mlx_kvret.save_cache(other[0], found, tmp_path / "b.kv")
+    went = read_snapshot(tmp_path / "b.kv")
+    assert went.keys.dtype == {"float32": "BF16", "bfloat16": "F32"}[saved]
+    assert (went.keys.float32() == taken.keys.cast(went.keys.dtype).float32()).all()
+    assert (went.position == taken.position).all()
+    assert mlx_kvret.generate(*other, "recall Anna", cache=found, max_tokens=2).split()[0] == "amber"
+
+
+OTHER = {"float32": "bfloat16", "bfloat16": "float32"}
+
+
+def in_type(backend, dtype):
+    if backend == "torch":
+        return mlx_kvret.load("demo", backend="torch", dtype=dtype)
+    model, tokenizer = mlx_kvret.load("demo", backend="mlx")
+    mlx_kvret.detach(model).set_dtype(getattr(mx, dtype))
+    return mlx_kvret.attach(model, demo.GATES), tokenizer
+
+
+def test_values_that_the_other_type_cannot_hold_are_refused(tmp_path):
+    model, tokenizer = in_type("torch", "bfloat16")
+    cache = mlx_kvret.make_cache(model, budget=16, buffer=4)
+    mlx_kvret.generate(model, tokenizer, "remember Anna amber", cache=cache, max_tokens=1)
+    mlx_kvret.save_cache(model, cache, tmp_path / "a.kv")
+    taken = read_snapshot(tmp_path / "a.kv")
+    large = Tensor.of(np.full(taken.keys.bits.shape, 1e30, np.float32), "BF16")
+    with pytest.raises(ModelMismatchError, match="too large for the model's F16"):
+        dataclasses.replace(taken, keys=large).cast("F16")

@@ -17,7 +17,7 @@ def attention_terms(
     all: its terms are ``w·(1 + |logit| + Σ w·(1 + |logit|))``.
 
     Args:
-        inputs: query (B, H·G, T, D), key (B, H, T, D), value (B, H, T, Dv) and, if it decays, log β (B, T, H).
+        inputs: query (B, H·G, T, D), key (B, H, T, D), value (B, H, T, Dv) and, if decayed, log β (B, T, H).
         starts: (B, T), where a token's document begins.
         given: (B, H·G, T, Dv), the gradient of the output.
         sinks: (H·G,) logits without a value.
