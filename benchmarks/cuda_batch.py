@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from cuda_backend import hooks
-from cuda_backend.cache import BoundedCache, cache_argument
-from cuda_backend.gates import RetentionGates
 from mlx_kvret.core.config import EvictionConfig, GateConfig
+from mlx_kvret.cuda_backend import hooks
+from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
+from mlx_kvret.cuda_backend.gates import RetentionGates
 
 RESULTS = Path(__file__).parent / "results" / "cuda_batch.md"
 SIZES: dict[str, dict[str, int]] = {

@@ -30,14 +30,14 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import mlx_kvret
-from cuda_backend import hooks
-from cuda_backend.cache import BoundedCache, cache_argument
-from cuda_backend.gates import RetentionGates
-from cuda_backend.kernels.dispatch import attend
-from cuda_backend.pool import Pool, listing
-from cuda_backend.step import Step, decoder_step
-from cuda_backend.view import LayerView
 from mlx_kvret.core.config import EvictionConfig, GateConfig
+from mlx_kvret.cuda_backend import hooks
+from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
+from mlx_kvret.cuda_backend.gates import RetentionGates
+from mlx_kvret.cuda_backend.kernels.dispatch import attend
+from mlx_kvret.cuda_backend.pool import Pool, listing
+from mlx_kvret.cuda_backend.step import Step, decoder_step
+from mlx_kvret.cuda_backend.view import LayerView
 
 RESULTS = Path(__file__).parent / "results"
 GPU = torch.cuda.is_available()

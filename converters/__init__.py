@@ -10,3 +10,8 @@ from .conversion import Conversion, convert
 from .forms import FORMS, detect, load_any
 
 __all__ = ["FORMS", "Conversion", "convert", "detect", "load_any"]
+
+if __name__ == "converters":
+    from mlx_kvret.core.checkout import known_as
+
+    known_as(__name__)

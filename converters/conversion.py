@@ -162,7 +162,7 @@ def _gates(checkpoint: GateCheckpoint) -> Gates:
             "a conversion that changes values is measured by running the gates, which needs mlx or torch; "
             f"run `{command_for('mlx')}` or `{command_for('torch')}`"
         )
-    from cuda_backend.gates import from_checkpoint as from_checkpoint_on_torch
+    from mlx_kvret.cuda_backend.gates import from_checkpoint as from_checkpoint_on_torch
 
     return from_checkpoint_on_torch(checkpoint)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from converters.forms import load_any
+from mlx_kvret.converters.forms import load_any
 from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.loading import check_needless, reading_tokenizer, tried
 from mlx_kvret.core.model_folder import model_config

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .probe import Layout
 
 
-
 def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
     """What a cache holds, its entries in the order of their flat heads and positions.
 

@@ -207,11 +207,11 @@ def _device(backend: str, options: dict[str, Any]) -> dict[str, Any]:
 def _backend(backend: str) -> Any:
     if backend == "mlx":
         return importlib.import_module("mlx_kvret.mlx_backend.api")
-    if (ours := sys.modules.get("cuda_backend.api")) is not None:
+    if (ours := sys.modules.get("mlx_kvret.cuda_backend.api")) is not None:
         return ours
     # before anything of theirs is imported, which may be there under another name
-    importlib.import_module("cuda_backend.versions").check_versions()
-    return importlib.import_module("cuda_backend.api")
+    importlib.import_module("mlx_kvret.cuda_backend.versions").check_versions()
+    return importlib.import_module("mlx_kvret.cuda_backend.api")
 
 
 def any_backend() -> Any:

@@ -114,7 +114,7 @@ def test_a_damaged_tokenizer_is_one_clear_error(folder, backend, damage):
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in ("no weights",)])
 def test_what_a_budget_costs_is_not_told_of_a_damaged_model(folder, damage):
-    from cuda_backend.api import cache_shape as on_torch
+    from mlx_kvret.cuda_backend.api import cache_shape as on_torch
     from mlx_kvret.mlx_backend.api import cache_shape as on_mlx
 
     DAMAGE[damage](folder)

@@ -95,7 +95,7 @@ def saves(folder: Path, kills: int, rng: random.Random) -> Found:
 
 def conversions(folder: Path, kills: int, rng: random.Random) -> Found:
     """Gates into new folders, which are whole or not there."""
-    from converters import convert, load_any
+    from mlx_kvret.converters import convert, load_any
 
     faults, middle, whole = [], 0, load_any(demo.GATES)
 

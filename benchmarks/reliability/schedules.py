@@ -19,12 +19,12 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-from cuda_backend.bounded import Bounded as TorchBounded
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import due_groups, select
 from mlx_kvret.core.policies import random_score, recent_score
 from mlx_kvret.core.retention import retention_score
+from mlx_kvret.cuda_backend.bounded import Bounded as TorchBounded
 from mlx_kvret.mlx_backend.bounded import Bounded as MLXBounded
 
 SHAPE = CacheShape(layers=2, kv_heads=2, key_dim=2, value_dim=2, itemsize=4, hidden_size=2)

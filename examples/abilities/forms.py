@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_kvret
-from converters import convert
+from mlx_kvret.converters import convert
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.evaluation import Method, PublicEngine, Sample, Turn
 from mlx_kvret.evaluation.gate_agreement import agreement

@@ -13,13 +13,13 @@ from streams import batch, questioned_story, stream
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from cuda_backend.gates import RetentionGates, to_arrays
-from cuda_backend.kernels.soft_size import soft_size
-from cuda_backend.training.loss import active, capacity
-from cuda_backend.training.student import Student
 from mlx_kvret.core.checkpoint import save_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.fingerprint import fingerprint
+from mlx_kvret.cuda_backend.gates import RetentionGates, to_arrays
+from mlx_kvret.cuda_backend.kernels.soft_size import soft_size
+from mlx_kvret.cuda_backend.training.loss import active, capacity
+from mlx_kvret.cuda_backend.training.student import Student
 
 STEPS, TEXTS, TOKENS, PEAK_RATE, BUDGET = 200, 3, 768, 5e-3, 8
 

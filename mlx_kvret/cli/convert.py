@@ -66,7 +66,7 @@ def command(
     new gates agree is printed.
     """
     with leaving_at_once():
-        from converters import convert
+        from mlx_kvret.converters import convert
         from mlx_kvret.hub import resolve
 
     done = convert(

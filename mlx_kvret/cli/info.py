@@ -70,7 +70,7 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
 
 
 def show_gates(folder: Path) -> None:
-    from converters import detect, load_any
+    from mlx_kvret.converters import detect, load_any
 
     form, checkpoint = detect(folder), load_any(folder)
     config = checkpoint.config

@@ -163,8 +163,8 @@ def command(
     records = Records(files, datasets, split, skip_bad)
     if backend == "torch" and device == "auto":
         device = "cpu"
-    engine = "mlx_kvret.mlx_backend.training.engine" if chosen == "mlx" else "cuda_backend.training.engine"
-    train = importlib.import_module(engine).train
+    backend = "mlx_backend" if chosen == "mlx" else "cuda_backend"
+    train = importlib.import_module(f"mlx_kvret.{backend}.training.engine").train
     gates = train(
         model, records, config, RunOptions(folder, resume, device, micro_batch, save_every, recompute)
     )

@@ -104,7 +104,7 @@ def load_gate_sets(
         ConfigError: two of the same label.
         CheckpointError: not gates.
     """
-    from converters import load_any
+    from mlx_kvret.converters import load_any
 
     from ..zoo import auto, identity
 
@@ -144,7 +144,7 @@ def _reference(model: str | Path, chunk: int | None, buffer: int | None, batch: 
         )
     import torch
 
-    from cuda_backend.loading import load_model, read_tokenizer
+    from mlx_kvret.cuda_backend.loading import load_model, read_tokenizer
 
     from .reference import ReferenceEngine
 

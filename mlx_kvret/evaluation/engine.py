@@ -185,7 +185,7 @@ class PublicEngine:
             return self.model(mx.array(rows), cache=cache)
         import torch
 
-        from cuda_backend.cache import cache_argument
+        from mlx_kvret.cuda_backend.cache import cache_argument
 
         with torch.no_grad():
             tokens = torch.tensor(rows, device=next(self.model.parameters()).device)

@@ -50,8 +50,8 @@ class ReferenceEngine:
         buffer: int | None = None,
         batch: int = 1,
     ) -> None:
-        from cuda_backend.hooks import shape_of
-        from cuda_backend.modules import attention_modules, competing_layers
+        from mlx_kvret.cuda_backend.hooks import shape_of
+        from mlx_kvret.cuda_backend.modules import attention_modules, competing_layers
 
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.pace, self.batch = Pace(chunk, buffer), batch
@@ -78,7 +78,7 @@ class ReferenceEngine:
             ModelMismatchError: a checkpoint for another model.
         """
         if isinstance(gates, GateCheckpoint):
-            from cuda_backend.gates import from_checkpoint
+            from mlx_kvret.cuda_backend.gates import from_checkpoint
 
             gates.check_model(self.model.config.to_dict())
             fit_gates(gates.config, self._shape, range(self._shape.layers), self._shape.layers)

@@ -9,8 +9,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import load_model, load_tokenizer
 
-from converters.forms import detect, load_any
-from converters.mlx_form import load_mlx_gates
+from mlx_kvret.converters.forms import detect, load_any
+from mlx_kvret.converters.mlx_form import load_mlx_gates
 
 from ..core.checkpoint import GateCheckpoint
 from ..core.loading import check_needless, reading_tokenizer, tried

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from cuda_backend import hooks, snapshots
-from cuda_backend.attaching import make_cache
-from cuda_backend.batch import BatchGenerator
-from cuda_backend.cache import BoundedCache, cache_argument
-from cuda_backend.generation import stop_tokens, vocabulary
-from cuda_backend.memory import free_bytes
-from cuda_backend.sampling import alone
+from mlx_kvret.cuda_backend import hooks, snapshots
+from mlx_kvret.cuda_backend.attaching import make_cache
+from mlx_kvret.cuda_backend.batch import BatchGenerator
+from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
+from mlx_kvret.cuda_backend.generation import stop_tokens, vocabulary
+from mlx_kvret.cuda_backend.memory import free_bytes
+from mlx_kvret.cuda_backend.sampling import alone
 
 from ..core.snapshot import Snapshot
 from ..core.types import Array

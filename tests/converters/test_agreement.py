@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma3_text
 
-from converters import convert, load_any
 from mlx_kvret import attach, demo
+from mlx_kvret.converters import convert, load_any
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.errors import CheckpointError, ConfigError, ModelMismatchError, UnsupportedModelError

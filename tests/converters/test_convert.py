@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 from released import config, read, state, write
 
-from converters import FORMS, convert, detect, load_any, mlx_form, trimkv
 from mlx_kvret import demo
 from mlx_kvret.cli import main
 from mlx_kvret.cli.convert import command
+from mlx_kvret.converters import FORMS, convert, detect, load_any, mlx_form, trimkv
 from mlx_kvret.errors import CheckpointError, ConfigError
 
 
@@ -124,9 +124,9 @@ def test_write_that_really_fails_leaves_nothing(tmp_path, folders, to):
 
 WRITERS = {
     "shared": "mlx_kvret.core.checkpoint.write_tensors",
-    "mlx": "converters.mlx_form.write_tensors",
-    "torch": "converters.torch_form.write_tensors",
-    "trimkv": "converters.trimkv.write_state",
+    "mlx": "mlx_kvret.converters.mlx_form.write_tensors",
+    "torch": "mlx_kvret.converters.torch_form.write_tensors",
+    "trimkv": "mlx_kvret.converters.trimkv.write_state",
 }
 
 
@@ -152,7 +152,7 @@ def test_full_disk_or_ctrl_c_leaves_nothing(tmp_path, folders, monkeypatch, to, 
 KILLED = """
 import sys, time
 from pathlib import Path
-from converters import convert
+from mlx_kvret.converters import convert
 import mlx_kvret.core.checkpoint as checkpoint
 
 def write_half(path, tensors):

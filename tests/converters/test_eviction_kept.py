@@ -6,7 +6,7 @@ import json
 import pytest
 from released import CONFIG, config, read, state, write
 
-from converters import convert, load_any
+from mlx_kvret.converters import convert, load_any
 from mlx_kvret.core.checkpoint import save_gates
 from mlx_kvret.core.config import EvictionDefaults
 from mlx_kvret.errors import CheckpointError

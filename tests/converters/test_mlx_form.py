@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from released import DTYPES, config, state, write
 
-from converters import FORMS, convert, load_any, mlx_form
+from mlx_kvret.converters import FORMS, convert, load_any, mlx_form
 from mlx_kvret.core.checkpoint import load_gates, save_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.tensors import Tensor, read_tensors, write_tensors

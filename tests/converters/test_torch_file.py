@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.torch_file import read_state
+from mlx_kvret.converters.torch_file import read_state
 from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.errors import CheckpointError
 

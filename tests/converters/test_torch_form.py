@@ -9,13 +9,13 @@ import torch
 from released import DTYPES, config, state, write
 from safetensors.torch import load_file
 
-from converters import casting, convert, load_any, torch_form
-from cuda_backend import api
-from cuda_backend.gates import from_checkpoint
 from mlx_kvret import demo
+from mlx_kvret.converters import casting, convert, load_any, torch_form
 from mlx_kvret.core.checkpoint import load_gates, save_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.core.tensors import Tensor, read_tensors, write_tensors
+from mlx_kvret.cuda_backend import api
+from mlx_kvret.cuda_backend.gates import from_checkpoint
 from mlx_kvret.errors import CheckpointError, ConfigError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from released import DTYPES, HIDDEN, LAYERS, TEXT, VISION, assert_same_bits, config, read, state, write
 
-from converters import FORMS, convert, load_any, trimkv
+from mlx_kvret.converters import FORMS, convert, load_any, trimkv
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.errors import ConfigError, ModelMismatchError
 from mlx_kvret.mlx_backend.gates import from_checkpoint

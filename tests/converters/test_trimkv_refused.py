@@ -9,7 +9,7 @@ import pytest
 import torch
 from released import CONFIG, TEXT, WEIGHTS, config, state, write
 
-from converters import convert, load_any
+from mlx_kvret.converters import convert, load_any
 from mlx_kvret.errors import CheckpointError, MissingDependencyError
 
 GATE = f"{TEXT}layers.1.self_attn.retention_gate."

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import converters
+from mlx_kvret import converters
 from mlx_kvret.core.checkpoint import (
     CONFIG_FILE,
     TENSOR_FILE,

@@ -10,15 +10,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import cuda_backend.arena
-import cuda_backend.bounded
-import cuda_backend.cache
-import cuda_backend.compaction
-import cuda_backend.layer
-import cuda_backend.pool
-import cuda_backend.reading
-import cuda_backend.recent
-import cuda_backend.row
+from mlx_kvret.cuda_backend import arena as torch_arena
+from mlx_kvret.cuda_backend import bounded as torch_bounded
+from mlx_kvret.cuda_backend import compaction as torch_compaction
+from mlx_kvret.cuda_backend import layer as torch_layer
+from mlx_kvret.cuda_backend import pool as torch_pool
+from mlx_kvret.cuda_backend import reading as torch_reading
+from mlx_kvret.cuda_backend import recent as torch_recent
+from mlx_kvret.cuda_backend import row as torch_row
 from mlx_kvret.mlx_backend import arena as mlx_arena
 from mlx_kvret.mlx_backend import bounded as mlx_bounded
 from mlx_kvret.mlx_backend import compaction as mlx_compaction
@@ -46,18 +45,18 @@ _PLACES: dict[str, list[tuple[Any, str]]] = {
         (mlx_reading, "attend"),
     ],
     "torch": [
-        *((cuda_backend.reading.Reading, name) for name in ("observe", "append", "views", "commit")),
-        *((cuda_backend.recent.Recent, name) for name in ("reserve", "reserve_scores", "reserve_inputs")),
-        *((cuda_backend.pool.Slab, name) for name in ("destinations", "admitted", "fill", "take")),
-        (cuda_backend.arena.Arena, "put"),
-        (cuda_backend.bounded, "run_gates"),
-        *((cuda_backend.row.Row, name) for name in ("own", "retention", "newest", "scores")),
-        (cuda_backend.pool.Pool, "grow"),
-        *((cuda_backend.layer.BoundedKVCache, name) for name in ("observe", "update", "attend")),
-        *((cuda_backend.bounded.Bounded, name) for name in ("settle", "begin", "before", "commit")),
-        (cuda_backend.compaction, "select"),
-        (cuda_backend.compaction, "fill"),
-        (cuda_backend.layer, "attend"),
+        *((torch_reading.Reading, name) for name in ("observe", "append", "views", "commit")),
+        *((torch_recent.Recent, name) for name in ("reserve", "reserve_scores", "reserve_inputs")),
+        *((torch_pool.Slab, name) for name in ("destinations", "admitted", "fill", "take")),
+        (torch_arena.Arena, "put"),
+        (torch_bounded, "run_gates"),
+        *((torch_row.Row, name) for name in ("own", "retention", "newest", "scores")),
+        (torch_pool.Pool, "grow"),
+        *((torch_layer.BoundedKVCache, name) for name in ("observe", "update", "attend")),
+        *((torch_bounded.Bounded, name) for name in ("settle", "begin", "before", "commit")),
+        (torch_compaction, "select"),
+        (torch_compaction, "fill"),
+        (torch_layer, "attend"),
     ],
 }  # fmt: skip
 FILES = tuple(
@@ -67,7 +66,7 @@ FILES = tuple(
             *("arena", "bounded", "cache", "compaction", "forward", "hooks", "lookup", "observed", "pool"),
             *("entry", "joining", "reading", "recent", "row"),
         ),
-        cuda_backend.bounded: (
+        torch_bounded: (
             "arena",
             "bounded",
             "cache",

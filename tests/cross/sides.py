@@ -14,7 +14,7 @@ from cuda import tiny as on_torch
 from mlx_backend import tiny as on_mlx
 
 import mlx_kvret
-from cuda_backend.cache import cache_argument
+from mlx_kvret.cuda_backend.cache import cache_argument
 
 BACKENDS = ("mlx", "torch")
 WORDS = 60

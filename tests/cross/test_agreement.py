@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import cuda_backend.layer
 import mlx_kvret
+import mlx_kvret.cuda_backend.layer
 import mlx_kvret.mlx_backend.reading
-from cuda_backend.agreement import RoundedDifferently as RoundedOnTorch
-from cuda_backend.api import load_model
-from cuda_backend.training.student import Student as TorchStudent
 from mlx_kvret.core.probing import COMPARED, agrees, chunkings, ordinary_ids, probe_length
+from mlx_kvret.cuda_backend.agreement import RoundedDifferently as RoundedOnTorch
+from mlx_kvret.cuda_backend.api import load_model
+from mlx_kvret.cuda_backend.training.student import Student as TorchStudent
 from mlx_kvret.errors import UnsupportedModelError
 from mlx_kvret.mlx_backend.agreement import RoundedDifferently
 from mlx_kvret.mlx_backend.api import load_network
@@ -23,7 +23,7 @@ from mlx_kvret.mlx_backend.training.student import Student
 
 from .families import stock
 
-BACKENDS = {"mlx": mlx_kvret.mlx_backend.reading, "torch": cuda_backend.layer}
+BACKENDS = {"mlx": mlx_kvret.mlx_backend.reading, "torch": mlx_kvret.cuda_backend.layer}
 
 
 def test_tokens_of_a_probe():

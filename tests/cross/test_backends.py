@@ -16,8 +16,8 @@ from rounding import assert_near
 
 import mlx_kvret.mlx_backend.gates as mlx_gates
 import mlx_kvret.mlx_backend.hooks as mlx_hooks
-from cuda_backend import gates, hooks
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.cuda_backend import gates, hooks
 
 TOKENS = 2000
 # in prefill and, at the end, in decoding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache as once
 from typing import Any
@@ -180,7 +181,11 @@ def test_a_prompt_that_does_not_fit_names_the_chunk_that_does(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = side_of(backend)
-    module = mlx_kvret.mlx_backend.reading if backend == "mlx" else __import__("cuda_backend.layer").layer
+    module = (
+        mlx_kvret.mlx_backend.reading
+        if backend == "mlx"
+        else importlib.import_module("mlx_kvret.cuda_backend.layer")
+    )
     stock = module.attend
 
     def small(queries: Any, *rest: Any) -> Any:

@@ -12,8 +12,8 @@ import torch
 from mlx_lm.sample_utils import make_sampler
 from transformers import GenerationConfig
 
-import cuda_backend.sampling
 import mlx_kvret
+import mlx_kvret.cuda_backend.sampling
 import mlx_kvret.mlx_backend.sampling
 from mlx_kvret.core.sampling import Sampling
 from mlx_kvret.errors import ConfigError
@@ -21,7 +21,7 @@ from mlx_kvret.errors import ConfigError
 IDS = [7, 3, 90, 12, 55, 3, 3, 61]
 BACKENDS = {
     "mlx": (mlx_kvret.mlx_backend.sampling, mx.array, ["top_p", "min_p", "xtc", "top_k"]),
-    "torch": (cuda_backend.sampling, torch.tensor, ["top_k", "top_p", "min_p", "xtc"]),
+    "torch": (mlx_kvret.cuda_backend.sampling, torch.tensor, ["top_k", "top_p", "min_p", "xtc"]),
 }
 LOGITS = np.random.default_rng(4).permutation(np.linspace(0, 3, 14)).astype(np.float32)
 LIKELY = np.argsort(-LOGITS).tolist()

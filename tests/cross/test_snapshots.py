@@ -12,15 +12,15 @@ import pytest
 import torch
 from rounding import assert_near
 
-import cuda_backend.snapshots as torch_snapshots
 import mlx_kvret
+import mlx_kvret.cuda_backend.snapshots as torch_snapshots
 import mlx_kvret.mlx_backend.hooks as mlx_hooks
 import mlx_kvret.mlx_backend.snapshots as mlx_snapshots
-from cuda_backend import hooks
 from mlx_kvret import demo
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.core.tensors import Tensor
+from mlx_kvret.cuda_backend import hooks
 from mlx_kvret.errors import CheckpointError, ModelMismatchError, UnsupportedFeatureError
 
 from .test_backends import IDS, Backends, kept

@@ -7,10 +7,10 @@ import copy
 import numpy as np
 import torch
 
-from cuda_backend.attention import attend
-from cuda_backend.bounded import Bounded
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.cuda_backend.attention import attend
+from mlx_kvret.cuda_backend.bounded import Bounded
 
 SHAPE = CacheShape(layers=2, kv_heads=2, key_dim=3, value_dim=5, itemsize=4, hidden_size=4)
 WORDS, GROUP = 50, 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mlx_kvret
-from cuda_backend.batch import BatchGenerator, Response
+from mlx_kvret.cuda_backend.batch import BatchGenerator, Response
 from mlx_kvret.errors import CacheError, ConfigError, ModelMismatchError, UnsupportedFeatureError
 
 from .tiny import attached, new_cache, run

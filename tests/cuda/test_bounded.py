@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuda_backend.bounded import Bounded
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.cuda_backend.bounded import Bounded
 
 SHAPE = CacheShape(layers=2, kv_heads=2, key_dim=3, value_dim=5, itemsize=4, hidden_size=4)
 

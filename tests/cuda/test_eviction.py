@@ -9,11 +9,11 @@ import pytest
 import torch
 from rounding import assert_near
 
-from cuda_backend.reading import Reading
 from mlx_kvret.core import policies
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import due_groups, select
 from mlx_kvret.core.retention import retention_score
+from mlx_kvret.cuda_backend.reading import Reading
 
 from .tiny import attached, new_cache, run
 

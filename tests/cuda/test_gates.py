@@ -9,11 +9,11 @@ import pytest
 import torch
 from rounding import assert_near
 
-from cuda_backend.gates import RetentionGates, from_checkpoint, to_arrays
 from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.config import ACTIVATIONS, GateConfig
 from mlx_kvret.core.installed import installed
 from mlx_kvret.core.tensors import FLOATS, Tensor
+from mlx_kvret.cuda_backend.gates import RetentionGates, from_checkpoint, to_arrays
 
 from .tiny import attached, new_cache, run
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import mlx_kvret
-from cuda_backend import api, versions
-from cuda_backend import layer as layer_module
-from cuda_backend.kernels import dispatch
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import save_gates
 from mlx_kvret.core.sampling import Sampling
+from mlx_kvret.cuda_backend import api, versions
+from mlx_kvret.cuda_backend import layer as layer_module
+from mlx_kvret.cuda_backend.kernels import dispatch
 from mlx_kvret.errors import (
     CacheError,
     CheckpointError,
@@ -121,7 +121,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # as in a process that has not used the backend yet
-    monkeypatch.delitem(sys.modules, "cuda_backend.api")
+    monkeypatch.delitem(sys.modules, "mlx_kvret.cuda_backend.api")
     monkeypatch.setattr(versions.metadata, "version", lambda name: {"torch": "2.13.0+cpu"}.get(name, "5.3.1"))
     with pytest.raises(MissingDependencyError, match=r"transformers is 5\.3\.1, expected at least 5\.17"):
         mlx_kvret.load("demo", backend="torch")

@@ -10,9 +10,9 @@ import torch
 from rounding import assert_near
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
-from cuda_backend import api, hooks
-from cuda_backend.cache import cache_argument
-from cuda_backend.reading import Reading
+from mlx_kvret.cuda_backend import api, hooks
+from mlx_kvret.cuda_backend.cache import cache_argument
+from mlx_kvret.cuda_backend.reading import Reading
 from mlx_kvret.errors import (
     ModelMismatchError,
     UnsupportedFeatureError,
@@ -134,7 +134,7 @@ def test_beam_search_and_other_masks_are_refused() -> None:
 
 
 def test_gates_of_another_model_are_refused() -> None:
-    from cuda_backend.gates import from_checkpoint
+    from mlx_kvret.cuda_backend.gates import from_checkpoint
 
     model = tiny_model("llama")
     with pytest.raises(ModelMismatchError, match="5 layers, the model has 3"):

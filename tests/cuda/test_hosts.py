@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mlx_kvret
-from cuda_backend.cache import cache_name
+from mlx_kvret.cuda_backend.cache import cache_name
 from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
 
 from .tiny import run, tiny_model

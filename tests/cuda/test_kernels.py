@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
-from cuda_backend.attention import attend, naive_attend
-from cuda_backend.kernels.attention import decode_attention, prefill_attention
-from cuda_backend.kernels.moving import fill, naive_fill
-from cuda_backend.kernels.select import select_triton
-from cuda_backend.pool import Pool, listing
-from cuda_backend.selection import select
-from cuda_backend.view import LayerView, Places
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.cuda_backend.attention import attend, naive_attend
+from mlx_kvret.cuda_backend.kernels.attention import decode_attention, prefill_attention
+from mlx_kvret.cuda_backend.kernels.moving import fill, naive_fill
+from mlx_kvret.cuda_backend.kernels.select import select_triton
+from mlx_kvret.cuda_backend.pool import Pool, listing
+from mlx_kvret.cuda_backend.selection import select
+from mlx_kvret.cuda_backend.view import LayerView, Places
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs these in a process of their own"
@@ -164,7 +164,7 @@ def test_filling_holes_equals_its_twin(share: float) -> None:
 
 
 def test_a_model_on_kernels_equals_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cuda_backend.kernels import dispatch
+    from mlx_kvret.cuda_backend.kernels import dispatch
 
     from .tiny import attached, new_cache, run
 

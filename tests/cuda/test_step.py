@@ -8,7 +8,7 @@ import pytest
 import torch
 from rounding import assert_near
 
-from cuda_backend.step import FixedStep, decoder_step
+from mlx_kvret.cuda_backend.step import FixedStep, decoder_step
 
 from .tiny import attached, new_cache, run
 

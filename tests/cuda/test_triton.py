@@ -12,7 +12,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
-from cuda_backend.kernels import attention, moving, select  # noqa: E402
+from mlx_kvret.cuda_backend.kernels import attention, moving, select  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"

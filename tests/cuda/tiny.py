@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cuda_backend import hooks
-from cuda_backend.cache import BoundedCache, cache_argument
-from cuda_backend.gates import RetentionGates, from_checkpoint
 from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.config import EvictionConfig, GateConfig
 from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.core.tensors import Tensor
+from mlx_kvret.cuda_backend import hooks
+from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
+from mlx_kvret.cuda_backend.gates import RetentionGates, from_checkpoint
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

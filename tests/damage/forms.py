@@ -39,7 +39,7 @@ from .sound import CHAT, TOKENS, Content, Form, TheirRefusal, gates
 
 def make_gates(to: str, bits: int | None = None) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        from converters import convert
+        from mlx_kvret.converters import convert
 
         sound = gates()
         save_gates(folder / "shared", sound.config, sound.tensors, sound.provenance)
@@ -53,7 +53,7 @@ def make_gates(to: str, bits: int | None = None) -> Callable[[Path], None]:
 
 
 def load_gates(folder: Path) -> Content:
-    from converters import load_any
+    from mlx_kvret.converters import load_any
 
     found = load_any(folder)
     return Content.of(found.tensors, (found.config, found.provenance))
@@ -194,7 +194,7 @@ def load_model(backend: str) -> Callable[[Path], Content]:
 
 
 def load_shape(folder: Path) -> Content:
-    from cuda_backend.api import cache_shape
+    from mlx_kvret.cuda_backend.api import cache_shape
 
     return Content(rest=str(cache_shape(folder)[1]))
 
@@ -208,7 +208,7 @@ def load_tokenizer(backend: str) -> Callable[[Path], Content]:
 
             found = read_tokenizer(folder, {})
         else:
-            from cuda_backend.api import read_tokenizer
+            from mlx_kvret.cuda_backend.api import read_tokenizer
 
             found = read_tokenizer(folder)
         ids = prompt_ids(found, "remember Ada red", True)

@@ -5,7 +5,7 @@ import torch
 from rounding import assert_near, assert_norm_near
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cuda_backend.training.attention import (
+from mlx_kvret.cuda_backend.training.attention import (
     PackedMask,
     _block,
     decay_attention,

@@ -5,10 +5,10 @@ import pytest
 import torch
 from rounding import assert_near
 
-from cuda_backend.gates import RetentionGates, from_checkpoint, to_arrays
 from mlx_kvret.core.checkpoint import load_gates, save_gates
 from mlx_kvret.core.config import ACTIVATIONS, GateConfig
 from mlx_kvret.core.tensors import Tensor
+from mlx_kvret.cuda_backend.gates import RetentionGates, from_checkpoint, to_arrays
 
 
 def config(kind="rg10", shared=True, **more):

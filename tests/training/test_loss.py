@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, softmax
 
-from cuda_backend.training.loss import active, capacity, distillation
+from mlx_kvret.cuda_backend.training.loss import active, capacity, distillation
 from mlx_kvret.mlx_backend.training.loss import capacity as mlx_capacity
 
 

@@ -8,8 +8,8 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from cuda_backend.training import engine as torch_engine
 from mlx_kvret.core.checkpoint import load_gates
+from mlx_kvret.cuda_backend.training import engine as torch_engine
 from mlx_kvret.demo import MODEL
 from mlx_kvret.errors import ConfigError, TrainingError
 from mlx_kvret.mlx_backend.gates import from_checkpoint

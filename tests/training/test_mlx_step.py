@@ -7,12 +7,12 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 
-from cuda_backend.gates import RetentionGates as TorchGates
-from cuda_backend.gates import to_arrays
-from cuda_backend.training import step as torch_step
-from cuda_backend.training.processes import Single
-from cuda_backend.training.student import Student as TorchStudent
 from mlx_kvret.core.config import GateConfig
+from mlx_kvret.cuda_backend.gates import RetentionGates as TorchGates
+from mlx_kvret.cuda_backend.gates import to_arrays
+from mlx_kvret.cuda_backend.training import step as torch_step
+from mlx_kvret.cuda_backend.training.processes import Single
+from mlx_kvret.cuda_backend.training.student import Student as TorchStudent
 from mlx_kvret.mlx_backend.api import load_network
 from mlx_kvret.mlx_backend.gates import RetentionGates
 from mlx_kvret.mlx_backend.training.step import gradient

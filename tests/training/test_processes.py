@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from cuda_backend.training.engine import train
 from mlx_kvret.core.checkpoint import load_gates
+from mlx_kvret.cuda_backend.training.engine import train
 from mlx_kvret.demo import MODEL
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.log import read_log

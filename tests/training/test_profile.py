@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_backend.kernels.soft_size import soft_size
-from cuda_backend.training.student import Student
+from mlx_kvret.cuda_backend.kernels.soft_size import soft_size
+from mlx_kvret.cuda_backend.training.student import Student
 from mlx_kvret.training.packing import Batch
 from mlx_kvret.training.profile import profile
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_backend.gates import from_checkpoint
-from cuda_backend.training import engine
-from cuda_backend.training.engine import train
 from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.core.files import whole_file
 from mlx_kvret.core.tensors import Tensor, read_file, write_tensors
+from mlx_kvret.cuda_backend.gates import from_checkpoint
+from mlx_kvret.cuda_backend.training import engine
+from mlx_kvret.cuda_backend.training.engine import train
 from mlx_kvret.demo import MODEL
 from mlx_kvret.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
 from mlx_kvret.training import state

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import assert_near, assert_norm_near
 
-from cuda_backend.kernels import soft_size as forms
-from cuda_backend.kernels.soft_size import naive_soft_size, soft_size
+from mlx_kvret.cuda_backend.kernels import soft_size as forms
+from mlx_kvret.cuda_backend.kernels.soft_size import naive_soft_size, soft_size
 from training.attention_terms import soft_size_terms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,7 +36,7 @@ def test_kernels_compile_for_gpus(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cuda_backend.kernels import soft_size_triton as kernels
+    from mlx_kvret.cuda_backend.kernels import soft_size_triton as kernels
 
     for kernel in (kernels.soft_size_fwd_kernel, kernels.soft_size_bwd_kernel):
         pointers = {name: "*fp32" for name in kernel.arg_names if name.startswith("p_")}

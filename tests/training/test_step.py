@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from cuda_backend.gates import RetentionGates
-from cuda_backend.kernels.soft_size import naive_soft_size
-from cuda_backend.training.processes import Single
-from cuda_backend.training.step import gradient
-from cuda_backend.training.student import Student
 from mlx_kvret.core.config import GateConfig
+from mlx_kvret.cuda_backend.gates import RetentionGates
+from mlx_kvret.cuda_backend.kernels.soft_size import naive_soft_size
+from mlx_kvret.cuda_backend.training.processes import Single
+from mlx_kvret.cuda_backend.training.step import gradient
+from mlx_kvret.cuda_backend.training.student import Student
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.packing import Batch
 

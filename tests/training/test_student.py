@@ -10,9 +10,9 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from cuda_backend.gates import RetentionGates
-from cuda_backend.training.student import Student
 from mlx_kvret.core.config import GateConfig
+from mlx_kvret.cuda_backend.gates import RetentionGates
+from mlx_kvret.cuda_backend.training.student import Student
 from mlx_kvret.errors import UnsupportedModelError
 
 from .tiny_models import tiny_model
@@ -138,7 +138,7 @@ def test_refuses_models_without_a_cache_of_all_tokens():
 def test_refuses_a_model_that_gives_other_logits(monkeypatch):
     model = tiny_model("qwen3")
     monkeypatch.setattr(
-        "cuda_backend.training.registry.decay_attention", lambda q, *_, **__: torch.zeros_like(q)
+        "mlx_kvret.cuda_backend.training.registry.decay_attention", lambda q, *_, **__: torch.zeros_like(q)
     )
     with pytest.raises(UnsupportedModelError, match="other logits"):
         Student(model)

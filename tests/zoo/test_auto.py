@@ -11,8 +11,8 @@ from mlx_lm.utils import load_model
 from transformers import AutoModelForCausalLM
 
 import mlx_kvret
-from cuda_backend import hooks as torch_hooks
 from mlx_kvret.core.config import EvictionDefaults
+from mlx_kvret.cuda_backend import hooks as torch_hooks
 from mlx_kvret.errors import ConfigError
 from mlx_kvret.mlx_backend import hooks as mlx_hooks
 from mlx_kvret.zoo import auto, known
