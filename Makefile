@@ -30,7 +30,7 @@ bench: $(VENV)/demo
 
 # What has MLX fail on purpose, or runs it in many threads, gets a process of its own: once, MLX 0.32 waited for
 # ever in a test that came long after these
-APART := $(addprefix tests/,cross/test_broken_passes.py cross/test_contract.py mlx_backend/test_server.py \
+APART := $(addprefix tests/,serving cross/test_broken_passes.py cross/test_contract.py mlx_backend/test_server.py \
   mlx_backend/test_hosts.py mlx_backend/test_threads.py)
 
 .PHONY: pytest
