@@ -24,16 +24,14 @@ def attend(
     scale: float,
     causal: bool = True,
     sinks: mx.array | None = None,
-    softcap: float = 0.0,
 ) -> mx.array:
     """Softmax attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); windows end with their tokens.
 
     Several rows have one token each. ``sinks`` (Hq,) are logits of a null entry, as in
-    ``mx.fast.scaled_dot_product_attention``. Logits x are capped to softcap·tanh(x / softcap) if ``softcap``
-    is not 0.
+    ``mx.fast.scaled_dot_product_attention``.
     """
     tokens = queries.shape[2]
-    if view.pool.capacity == 0 and not softcap:
+    if view.pool.capacity == 0:
         # nothing was ever kept: the windows are all there is
         mask = "causal" if causal and tokens > 1 else view.bias
         if isinstance(mask, mx.array):
@@ -44,13 +42,13 @@ def attend(
     types = {queries.dtype, view.keys.dtype, view.values.dtype}
     if kernels.enabled() and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
         single = [
-            attend_with_kernels(queries[row : row + 1], one, scale, causal, sinks, softcap)
+            attend_with_kernels(queries[row : row + 1], one, scale, causal, sinks)
             for row, one in enumerate(view.rows())
         ]
         return single[0] if len(single) == 1 else mx.concatenate(single)
-    if tokens > MANY and not softcap:
+    if tokens > MANY:
         return by_head(queries, view, scale, causal, sinks)
-    return attend_reference(queries, view, scale, causal, sinks, softcap)
+    return attend_reference(queries, view, scale, causal, sinks)
 
 
 def attend_reference(
@@ -59,7 +57,6 @@ def attend_reference(
     scale: float,
     causal: bool = True,
     sinks: mx.array | None = None,
-    softcap: float = 0.0,
 ) -> mx.array:
     """:func:`attend` in plain MLX."""
     heads = view.kv_heads
@@ -74,7 +71,7 @@ def attend_reference(
 
     parts, place = view.pool.lookup.parts(view.head, heads, view.slabs)
     if parts[0].members is None:
-        joined = _attend(grouped, view, parts[0], view.pair, bias, sinks, softcap)
+        joined = _attend(grouped, view, parts[0], view.pair, bias, sinks)
     else:
         out = []
         for part in parts:
@@ -83,7 +80,7 @@ def attend_reference(
             own = bias if bias is None or bias.ndim == 2 else bias[at[0], 0]
             pair = view.keys[at], view.values[at]
             own_sinks = None if sinks is None else sinks[at]
-            out.append(_attend(grouped[at], view, part, pair, own, own_sinks, softcap))
+            out.append(_attend(grouped[at], view, part, pair, own, own_sinks))
         joined = mx.concatenate(out)
         joined = joined if place is None else joined[place]
     return joined.reshape(rows, query_heads, tokens, -1)
@@ -96,16 +93,15 @@ def _attend(
     newest: tuple[mx.array, mx.array],
     bias: mx.array | None,
     sinks: mx.array | None,
-    softcap: float,
 ) -> mx.array:
     """The heads of ``part``: scaled queries (..., G·T, Dk) to (..., G·T, Dv)."""
     keys, values = newest
     width, length = part.width, keys.shape[-2]
-    scores = _capped(queries @ keys.swapaxes(-1, -2), softcap)
+    scores = queries @ keys.swapaxes(-1, -2)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
     if width:
-        old = _capped(queries @ view.pool.keys[part.slots].swapaxes(-1, -2), softcap)
+        old = queries @ view.pool.keys[part.slots].swapaxes(-1, -2)
         old = old if part.real is None else mx.where(part.real[..., None, :], old, -mx.inf)
         scores = mx.concatenate([old, scores], axis=-1)
     if sinks is not None:
@@ -113,10 +109,6 @@ def _attend(
     weights = mx.softmax(scores, axis=-1, precise=True)
     recent = weights[..., width : width + length] @ values
     return recent + weights[..., :width] @ view.pool.values[part.slots] if width else recent
-
-
-def _capped(logits: mx.array, softcap: float) -> mx.array:
-    return softcap * mx.tanh(logits / softcap) if softcap else logits
 
 
 def _causal_bias(tokens: int, length: int, group: int) -> mx.array:

@@ -128,13 +128,12 @@ class Reading:
         scale: float,
         causal: bool,
         sinks: mx.array | None = None,
-        softcap: float = 0.0,
     ) -> mx.array:
         """Attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); zeros for what is padding."""
         if len(self.rows) == 1:
-            return attend(queries, self.view(layer), scale, causal, sinks, softcap)
+            return attend(queries, self.view(layer), scale, causal, sinks)
         if self.wide is None:
-            out = attend(self._chosen(queries), self.view(layer), scale, causal, sinks, softcap)
+            out = attend(self._chosen(queries), self.view(layer), scale, causal, sinks)
             if len(self.active) == len(self.rows):
                 return out
             spread = mx.zeros((len(self.rows), *out.shape[1:]), out.dtype)
@@ -143,7 +142,7 @@ class Reading:
         parts, width = {}, self.fetched[layer][1].shape[-1]  # type: ignore[index]
         for place, (index, row, n) in enumerate(self.active):
             view = LayerView(self.arena.pool, layer, *self._wide(place, layer), (row.slab,))
-            out = attend(queries[index : index + 1, :, :n], view, scale, causal, sinks, softcap)
+            out = attend(queries[index : index + 1, :, :n], view, scale, causal, sinks)
             parts[index] = mx.pad(out, [(0, 0), (0, 0), (0, self.tokens - n), (0, 0)])
         nothing = mx.zeros((1, queries.shape[1], self.tokens, width), queries.dtype)
         return mx.concatenate([parts.get(index, nothing) for index in range(len(self.rows))])

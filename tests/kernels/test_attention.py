@@ -19,14 +19,14 @@ RAGGED = [21, 0, 1, 6]
 HARMLESS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-def exact(queries, view, scale, causal=True, sinks=None, softcap=0.0):
+def exact(queries, view, scale, causal=True, sinks=None):
     """The twin, with all arithmetic in float32, rounded once."""
     pool, names = view.pool, ("keys", "values")
     held = [getattr(pool, name) for name in names]
     for name in names:
         setattr(pool, name, getattr(pool, name).astype(mx.float32))
     wide = LayerView(pool, view.layer, view.keys.astype(mx.float32), view.values.astype(mx.float32))
-    out = attend_reference(queries.astype(mx.float32), wide, scale, causal, sinks, softcap)
+    out = attend_reference(queries.astype(mx.float32), wide, scale, causal, sinks)
     for name, array in zip(names, held, strict=True):
         setattr(pool, name, array)
     return out.astype(queries.dtype)
@@ -51,7 +51,7 @@ def queries_for(view, group, tokens, dtype=mx.float32):
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_every_size_and_type(size, dtype, tokens):
     view = view_with(RAGGED, tokens + 2, size, size, dtype)
-    options = (True, None, 0.0)
+    options = (True, None)
     kernel = attend if tokens == 1 else tiled
     # each size in one type goes through the sanitizers; they see nothing of a type but its width
     thorough = TYPES[HEAD_SIZES.index(size) % len(TYPES)] == dtype
@@ -67,21 +67,21 @@ def test_every_size_and_type(size, dtype, tokens):
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_ragged_heads(lengths, tokens):
     view = view_with(lengths, tokens, 32, 32)
-    compare(queries_for(view, 2, tokens), view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
+    compare(queries_for(view, 2, tokens), view, True, None, kernel=attend if tokens < 9 else tiled)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_a_full_pool(tokens):
     view = view_with([9, 0, 0, 11], tokens + 20, 32, 32, layer=2, free=0)
     assert view.pool.lookup.offsets[-1].item() == view.pool.lookup.table.size
-    compare(queries_for(view, 2, tokens), view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
+    compare(queries_for(view, 2, tokens), view, True, None, kernel=attend if tokens < 9 else tiled)
 
 
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_tokens_that_cannot_be_seen_yet_do_not_count_however_large(tokens):
     view = view_with(RAGGED, tokens, 32, 32)
     view.keys[:, :, -1] *= 1e5
-    compare(queries_for(view, 2, tokens), view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
+    compare(queries_for(view, 2, tokens), view, True, None, kernel=attend if tokens < 9 else tiled)
 
 
 @pytest.mark.parametrize("tokens", [2, 8])
@@ -97,11 +97,11 @@ def test_keys_and_values_of_different_sizes(tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 13])
-def test_sinks_soft_cap_and_no_causality(tokens):
+def test_sinks_and_no_causality(tokens):
     view = view_with(RAGGED, tokens + 4, 32, 64)
     queries, sinks = queries_for(view, 2, tokens), uniform(8) * 3
-    compare(queries * 20, view, True, sinks, 2.5)
-    compare(queries, view, False, sinks, 0.0, passes=("run",))
+    compare(queries * 20, view, True, sinks)
+    compare(queries, view, False, sinks, passes=("run",))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 9])
@@ -113,7 +113,7 @@ def test_inputs_that_are_not_contiguous(tokens):
 
     view = LayerView(view.pool, view.layer, turned(view.keys), turned(view.values))
     queries = mx.contiguous(queries_for(view, 2, tokens).transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-    compare(queries, view, True, None, 0.0, kernel=attend if tokens < 9 else tiled)
+    compare(queries, view, True, None, kernel=attend if tokens < 9 else tiled)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -61,7 +61,7 @@ def decode(lengths, recent, group, size, tokens=1, dtype=mx.float16):
 def prefill(lengths, tokens, group, size, dtype=mx.float16):
     """Attention of a chunk by the kernel, and the blocks of query rows for which it reads entries anew."""
     view, queries, least = layer(lengths, tokens, group, tokens, size, dtype)
-    traffic = metal_host.count(lambda: tiled(queries, view, size**-0.5, True, None, 0.0))
+    traffic = metal_host.count(lambda: tiled(queries, view, size**-0.5, True, None))
     return Attention.of(traffic, "prefill_attention", least), -(-group * tokens // ROWS)
 
 

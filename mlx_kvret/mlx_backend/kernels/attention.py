@@ -19,11 +19,10 @@ def attend(
     scale: float,
     causal: bool = True,
     sinks: mx.array | None = None,
-    softcap: float = 0.0,
 ) -> mx.array:
     """As :func:`..attention.attend`."""
     _, query_heads, tokens, key_dim = queries.shape
     rows = query_heads // view.kv_heads * tokens
     few = tokens <= MAX_TOKENS and fits(rows, key_dim, view.values.shape[3])
     chosen = decode_attention if few else prefill_attention
-    return chosen(queries, view, scale, causal, sinks, softcap)
+    return chosen(queries, view, scale, causal, sinks)

@@ -39,12 +39,11 @@ template <int B, int E, int F> struct Rows {
     }
   }
 
-  METAL_FUNC void take(const thread float* key, const thread float* value, int entry, float softcap) {
+  METAL_FUNC void take(const thread float* key, const thread float* value, int entry) {
     UNROLL for (int j = 0; j < B; j++) {
       float logit = 0.0f;
       UNROLL for (int i = 0; i < E; i++) logit += query[j][i] * key[i];
       logit = simd_sum(logit);
-      if (softcap > 0.0f) logit = softcap * precise::tanh(logit / softcap);
       const bool seen = entry < visible[j];
       const float new_top = seen ? max(top[j], logit) : top[j];
       const float old = fast::exp(top[j] - new_top);

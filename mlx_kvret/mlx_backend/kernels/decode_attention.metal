@@ -15,7 +15,7 @@ const int origin = offsets[first];
 const long entries = offsets[first + heads] - origin + long(heads) * recent;
 const int piece = int(threadgroup_position_in_grid.x), pieces = int(threadgroups_per_grid.x);
 const int piece_begin = piece_start(entries, piece, pieces), piece_end = piece_start(entries, piece + 1, pieces);
-const float scale = scaling[0], softcap = scaling[1];
+const float scale = scaling[0];
 
 threadgroup float tg_top[S];
 threadgroup float tg_sum[S];
@@ -62,7 +62,7 @@ for (int head = 0; head < heads; head++) {
           load_row<D, E>(key, head_keys + (entry - kept) * recent_keys_strides[2], lane, key_step);
           load_row<V, F>(value, head_values + (entry - kept) * recent_values_strides[2], lane, value_step);
         }
-        rows.take(key, value, entry, softcap);
+        rows.take(key, value, entry);
       }
     }
   } else {
@@ -81,7 +81,7 @@ for (int head = 0; head < heads; head++) {
       for (int j = 0; j < count; j++) {
         load_row<D, E>(key, tg_keys + j * D, lane, 1);
         load_row<V, F>(value, tg_values + j * V, lane, 1);
-        rows.take(key, value, tile + j, softcap);
+        rows.take(key, value, tile + j);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }

@@ -60,7 +60,6 @@ def decode_attention(
     scale: float,
     causal: bool,
     sinks: mx.array | None,
-    softcap: float,
 ) -> mx.array:
     """As :func:`..attention.attend`, for at most ``MAX_TOKENS`` tokens.
 
@@ -86,7 +85,7 @@ def decode_attention(
             view.keys,
             view.values,
             layer,
-            constant(scale, softcap, dtype=mx.float32),
+            constant(scale, dtype=mx.float32),
         ],
         [((shares + heads - 1, rows, value_dim), mx.float32), ((shares + heads - 1, rows, 2), mx.float32)],
         (shares, 1, 1),

@@ -9,7 +9,7 @@ const int tokens = queries_shape[2], group = queries_shape[1] / heads, all_rows 
 const int begin = offsets[layer[0] + head], kept = offsets[layer[0] + head + 1] - begin;
 const device T* head_keys = recent_keys + head * recent_keys_strides[1];
 const device T* head_values = recent_values + head * recent_values_strides[1];
-const float scale = scaling[0], softcap = scaling[1];
+const float scale = scaling[0];
 
 // where a lane stands in a block
 const int y = int((lane / 4 & 4) + lane / 2 % 4), x = int((lane / 4 & 2) * 2 + lane % 2 * 2);
@@ -64,7 +64,6 @@ for (int tile = 0; tile < entries; tile += N) {
     }
     UNROLL for (int k = 0; k < 2; k++) {
       float logit = weight[c].thread_elements()[k];
-      if (softcap > 0.0f) logit = softcap * precise::tanh(logit / softcap);
       weight[c].thread_elements()[k] = logit;
       if (tile + c * 8 + x + k < visible) new_top = max(new_top, logit);
     }

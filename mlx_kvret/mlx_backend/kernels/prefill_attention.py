@@ -35,13 +35,12 @@ def prefill_attention(
     scale: float,
     causal: bool,
     sinks: mx.array | None,
-    softcap: float,
 ) -> mx.array:
     """As :func:`..attention.attend`, for any number of tokens, without a mask and without padding."""
     key_dim, value_dim = queries.shape[3], view.values.shape[3]
-    if key_dim == value_dim and key_dim in FUSED and not softcap:
+    if key_dim == value_dim and key_dim in FUSED:
         return by_head(queries, view, scale, causal, sinks)
-    return tiled(queries, view, scale, causal, sinks, softcap)
+    return tiled(queries, view, scale, causal, sinks)
 
 
 def by_head(
@@ -81,7 +80,6 @@ def tiled(
     scale: float,
     causal: bool,
     sinks: mx.array | None,
-    softcap: float,
 ) -> mx.array:
     """The kernel: keys and values are read once for every ``ROWS`` query rows of their head."""
     pool, lookup = view.pool, view.pool.lookup
@@ -91,7 +89,7 @@ def tiled(
     (attended,) = _attend(
         [
             *(queries, pool.keys, pool.values, lookup.table, lookup.offsets),
-            *(view.keys, view.values, constant(view.first), constant(scale, softcap, dtype=mx.float32)),
+            *(view.keys, view.values, constant(view.first), constant(scale, dtype=mx.float32)),
             constant(0, dtype=mx.float32) if sinks is None else sinks,
         ],
         [((1, query_heads, tokens, value_dim), queries.dtype)],
