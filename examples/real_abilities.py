@@ -57,10 +57,11 @@ class Size:
     watched_pieces: int = 1
     scored: int = 512
     compared: int = 256
+    kinds: int = 3
     batch: int = 6
 
 
-TINY = Size((256,), 320, 1, ("1/4",), 2, 8, 1, (256,), 1, 64, 192, 3)
+TINY = Size((192,), 256, 1, ("1/4",), 2, 8, 1, (192,), 1, 64, 192, 1)
 
 
 class Abilities:
@@ -72,7 +73,7 @@ class Abilities:
         if not self.model.is_dir():
             raise ConfigError(f"there is no {self.model}; run `mlx-kvret get smollm2 --dtype bfloat16`")
         self.named = [f"smollm2/{seed}={folder}" for seed, folder in enumerate(options.gates or [SHIPPED])]
-        self.texts = measured_texts(store.downloads())
+        self.texts = dict(sorted(measured_texts(store.downloads()).items())[: self.size.kinds])
 
     def bench(self, backend: str = "reference", dtype: str = "bfloat16") -> Any:
         methods = parse_methods(["full", LEARNED])
