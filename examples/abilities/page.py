@@ -45,10 +45,10 @@ SECTIONS = (
         "Facts in prose",
         "facts in prose",
         "Five facts among the sentences of text that no gates have seen (plays, Moby-Dick, Perl's "
-        "manuals), asked for after it, when entries have gone, each on a copy of the cache. *answered*: in the model's own "
-        "words, up to 24 tokens, which must name the value; *completed*: greedily, once the answer is "
-        "begun; *chosen*: the value is the likeliest of seven; *nats*: per token of the value. A text's "
-        "score is the mean over its five facts.",
+        "manuals), asked for after it, when entries have gone, each on a copy of the cache. *answered*: "
+        "in the model's own words, up to 24 tokens, which must name the value; *completed*: greedily, "
+        "once the answer is begun; *chosen*: the value is the likeliest of seven; *nats*: per token of "
+        "the value. A text's score is the mean over its five facts.",
     ),
     Section(
         "Twenty turns of a chat in one cache",
