@@ -108,6 +108,8 @@ def test_page_tells_losses_first(tmp_path):
         cell(task, "full", FULL, [1.0, 1.0, 0.9, 1.0]),
         cell(task, "learned-global:sinks=4", "1/4", [0.5, 0.4, 0.4, 0.5], "smollm2/0"),
         cell(task, "recent:sinks=4", "1/4", [0.4, 0.5, 0.4, 0.6]),
+        cell("gates: entries kept", "full", FULL, [1.0, 1.0, 1.0, 1.0]),
+        cell("gates: entries kept", "learned-global:sinks=4", "1/4", [0.8, 0.8, 0.9, 0.9], "in 8 bits/0"),
         cell("facts in prose: answered", "full", FULL, [0.5, 0.4, 0.5, 0.4]),
         cell("facts in prose: nats", "full", FULL, [0.2, 0.3, 0.2, 0.3]),
         cell("facts in prose: nats", "learned-global:sinks=4", "1/4", [0.1, 0.2, 0.1, 0.2], "smollm2/0"),
@@ -115,8 +117,9 @@ def test_page_tells_losses_first(tmp_path):
     page.write_page(cells, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     losses, rest = text.split("## What the full cache cannot do")
-    assert "completed, 256 tokens, 1/4: 0.450, full cache 0.975 (0.525 ± " in losses
-    assert "sinks + window" not in losses and "nats, 256" not in losses
+    assert "completed, 256 tokens, 1/4: learned, global 0.450, full cache 0.975 (0.525 ± " in losses
+    assert "sinks + window" not in losses and "nats, 256" not in losses and "kept" not in losses
+    assert "| **learned, global**, in 8 bits | 0.850 ± " in rest
     assert "- facts in prose: answered, 256 tokens: right in 0.45" in rest
     assert "| **learned, global** | 0.150 (-0.100 ± 0.000) |" in rest
     assert "| sinks + window | 0.475 (-0.500 ± " in rest

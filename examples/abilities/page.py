@@ -29,6 +29,8 @@ METHODS = {
     "recent": "sinks + window",
 }
 LEARNED = "learned-global"
+# how much is kept is no ability: nothing is compared with the full cache, which keeps all
+KEPT = "entries kept"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def name_of(method: str) -> str:
 def _table(found: Sequence[Entry]) -> list[str]:
     """Methods down, budgets across."""
     budgets = sorted({e.budget for e in found} - {FULL}, key=lambda text: int(text.partition("/")[2]))
-    full = next((e for e in found if e.budget == FULL), None)
+    full = next((e for e in found if e.budget == FULL and KEPT not in e.task), None)
     place = _place(found[0])
     count = found[0].scores.shape[1]
     rows = [f"{place}, n = {count}:", "", f"| | {' | '.join(budgets) or 'all entries'} |"]
@@ -169,7 +171,7 @@ def _losses(found: Sequence[Entry]) -> list[str]:
     """Each place where another policy is ahead, the worst first."""
     told = []
     for ours in found:
-        if not ours.method.startswith(LEARNED):
+        if not ours.method.startswith(LEARNED) or KEPT in ours.task:
             continue
         for theirs in found:
             same = (theirs.task, theirs.length) == (ours.task, ours.length)
@@ -177,9 +179,12 @@ def _losses(found: Sequence[Entry]) -> list[str]:
                 continue
             gain, error = ours.ahead(theirs)
             if not math.isnan(error) and gain < -2 * error:
-                place, other = f"{_place(ours)}, {ours.budget}", name_of(theirs.method).strip("*")
-                behind = f"{ours.mean:.3f}, {other} {theirs.mean:.3f} ({-gain:.3f} ± {error:.3f} behind)"
-                told.append((gain / max(error, 1e-9), f"- {place}: {behind}"))
+                names = (name_of(method).replace("*", "") for method in (ours.method, theirs.method))
+                means = (f"{name} {e.mean:.3f}" for name, e in zip(names, (ours, theirs), strict=True))
+                line = (
+                    f"- {_place(ours)}, {ours.budget}: {', '.join(means)} ({-gain:.3f} ± {error:.3f} behind)"
+                )
+                told.append((gain / max(error, 1e-9), line))
     return [line for _, line in sorted(told)] or ["Nowhere."]
 
 
