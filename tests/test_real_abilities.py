@@ -1,7 +1,5 @@
 """What is measured of the real model: each measurement on the demo model, and the whole of it, tiny."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -166,20 +164,3 @@ def test_facts_stand_where_they_are_said_to(real):
             told = tokenizer.decode([ids[place] for place in one.question.useful])
             assert one.question.references[0] in told and told.endswith(".")
             assert tokenizer.decode(one.ids).endswith(one.question.references[0])
-
-
-def test_the_whole_tiny(real, tmp_path):
-    command = [EXAMPLES / "real_abilities.py", "--tiny"]
-    for name in ("work", "cells", "out"):
-        command += [f"--{name}", tmp_path / name]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "out").read_text(encoding="utf-8")
-    for section in page.SECTIONS:
-        assert f"## {section.title}" in text
-    assert "**learned, global**, in 8 bits" in text
