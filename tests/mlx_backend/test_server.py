@@ -95,8 +95,9 @@ def test_a_conversation_goes_on_from_the_cache_of_its_last_turn(base, alone):
     for fact in range(4):
         # cut, for the token that ends an answer is none of the next prompt
         text, cached = ask(base, turn, max_tokens=1)
-        assert cached == cache.seen
-        rest = tokenizer.encode(turn)[cached:]
+        # the first turn may begin as another conversation did
+        assert cached == cache.seen or fact == 0
+        rest = tokenizer.encode(turn)[cache.seen :]
         assert text == mlx_kvret.generate(model, tokenizer, rest, cache=cache, max_tokens=1)
         turn += f" {text} remember {NAMES[fact]} {COLOURS[fact]} recall {NAMES[fact]}"
 
