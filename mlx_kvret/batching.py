@@ -99,7 +99,15 @@ def stream_batch(
         "samplers": [room.alone(own) for own in seeds],
         "logits_processors": [room.processors_of(own) for own in seeds],
     }
-    return _responses(room, model, room.reader(tokenizer), ids, rows_of, (rows, prefill_step_size))
+    reader = room.TokenIds() if tokenizer is None else tokenizer
+    generator = room.BatchGenerator(
+        model,
+        stop_tokens=[[token] for token in sorted(room.stop_tokens(model, reader))],
+        completion_batch_size=rows,
+        prefill_batch_size=rows,
+        prefill_step_size=prefill_step_size,
+    )
+    return _responses(room, model, reader, generator, ids, rows_of)
 
 
 def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> list[str]:
@@ -131,10 +139,9 @@ class _Answer:
 
 
 def _responses(
-    room: Any, model: Any, reader: Any, ids: list[list[int]], rows_of: dict[str, Any], pace: tuple[int, int]
+    room: Any, model: Any, reader: Any, generator: Any, ids: list[list[int]], rows_of: dict[str, Any]
 ) -> Iterator[BatchResponse]:
     """The loop; what was asked has been checked."""
-    generator = room.generator(model, reader, *pace)
     try:
         uids = generator.insert(ids, **rows_of)
         rows_of.clear()
@@ -144,7 +151,7 @@ def _responses(
         }
         while responses := generator.next_generated():
             for one in responses:
-                cache = None if one.finish_reason is None else room.of_row(model, one.prompt_cache)
+                cache = None if one.finish_reason is None else room.checked_cache(model, one.prompt_cache)
                 yield answers[one.uid].told(int(one.token), one.finish_reason, cache)
     finally:
         generator.close()

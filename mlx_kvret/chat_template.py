@@ -41,7 +41,7 @@ class Template:
                 "this model has no chat template; give the text as the model wants it to "
                 "`mlx-kvret generate --ignore-chat-template`"
             )
-        self._tokenizer, self._settings, self._answer = _speaker(tokenizer), dict(settings or {}), answer
+        self._tokenizer, self._settings, self._answer = speaker(tokenizer), dict(settings or {}), answer
         check_text(answer)
         self._check_settings()
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
@@ -129,7 +129,7 @@ def _variables(template: str) -> set[str]:
         return set(re.findall(r"[^\W\d]\w*", template))
 
 
-def _speaker(tokenizer: Any) -> Any:
+def speaker(tokenizer: Any) -> Any:
     """The tokenizer of transformers, whose template has the same defaults on every backend.
 
     mlx-lm's wrapper would turn ``enable_thinking`` on or off by the vocabulary.

@@ -13,8 +13,7 @@ from ..core.snapshot import Snapshot
 from ..core.types import Array
 from ..mlx_backend import hooks, snapshots
 from ..mlx_backend.attaching import make_cache
-from ..mlx_backend.cache import BoundedCache, BoundedKVCache
-from ..mlx_backend.forward import leaves
+from ..mlx_backend.cache import BoundedCache
 from ..mlx_backend.generation import vocabulary
 from ..mlx_backend.memory import free_bytes
 from ..mlx_backend.sampling import alone
@@ -72,9 +71,7 @@ class OnMLX:
         return BatchGenerator(self.model, completion_batch_size=rows, prefill_batch_size=rows)
 
     def single(self, found: Any) -> BoundedCache:
-        layers, _ = found
-        bounded = [part for part in leaves(layers) if isinstance(part, BoundedKVCache)]
-        return copy.deepcopy(BoundedCache(layers, bounded[0].shared, bounded))
+        return copy.deepcopy(hooks.checked_cache(self.model, found[0]))
 
     def take(self, cache: BoundedCache) -> Snapshot:
         return snapshots.take(cache, {})

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..chat_template import Template
-from ..chat_template import _speaker as speaker
+from ..chat_template import speaker as speaker
 from ..core.plain import plain
 from ..core.prompts import check_ids, has_chat_template, prompt_ids
 from ..errors import ConfigError
@@ -44,7 +44,7 @@ class Prompter:
         self._tokenizer, self._vocabulary, self._owner = tokenizer, vocabulary, tuple(owner)
         self._most = most
         self._chats = has_chat_template(tokenizer)
-        self._speaker = speaker(tokenizer)
+        self.speaker = speaker(tokenizer)
 
     def completion(self, asked: CompletionRequest) -> Prompt:
         """Text or token ids as they are, with the begin token where text lacks it."""
@@ -108,13 +108,13 @@ class Prompter:
 
     def _ids(self, messages: list[dict[str, Any]], options: dict[str, Any], opened: bool) -> list[int]:
         rendered = self._render(messages, options, opened)
-        return [int(token) for token in self._speaker.encode(rendered, add_special_tokens=False)]
+        return [int(token) for token in self.speaker.encode(rendered, add_special_tokens=False)]
 
     def _render(self, messages: list[dict[str, Any]], options: dict[str, Any], opened: bool) -> str:
         try:
             given = json.loads(json.dumps(messages))
             return str(
-                self._speaker.apply_chat_template(
+                self.speaker.apply_chat_template(
                     given, add_generation_prompt=opened, tokenize=False, **options
                 )
             )
