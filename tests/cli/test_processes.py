@@ -118,7 +118,7 @@ def test_ctrl_c_while_a_command_is_imported(command, delay):
     )
     code = (
         "import importlib; from mlx_kvret.cli import main; real = importlib.import_module\n"
-        "def told(name): print('up', flush=True); return real(name)\n"
+        "def told(*names): print('up', flush=True); return real(*names)\n"
         f"importlib.import_module = told; main({[command, *arguments]!r})"
     )
     process = start([sys.executable, "-c", code])
