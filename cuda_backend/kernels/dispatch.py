@@ -28,7 +28,8 @@ def attend(
     """As :func:`cuda_backend.attention.naive_attend`."""
     if not enabled(queries.device):
         return attention.attend(queries, view, scale, sinks, softcap)
-    from .attention import decode_attention, prefill_attention
+    from .decode_attention import decode_attention
+    from .prefill_attention import prefill_attention
 
     tokens, group = queries.shape[2], queries.shape[1] // view.kv_heads
     few = view.rows is not None or (tokens <= FEW_TOKENS and tokens * group <= FEW_ROWS)

@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend.attention import attend, naive_attend
-from mlx_kvret.cuda_backend.kernels.attention import decode_attention, prefill_attention
+from mlx_kvret.cuda_backend.kernels.decode_attention import decode_attention
 from mlx_kvret.cuda_backend.kernels.moving import fill, naive_fill
+from mlx_kvret.cuda_backend.kernels.prefill_attention import prefill_attention
 from mlx_kvret.cuda_backend.kernels.select import select_triton
 from mlx_kvret.cuda_backend.pool import Pool, listing
 from mlx_kvret.cuda_backend.selection import select

@@ -12,7 +12,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
-from mlx_kvret.cuda_backend.kernels import attention, moving, select  # noqa: E402
+from mlx_kvret.cuda_backend.kernels import decode_attention, moving, prefill_attention, select  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
@@ -31,9 +31,9 @@ SHAPES = {
     "ROWS": 16, "BLOCK": 64, "BLOCK_KEY": 128, "BLOCK_VALUE": 128, "IN_LOW": True,
 }  # fmt: skip
 CASES: list[tuple[Any, dict[str, Any]]] = [
-    (attention.decode_attention_fwd_kernel, {"p_out": "*fp32"}),
-    (attention.decode_attention_merge_kernel, {"p_out": "*bf16"}),
-    (attention.prefill_attention_fwd_kernel, {"p_out": "*bf16"}),
+    (decode_attention.decode_attention_fwd_kernel, {"p_out": "*fp32"}),
+    (decode_attention.decode_attention_merge_kernel, {"p_out": "*bf16"}),
+    (prefill_attention.prefill_attention_fwd_kernel, {"p_out": "*bf16"}),
     (select.rank_histogram_kernel, {}),
     (select.rank_digit_kernel, {}),
     (moving.fill_kernel, {}),

@@ -1,12 +1,11 @@
 # mypy: allow-untyped-defs
-"""Ragged attention in Triton: kept entries through a slab's table and offsets, then the window.
+"""Ragged attention of a decoding step in Triton: kept entries through a slab's table, then the window.
 
-*Decoding* (1 to 8 query tokens): the entries of a layer are split into equal pieces whatever head they belong
-to, so that a head of ten times its neighbour's length costs no waiting; each piece is one program of a fixed
-grid. All query heads of a KV head share one read of its keys and values. Partial results are merged by their
-log-sum-exp (flash decoding). Rows of a step find their slabs and the lengths of their windows on the device.
-*Prefill*: one program per query head and block of tokens of one row (flash attention).
-:func:`cuda_backend.attention.naive_attend` is the specification of both.
+The entries of a layer are split into equal pieces whatever head they belong to, so that a head of ten times
+its neighbour's length costs no waiting; each piece is one program of a fixed grid. All query heads of a KV
+head share one read of its keys and values. Partial results are merged by their log-sum-exp (flash decoding).
+Rows of a step find their slabs and the lengths of their windows on the device.
+:func:`cuda_backend.attention.naive_attend` is the specification.
 """
 
 from __future__ import annotations
@@ -16,32 +15,10 @@ import triton
 import triton.language as tl
 
 from ..view import LayerView
+from .softmax import accumulate, block_size, logits
 
 # a piece's partial result must weigh little beside its entries
 PIECE_ENTRIES = 128
-
-
-@triton.jit
-def _logits(b_query, b_key, scale, softcap, HAS_CAP: tl.constexpr):
-    """Products of queries (M, D) and keys (N, D) in float32."""
-    b_logit = tl.dot(b_query, tl.trans(b_key), input_precision="ieee").to(tl.float32) * scale
-    if HAS_CAP:
-        b_logit = softcap * (1 - 2 / (tl.exp(2 * b_logit / softcap) + 1))
-    return b_logit
-
-
-@triton.jit
-def _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out):
-    """One step of an online softmax: running maximum, sum and output."""
-    b_logit = tl.where(b_seen, b_logit, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_logit, 1))
-    # a row that has seen nothing yet must not turn -inf - -inf into NaN
-    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_weight = tl.exp(b_logit - b_base[:, None])
-    b_shrink = tl.exp(b_max - b_base)
-    b_sum = b_sum * b_shrink + tl.sum(b_weight, 1)
-    b_part = tl.dot(b_weight.to(b_value.dtype), b_value, input_precision="ieee")
-    return b_new, b_sum, b_out * b_shrink[:, None] + b_part
 
 
 @triton.jit(do_not_specialize=["slab", "first_head", "length"])
@@ -122,8 +99,8 @@ def decode_attention_fwd_kernel(
                 b_value = tl.load(
                     p_v + r_value, mask=b_inside[:, None] & (r_value < VALUE)[None, :], other=0.0
                 )
-                b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
-                b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
+                b_logit = logits(b_query, b_key, scale, softcap, HAS_CAP)
+                b_max, b_sum, b_out = accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
             part = (row * places + place) * ROWS + r_query
             tl.store(p_max + part, b_max, mask=real)
             tl.store(p_sum + part, b_sum, mask=real)
@@ -178,70 +155,6 @@ def decode_attention_merge_kernel(
     tl.store(p_out + at[:, None] * VALUE + r_value, b_out.to(p_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_head", "length", "tokens"])
-def prefill_attention_fwd_kernel(
-    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_sinks, p_out,
-    first_head, length, tokens, scale, softcap, key_head, key_place, value_head, value_place,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-):  # fmt: skip
-    """A block of one query head's tokens: ragged kept entries, then the newest up to its diagonal."""
-    query_head = tl.program_id(1)
-    head = query_head // GROUP
-    r_key, r_value, r_entry = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), tl.arange(0, BLOCK)
-    token = tl.program_id(0) * BLOCK + r_entry
-    real = token < tokens
-    own = length - tokens + token
-    at = (tl.program_id(1).to(tl.int64) * tokens + token)[:, None]
-    b_query = tl.load(p_query + at * KEY + r_key, mask=real[:, None] & (r_key < KEY)[None, :], other=0.0)
-    b_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    b_out = tl.zeros([BLOCK, BLOCK_VALUE], tl.float32)
-    flat = first_head + head
-    low, high = tl.load(p_offsets + flat), tl.load(p_offsets + flat + 1)
-    for start in range(low, high, BLOCK):
-        b_inside = start + r_entry < high
-        slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0).to(tl.int64)[:, None]
-        b_key = tl.load(
-            p_pool_key + slot * KEY + r_key, mask=b_inside[:, None] & (r_key < KEY)[None, :], other=0.0
-        )
-        b_value = tl.load(
-            p_pool_value + slot * VALUE + r_value,
-            mask=b_inside[:, None] & (r_value < VALUE)[None, :],
-            other=0.0,
-        )
-        b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
-        b_seen = b_inside[None, :] & real[:, None]
-        b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
-    last = tl.minimum(length - tokens + (tl.program_id(0) + 1) * BLOCK, length)
-    for start in range(0, last, BLOCK):
-        entry = start + r_entry
-        b_inside = entry < last
-        wide = entry.to(tl.int64)[:, None]
-        b_key = tl.load(
-            p_key + head * key_head + wide * key_place + r_key,
-            mask=b_inside[:, None] & (r_key < KEY)[None, :],
-            other=0.0,
-        )
-        b_value = tl.load(
-            p_value + head * value_head + wide * value_place + r_value,
-            mask=b_inside[:, None] & (r_value < VALUE)[None, :],
-            other=0.0,
-        )
-        b_logit = _logits(b_query, b_key, scale, softcap, HAS_CAP)
-        b_seen = (entry[None, :] <= own[:, None]) & real[:, None]
-        b_max, b_sum, b_out = _accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
-    if HAS_SINKS:
-        b_null = tl.load(p_sinks + query_head).to(tl.float32)
-        b_new = tl.maximum(b_max, b_null)
-        b_out = b_out * tl.exp(b_max - b_new)[:, None]
-        b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_null - b_new)
-    b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-    inside = real[:, None] & (r_value < VALUE)[None, :]
-    tl.store(p_out + at * VALUE + r_value, b_out.to(p_out.dtype.element_ty), mask=inside)
-
-
 def decode_attention(
     queries: torch.Tensor,
     view: LayerView,
@@ -287,12 +200,6 @@ def decode_attention(
     return out
 
 
-def block_size(view: LayerView) -> int:
-    """Entries read at a time: what keeps a program within the shared memory of an A100."""
-    width = max(view.keys.shape[-1], view.values.shape[-1]) * view.keys.element_size()
-    return 64 if width < 512 else 32
-
-
 def piece_count(view: LayerView) -> int:
     """How many programs share a layer's kept entries: host arithmetic, the same for every step."""
     processors = 8
@@ -300,27 +207,3 @@ def piece_count(view: LayerView) -> int:
         processors = torch.cuda.get_device_properties(view.keys.device).multi_processor_count
     entries = view.pool.capacity * view.kv_heads
     return max(1, min(triton.cdiv(entries, PIECE_ENTRIES), triton.cdiv(2 * processors, view.count)))
-
-
-def prefill_attention(
-    queries: torch.Tensor,
-    view: LayerView,
-    scale: float,
-    sinks: torch.Tensor | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """As :func:`cuda_backend.attention.naive_attend` for a chunk of tokens of one row."""
-    _, query_heads, tokens, key_dim = queries.shape
-    heads, value_dim = view.kv_heads, view.values.shape[-1]
-    queries, out = queries.contiguous(), queries.new_empty(*queries.shape[:3], value_dim)
-    slab, block = view.pool.slab(view.slab), block_size(view)
-    prefill_attention_fwd_kernel[(triton.cdiv(tokens, block), query_heads)](
-        queries, slab.keys, slab.values, slab.table, slab.offsets, view.keys, view.values,
-        sinks, out, view.first, view.keys.shape[2], tokens, scale, softcap or 0.0,
-        *view.keys.stride()[1:3], *view.values.stride()[1:3],
-        KV_HEADS=heads, GROUP=query_heads // heads, KEY=key_dim, VALUE=value_dim, BLOCK=block,
-        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
-        BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
-    )  # fmt: skip
-    return out
