@@ -16,6 +16,7 @@ __all__ = [
     "checked_cache",
     "make_cache",
     "processors_of",
+    "row_cache",
     "stop_tokens",
     "vocabulary",
 ]
@@ -25,3 +26,8 @@ def checked_cache(model: PreTrainedModel, cache: BoundedCache) -> BoundedCache:
     """A cache that the model can go on with. Raises as :func:`.hooks.check_cache`."""
     check_cache(model, cache)
     return cache
+
+
+def row_cache(model: PreTrainedModel, cache: BoundedCache) -> BoundedCache:
+    """The cache of a row that has left a batch."""
+    return checked_cache(model, cache)

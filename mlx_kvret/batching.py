@@ -151,7 +151,7 @@ def _responses(
         }
         while responses := generator.next_generated():
             for one in responses:
-                cache = None if one.finish_reason is None else room.checked_cache(model, one.prompt_cache)
+                cache = None if one.finish_reason is None else room.row_cache(model, one.prompt_cache)
                 yield answers[one.uid].told(int(one.token), one.finish_reason, cache)
     finally:
         generator.close()

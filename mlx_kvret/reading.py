@@ -7,20 +7,27 @@ question joins it and a saved reading goes on in a chat. Every question is asked
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import api
+from .batching import stream_batch
 from .conversation import BETWEEN, Transcript, Turn
 from .core.options import of_type, whole
 from .core.prompts import has_chat_template, prompt_ids
-from .errors import CacheError, ConfigError
+from .core.sampling import SAMPLING
+from .errors import CacheError, ConfigError, UnsupportedFeatureError
 from .noted import note, notes_of
 from .texts import read_text
 
 # beside the cache of a text that was read as it is
 RAW = {"text": "raw"}
 Progress = Callable[[int, int], None]
+# questions answered at a time: more rows cost little, each has but the memory of what it writes
+TOGETHER = 16
+# options with which questions are answered side by side; others are of one sequence
+_TOGETHER = {"max_tokens", "prefill_step_size", *SAMPLING}
 
 
 def read(
@@ -61,13 +68,22 @@ def read(
 
 
 def answer(
-    model: Any, tokenizer: Any, cache: Any, questions: str | Sequence[str], **options: Any
+    model: Any,
+    tokenizer: Any,
+    cache: Any,
+    questions: str | Sequence[str],
+    *,
+    rows: int = TOGETHER,
+    **options: Any,
 ) -> list[str]:
     """Answers to questions about what a cache has read, each as if it were the only one.
 
     Args:
         cache: of :func:`read`, or of ``load_cache``; it stays as it is.
         questions: one or several.
+        rows: how many are answered side by side (16), as by ``generate_batch``: in 16 bits two tokens that
+            are all but equally likely may change places then; 1 asks one after another. So it is where
+            ``options`` or the model's layers know no batches.
         options: ``max_tokens``, ``temp`` and the others of :func:`mlx_kvret.generate`.
 
     Raises:
@@ -79,7 +95,15 @@ def answer(
         if not isinstance(question, str) or not question.strip():
             raise ConfigError(f"question {place} is {question!r}; give at least one word")
     reading = Reading.of(model, tokenizer, cache, notes_of(cache))
-    return ["".join(response.text for response in reading.ask(question, **options)) for question in listed]
+    return [answer.text for answer in reading.answers(listed, rows, **options)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to a question, and why it ended: "stop" or "length"."""
+
+    text: str
+    finish_reason: str
 
 
 def joined(texts: Sequence[str]) -> str:
@@ -185,6 +209,39 @@ class Reading:
         ids, twin = self.question_ids(question), copied(self.cache)
         found: Iterator[Any] = api.stream_generate(self.model, self.tokenizer, ids, cache=twin, **options)
         return found
+
+    def answers(self, questions: Sequence[str], rows: int = TOGETHER, **options: Any) -> Iterator[Answer]:
+        """An answer to each question in turn, ``rows`` of them at a time, each of a copy of the cache."""
+        whole("rows", rows, 1)
+        asked = [self.question_ids(question) for question in questions]
+        alone = rows == 1 or len(asked) < 2 or not options.keys() <= _TOGETHER
+        done = 0
+        if not alone:
+            try:
+                for answer in self._together(asked, rows, options):
+                    done += 1
+                    yield answer
+            except UnsupportedFeatureError:
+                if done:
+                    raise
+        for question in questions[done:]:
+            responses = list(self.ask(question, **options))
+            yield Answer("".join(one.text for one in responses), responses[-1].finish_reason)
+
+    def _together(self, asked: list[list[int]], rows: int, options: dict[str, Any]) -> Iterator[Answer]:
+        """Each with the random numbers that it would have alone."""
+        caches = [self.cache] * len(asked)
+        if (seed := options.get("seed")) is not None:
+            options = options | {"seed": [seed] * len(asked)}
+        texts, reasons = [""] * len(asked), dict[int, str]()
+        next_one = 0
+        for one in stream_batch(self.model, self.tokenizer, asked, caches=caches, rows=rows, **options):
+            texts[one.index] += one.text
+            if one.finish_reason is not None:
+                reasons[one.index] = one.finish_reason
+            while next_one in reasons:
+                yield Answer(texts[next_one], reasons[next_one])
+                next_one += 1
 
     def question_ids(self, question: str) -> list[int]:
         """What has to be read so that a question is answered.

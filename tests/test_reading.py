@@ -193,3 +193,15 @@ def test_the_story_of_the_demo(loaded):
     cache = mlx_kvret.read(model, tokenizer, demo.STORY, budget=64)
     asked = ["recall Stella", "recall Frank", "recall Ivan"]
     assert mlx_kvret.answer(model, tokenizer, cache, asked, max_tokens=4) == ["salmon", "silver", "copper"]
+
+
+def test_side_by_side_or_one_after_another_the_answers_are_the_same(loaded):
+    cache = mlx_kvret.read(*loaded, TEXT, budget=32)
+    expected = mlx_kvret.answer(*loaded, cache, ASKED, max_tokens=6)
+    assert mlx_kvret.answer(*loaded, cache, ASKED, max_tokens=6, rows=1) == expected
+    assert mlx_kvret.answer(*loaded, cache, ASKED, max_tokens=6, rows=3) == expected
+    told = []
+    given = {"max_tokens": 6, "prompt_progress_callback": lambda done, total: told.append(done)}
+    assert mlx_kvret.answer(*loaded, cache, ASKED, **given) == expected and told
+    with pytest.raises(ConfigError, match="rows"):
+        mlx_kvret.answer(*loaded, cache, ASKED, rows=0)

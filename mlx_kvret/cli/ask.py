@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from ..core.files import whole_file
+from ..core.options import whole
 from ..core.plain import spoken
 from ..errors import ConfigError
 from ..texts import read_text
 from . import options as shared
 from .read import check_target
 from .screen import note, progress
-from .session import chosen_template, load, required, sampling
+from .session import chosen_template, drawn, load, required
 
 
 @click.command("ask")
@@ -24,6 +25,9 @@ from .session import chosen_template, load, required, sampling
 @click.option("--cache", help="A reading, or a chat, that was saved in this file.")
 @click.option("--file", multiple=True, help="Text to read first, repeatable; 'demo' is the demo's story.")
 @click.option("--question", multiple=True, help="A question, repeatable.")
+@click.option(
+    "--rows", type=int, default=16, show_default=True, help="Questions answered at a time; 1 is one by one."
+)
 @click.option("--output", help="File for the answers: lines of JSON if its name ends in .jsonl, else text.")
 @shared.prompt_options
 @shared.ignore_template_option
@@ -44,7 +48,8 @@ def command(context: click.Context, **options: Any) -> None:
     from ..api import make_cache
     from ..reading import Reading, joined
 
-    saved, files, output = (options.pop(name) for name in ("cache", "file", "output"))
+    saved, files, output, rows = (options.pop(name) for name in ("cache", "file", "output", "rows"))
+    whole("rows", rows, 1)
     asked = questions(options.pop("questions"), options.pop("question"))
     target = None if output is None else check_target(output)
     if (saved is None) == (not files):
@@ -54,7 +59,7 @@ def command(context: click.Context, **options: Any) -> None:
     evict = shared.eviction(options)
     model, tokenizer = load(options)
     template, system = chosen_template(required(tokenizer), options), options.pop("system_prompt")
-    draw = sampling(model, tokenizer, options)
+    draw = drawn(model, tokenizer, options)
     draw |= {name: options[name] for name in ("max_tokens", "prefill_step_size")}
     if saved is not None:
         reading = Reading.opened(model, tokenizer, Path(saved).expanduser(), template)
@@ -65,17 +70,16 @@ def command(context: click.Context, **options: Any) -> None:
             reading.read(text, draw["prefill_step_size"], tell)
     answers, cut = [], 0
     with progress("asking", "questions") as tell:
-        for done, question in enumerate(asked):
-            if target is not None:
-                tell(done, len(asked))
-            answer, last = "", None
-            for last in reading.ask(question, **draw):
-                answer += last.text
-            finished = last is not None and last.finish_reason == "stop"
+        for done, (question, made) in enumerate(
+            zip(asked, reading.answers(asked, rows, **draw), strict=True)
+        ):
+            finished = made.finish_reason == "stop"
             cut += not finished
-            answers.append({"question": question, "answer": answer, "complete": finished})
+            answers.append({"question": question, "answer": made.text, "complete": finished})
             if target is None:
-                click.echo(spoken(shown(question, answer, done)))
+                click.echo(spoken(shown(question, made.text, done)))
+            else:
+                tell(done + 1, len(asked))
         tell(len(asked), len(asked))
     if target is not None:
         write(target, answers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from typing import Any
 
 from ..core.options import short
 from ..core.request import check_max_tokens
-from ..core.sampling import Sampling
 from ..errors import ConfigError
 from ..texts import read_text
-from .session import asked_sampling, chosen_template, load, required, say
+from .session import chosen_template, drawn, load, required, say
 
 KNOWN = ("prompt", "messages", "budget", "max_tokens", "id")
 
@@ -63,12 +61,7 @@ def answer_many(file: str, rows: int, options: dict[str, Any], eviction: dict[st
     asked = [Asked.of(line, f"line {at} of {file}", budget, options["max_tokens"]) for at, line in lines]
     model, tokenizer = load(options)
     prompts = _prompts(asked, required(tokenizer), options)
-    drawn = {
-        field.name: getattr(sampling, field.name)
-        for sampling in (asked_sampling(model, tokenizer, options),)
-        for field in dataclasses.fields(Sampling)
-        if getattr(sampling, field.name) != field.default
-    }
+    draw = drawn(model, tokenizer, options)
     texts = [""] * len(asked)
     for one in stream_batch(
         model,
@@ -78,7 +71,7 @@ def answer_many(file: str, rows: int, options: dict[str, Any], eviction: dict[st
         max_tokens=[line.max_tokens for line in asked],
         rows=rows,
         prefill_step_size=options["prefill_step_size"],
-        **drawn,
+        **draw,
         **eviction,
     ):
         texts[one.index] += one.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -136,6 +137,13 @@ def asked_sampling(model: Any, tokenizer: Any, options: dict[str, Any]) -> Sampl
         stops = backend_of(model).stop_tokens(model, tokenizer)
         given["xtc_special_tokens"] = [*map(int, lines), *stops]
     return Sampling(**given, logit_bias=by_id or None)
+
+
+def drawn(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """:func:`asked_sampling` as options of the public functions, as far as they are not the defaults."""
+    asked = asked_sampling(model, tokenizer, options)
+    values = {field.name: (getattr(asked, field.name), field.default) for field in dataclasses.fields(asked)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def read_line(prompt: str) -> str | None:

@@ -5,7 +5,7 @@ from mlx_lm.generate import BatchGenerator
 from .api import stop_tokens
 from .attaching import make_cache
 from .generation import TokenIds, vocabulary
-from .hooks import checked_cache
+from .hooks import checked_cache, row_cache
 from .sampling import alone, processors_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "checked_cache",
     "make_cache",
     "processors_of",
+    "row_cache",
     "stop_tokens",
     "vocabulary",
 ]

@@ -147,6 +147,16 @@ def checked_cache(model: nn.Module, given: list[Any]) -> BoundedCache:
     return cache
 
 
+def row_cache(model: nn.Module, entries: list[Any]) -> BoundedCache:
+    """The cache of a row that has left a batch; entries of policy ``"full"`` bear no mark of ours."""
+    made = attachment(model)
+    if made is None or any(isinstance(part, BoundedKVCache) for part in leaves(entries)):
+        return checked_cache(model, entries)
+    cache = made.layout.full(entries)
+    cache.identity = made.identity(model)
+    return cache
+
+
 def _identity_of(cache: list[Any]) -> str | None:
     """That of a bounded cache, or of the entries of one; None for a stock cache."""
     if isinstance(cache, BoundedCache):

@@ -51,7 +51,7 @@ class Layout:
     ) -> BoundedCache:
         """Stock entries with the competing ones replaced (policy ``"full"`` replaces none)."""
         if config.policy == "full":
-            return BoundedCache(entries, None, [_at(entries, place) for place in self.places])
+            return self.full(entries)
         shared = self.shared(config, gates, owner)
         competing = self._place(entries, shared)
         return BoundedCache(entries, shared, competing)
@@ -94,6 +94,10 @@ class Layout:
         if len(shared) != 1 or len(entries) != self.layers:
             return None
         return BoundedCache(entries, next(iter(shared.values())), competing)
+
+    def full(self, entries: list[Any]) -> BoundedCache:
+        """A prompt cache that evicts nothing, from stock entries."""
+        return BoundedCache(entries, None, [_at(entries, place) for place in self.places])
 
     def reopened(
         self, entries: list[Any], gates: RetentionGates | None, owner: dict[str, str]

@@ -3,7 +3,7 @@
 import pytest
 
 import mlx_kvret
-from mlx_kvret.errors import ConfigError
+from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
 
 PROMPTS = [
     "remember Anna amber then Rosa told Ivan copper recall Anna",
@@ -72,6 +72,22 @@ def test_caches_that_were_read_stay_as_they_are(loaded):
     assert len(set(answers)) == 1
     assert cache.seen == seen
     assert [head.tolist() for layer in cache.kept_positions() for head in layer] == kept
+
+
+def test_full_caches_stand_in_a_batch_or_are_refused(loaded):
+    """On torch rows of full caches share one clock, so that they cannot join."""
+    given = {"policy": "full", "max_tokens": 4, "prefill_step_size": 16}
+    if mlx_kvret.api.backend_of(loaded[0]).__name__.startswith("mlx_kvret.cuda_backend"):
+        with pytest.raises(UnsupportedFeatureError, match="policy 'full'"):
+            mlx_kvret.generate_batch(*loaded, PROMPTS, **given)
+        return
+    last = {r.index: r for r in mlx_kvret.stream_batch(*loaded, PROMPTS, **given) if r.cache}
+    alone = [mlx_kvret.generate(*loaded, prompt, **given) for prompt in PROMPTS]
+    assert mlx_kvret.generate_batch(*loaded, PROMPTS, **given) == alone
+    cache = last[1].cache
+    assert cache.seen == last[1].prompt_tokens + last[1].count
+    again = mlx_kvret.generate(*loaded, "recall Stella", cache=cache, max_tokens=2)
+    assert isinstance(again, str)
 
 
 @pytest.mark.parametrize(
