@@ -41,6 +41,10 @@ class CacheError(KVRetError, RuntimeError):
     """A cache was used in a way that would break its invariants."""
 
 
+class RankError(KVRetError, RuntimeError):
+    """Processes that work together cannot go on: one is gone, late, or has decided otherwise."""
+
+
 class OutOfMemoryError(CacheError, MemoryError):
     """A forward pass does not fit into memory; the cache is as it was before it."""
 

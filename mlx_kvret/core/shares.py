@@ -1,0 +1,93 @@
+"""Which heads of a model are this process's, where several hold it together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UnsupportedModelError
+from .budget import CacheShape
+from .config import EvictionConfig
+from .eviction import heads_per_group
+from .ranks import Ranks
+from .types import Ints
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's ``shape.layers`` layers from ``layer`` on and in each ``shape.kv_heads`` heads from ``head`` on.
+
+    ``whole`` is the shape over all ranks; layers are counted among those that compete. Where every rank holds
+    all of it (latent attention) the first one decides for all.
+    """
+
+    ranks: Ranks
+    shape: CacheShape
+    whole: CacheShape
+    layer: int = 0
+    head: int = 0
+
+    @property
+    def copies(self) -> bool:
+        """Whether every rank holds everything."""
+        return self.shape.heads == self.whole.heads
+
+    @property
+    def heads(self) -> Ints:
+        """Of each of this rank's flat heads the flat head of the whole, (heads,) int32."""
+        layers = np.arange(self.layer, self.layer + self.shape.layers, dtype=np.int32)
+        own = np.arange(self.head, self.head + self.shape.kv_heads, dtype=np.int32)
+        return (layers[:, None] * self.whole.kv_heads + own).reshape(-1)
+
+    def first_head(self, layer: int) -> int:
+        """Flat head of the whole that a layer of this rank begins with here."""
+        return (self.layer + layer) * self.whole.kv_heads + self.head
+
+    def spread(self, config: EvictionConfig) -> bool:
+        """Whether heads of one group stand on several ranks, so that selecting needs them all."""
+        if config.scope == "layer":
+            return self.shape.kv_heads < self.whole.kv_heads
+        return config.scope == "global" and not self.copies
+
+    def groups(self, config: EvictionConfig) -> Ints:
+        """Of each of this rank's groups the group of the whole."""
+        size = heads_per_group(config, self.shape.layers, self.shape.kv_heads)
+        return self.heads[::size] // heads_per_group(config, self.whole.layers, self.whole.kv_heads)
+
+    def totals(self, counts: Ints, config: EvictionConfig) -> Ints:
+        """Entries of each group of the whole, by those of each of this rank's groups; an exchange."""
+        size = heads_per_group(config, self.whole.layers, self.whole.kv_heads)
+        all_of_it = np.zeros(self.whole.heads // size, np.int32)
+        if not self.copies or self.ranks.rank == 0:
+            all_of_it[self.groups(config)] = counts
+        return self.ranks.sum(all_of_it).astype(np.int64)
+
+    @classmethod
+    def tensor(cls, ranks: Ranks, shape: CacheShape, latent: bool) -> Share:
+        """Of heads split evenly over the ranks; ``latent`` models keep a copy of all of it on every rank."""
+        if latent:
+            return cls(ranks, shape, shape)
+        whole = _with(shape, kv_heads=shape.kv_heads * ranks.size)
+        return cls(ranks, shape, whole, head=ranks.rank * shape.kv_heads)
+
+    @classmethod
+    def pipeline(cls, ranks: Ranks, shape: CacheShape, places: Sequence[int]) -> tuple[Share, list[int]]:
+        """Of layers split over the ranks, this one's at ``places`` of the model; an exchange.
+
+        Returns the places of all ranks' too, in order.
+
+        Raises:
+            UnsupportedModelError: a layer stands on two ranks.
+        """
+        parts = ranks.gather(np.array(places, np.int32))
+        found = sorted(int(place) for part in parts for place in part)
+        if len(set(found)) < len(found):
+            raise UnsupportedModelError("several ranks hold the same layer; split the model's layers evenly")
+        whole = _with(shape, layers=len(found))
+        return cls(ranks, shape, whole, layer=found.index(places[0])), found
+
+
+def _with(shape: CacheShape, **changed: int) -> CacheShape:
+    return CacheShape(**(vars(shape) | changed))
