@@ -12,12 +12,12 @@ from .budget import CacheShape
 from .config import EvictionConfig
 from .eviction import heads_per_group
 from .ranks import Ranks
-from .types import Ints
+from .types import Array, Ints, Mask
 
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's ``shape.layers`` layers from ``layer`` on and in each ``shape.kv_heads`` heads from ``head`` on.
+    """A rank's ``shape.layers`` layers from ``layer`` on, and their ``shape.kv_heads`` heads from ``head``.
 
     ``whole`` is the shape over all ranks; layers are counted among those that compete. Where every rank holds
     all of it (latent attention) the first one decides for all.
@@ -63,6 +63,25 @@ class Share:
         if not self.copies or self.ranks.rank == 0:
             all_of_it[self.groups(config)] = counts
         return self.ranks.sum(all_of_it).astype(np.int64)
+
+    def joined(self, counts: Ints, *arrays: Array) -> tuple[Ints, list[Array]]:
+        """Entries of the whole in the order of its flat heads, by this rank's in the order of its own.
+
+        ``counts`` (heads,) says how many entries each head has, ``arrays`` (N, ...) hold them; an exchange.
+        """
+        heads, held, *parts = (self.ranks.gather(a) for a in (self.heads, counts.astype(np.int32), *arrays))
+        if self.copies:
+            return held[0], [part[0] for part in parts]
+        head, count = np.concatenate(heads), np.concatenate(held)
+        order = np.argsort(np.repeat(head, count), kind="stable")
+        return count[np.argsort(head)], [np.concatenate(part)[order] for part in parts]
+
+    def own(self, head: Ints) -> tuple[Mask, Ints]:
+        """Which entries of the whole, by flat heads (N,), are this rank's, and their flat heads here."""
+        local = np.full(self.whole.heads, -1, np.int32)
+        local[self.heads] = np.arange(self.shape.heads, dtype=np.int32)
+        found = local[head]
+        return found >= 0, found[found >= 0]
 
     @classmethod
     def tensor(cls, ranks: Ranks, shape: CacheShape, latent: bool) -> Share:
