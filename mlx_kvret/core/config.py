@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .options import number, of_type, whole
 
 Kind = Literal["rg", "rg10"]
-Scope = Literal["global", "layer", "head"]
+Scope = Literal["global", "layer", "head", "modality"]
 Policy = Literal["learned", "recent", "random", "knorm", "keydiff", "full"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -152,7 +152,8 @@ class EvictionConfig:
     Args:
         budget: M, kept tokens per KV head, on average over the scope.
         buffer: B, tokens per KV head the cache may grow beyond M before a compaction is due.
-        scope: entries compete over all layers and heads (``"global"``), within a layer or within a head.
+        scope: entries compete over all layers and heads (``"global"``), within a layer or within a head; or
+            globally, but text with text and pictures with pictures (``"modality"``).
         policy: ``"learned"`` (retention gates), a baseline that needs none, or ``"full"`` (never evicts).
         min_per_head: each head first keeps its own best that many entries, protected ones included.
         sinks: the first positions, never evicted.
@@ -160,6 +161,8 @@ class EvictionConfig:
         lookahead: K, steps over which the future utility is summed.
         threshold: α; entries with a score below log α are dropped at a compaction even within the budget.
         policy_seed: of the ``random`` policy, 32 bits.
+        picture_share: part of the budget that is the pictures', 0 to 1, with the scope ``"modality"`` only;
+            what either modality has too few entries to fill is the other's.
     """
 
     budget: int = DEFAULT_BUDGET
@@ -172,6 +175,7 @@ class EvictionConfig:
     lookahead: int = 1
     threshold: float | None = None
     policy_seed: int = 0
+    picture_share: float | None = None
 
     def __post_init__(self) -> None:
         whole("budget", self.budget, 1, MOST_TOKENS)
@@ -198,6 +202,22 @@ class EvictionConfig:
             raise ConfigError(_needless_seed(self.policy_seed, self.policy))
         if self.threshold is not None:
             _check_threshold("threshold", self.threshold)
+        self._check_share()
+
+    def _check_share(self) -> None:
+        if (self.scope == "modality") != (self.picture_share is not None):
+            raise ConfigError(
+                f"picture_share is {self.picture_share}, the scope is {self.scope!r}; a share goes with the "
+                "scope 'modality', and that scope with a share"
+            )
+        if self.picture_share is None:
+            return
+        number("picture_share", self.picture_share, "a part of the budget, 0 to 1", 0, 1)
+        if self.min_per_head:
+            raise ConfigError(
+                f"min_per_head is {self.min_per_head}, and the scope 'modality' splits the budget already; "
+                "drop one of them"
+            )
 
     @classmethod
     def create(
@@ -209,6 +229,7 @@ class EvictionConfig:
         sinks: int | None = None,
         window: int | None = None,
         policy_seed: int | None = None,
+        picture_share: float | None = None,
         **options: Any,
     ) -> EvictionConfig:
         """Fill in what the policy usually wants: B = M/8; a baseline protects 4 sinks and a recent window.
@@ -229,11 +250,16 @@ class EvictionConfig:
             scope = "head" if heuristic else "global"
         if buffer is None:
             buffer = max(1, budget // 8)
-        seed = 0 if policy_seed is None else policy_seed
-        return cls(budget, buffer, scope, policy, sinks=sinks, window=window, policy_seed=seed, **options)
+        if picture_share is None and scope == "modality":
+            picture_share = 0.5
+        own = {"sinks": sinks, "window": window, "policy_seed": policy_seed or 0}
+        return cls(budget, buffer, scope, policy, picture_share=picture_share, **own, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        if self.picture_share is None:
+            del data["picture_share"]  # releases before this field read files of text
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EvictionConfig:

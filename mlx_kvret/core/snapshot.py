@@ -10,6 +10,8 @@ entries stand side by side: how a backend lays out its memory is its own affair.
 ``retention``         (N,)     F32, log β, or a baseline's score where it never changes, else 0
 ``keys``              (N, Dk)  F32, F16 or BF16, as cached (after RoPE)
 ``values``            (N, Dv)  the same
+``pictures``          (P, 5)   I32, only where pictures were read: start and end of each among the tokens, rows
+                               and columns of its patches (or 0), and the rotary positions it takes
 ``extra.{i}.{name}``  any      state of the model's i-th layer where it does not compete (sliding window …)
 ====================  =======  ==========================================================================
 
@@ -36,13 +38,14 @@ from .config import EvictionConfig
 from .eviction import heads_per_group
 from .files import whole_file
 from .fingerprint import differences
+from .pictures import Pictures, from_array, next_position, to_array
 from .reading import SURROGATE, parse_json
 from .tensors import FLOATS, Tensor, read_file, write_tensors
 from .types import Floats, Ints
 
 FORMAT, VERSION = "kvret-snapshot", "1"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
-_ARRAYS = {"counts", "position", "retention", "keys", "values"}
+_ARRAYS = {"counts", "position", "retention", "keys", "values", "pictures"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class WindowShape:
 class Snapshot:
     """The content of the file, checked on the way in and out.
 
+    ``pictures`` stand among the tokens seen, first to last; :attr:`next_position` follows from them.
     ``extras`` maps a layer's index in the model to its tensors by name; what they mean is up to the backends.
     A snapshot is taken between forward passes, when no compaction is due any more.
 
@@ -76,8 +80,10 @@ class Snapshot:
     values: Tensor
     extras: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    pictures: Pictures = ()
 
     def __post_init__(self) -> None:
+        from_array(to_array(self.pictures), self.seen)
         self._check_arrays()
         self._check_entries()
         for name, text in {"model": self.model, "gates": self.gates, **self.notes}.items():
@@ -127,6 +133,11 @@ class Snapshot:
     def head(self) -> Ints:
         """Flat head of each entry, (N,) int32."""
         return np.repeat(np.arange(self.counts.size, dtype=np.int32), self.counts.ravel())
+
+    @property
+    def next_position(self) -> int:
+        """The rotary position of the token that comes next."""
+        return next_position(self.pictures, self.seen)
 
     def recent(self, limit: int) -> int:
         """How many of the newest tokens every head holds, up to ``limit``: they are its recent window."""
@@ -251,6 +262,8 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
         "keys": snapshot.keys,
         "values": snapshot.values,
     }
+    if snapshot.pictures:
+        tensors["pictures"] = Tensor.of(to_array(snapshot.pictures), "I32")
     for layer, state in snapshot.extras.items():
         tensors |= {f"extra.{layer}.{name}": tensor for name, tensor in state.items()}
     metadata = {
@@ -313,6 +326,7 @@ def _assemble(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Snapshot:
         values=tensors["values"],
         extras=extras,
         notes=_object(metadata["notes"]),
+        pictures=from_array(tensors["pictures"].bits, int(seen)) if "pictures" in tensors else (),
     )
 
 

@@ -1,0 +1,266 @@
+"""A prompt with pictures, in any of its forms, as one text with a mark for each picture, and the pictures.
+
+The processors of both libraries take just that. Of the forms: ``images=[...]`` beside a text or beside
+messages; messages whose content is a list of parts, ``{"type": "text", "text": ...}`` and ``{"type":
+"image"}``, the latter with its picture (``image``, ``path``, ``url``, ``base64``), or to be filled from
+``images`` in order; OpenAI's ``{"type": "image_url", "image_url": {"url": "data:..."}}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .images import Image, open_picture
+from .options import short
+
+# of LLaVA's records and LLaMA-Factory's, whatever the model's own mark is
+COMMON_MARK = "<image>"
+_PICTURES = ("image", "image_url", "input_image")
+_TEXTS = ("text", "input_text", "output_text")
+_SOURCES = ("image", "image_url", "path", "url", "base64")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A rendered prompt: ``text`` holds as many marks as there are ``pictures``, in their order."""
+
+    text: str
+    pictures: list[Image]
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def has_pictures(prompt: Any, images: Any = None) -> bool:
+    """Whether a prompt, or what stands beside it, has any picture."""
+    if images is not None and (not isinstance(images, Sequence) or isinstance(images, str) or len(images)):
+        return True
+    return _is_messages(prompt) and any(
+        isinstance(part, Mapping) and part.get("type") in (*_PICTURES, "video")
+        for message in prompt
+        if isinstance(message, Mapping) and isinstance(message.get("content"), Sequence)
+        for part in message["content"]
+    )
+
+
+def asked(
+    processor: Any, prompt: Any, images: Any = None, *, first: bool = True, folder: Path | None = None
+) -> Asked:
+    """A prompt with pictures, rendered.
+
+    A text is taken as it is, as every text prompt is: pictures stand where it has the model's own mark or
+    ``<image>``; if it has none they come first. Messages go through the chat template, with the opening of an
+    answer; pictures of ``images`` fill their empty image parts, or, if there are none, come first in the last
+    message of the user.
+
+    Args:
+        images: pictures in any of the forms of :mod:`.images`, or a single one.
+        first: the cache is empty; messages begin a conversation.
+        folder: what relative paths are relative to.
+
+    Raises:
+        ConfigError: no picture, too many or too few, or a prompt that can have none.
+    """
+    given = _opened(images, folder)
+    if isinstance(prompt, str):
+        return _of_text(processor, prompt, given)
+    if not _is_messages(prompt):
+        raise ConfigError(
+            f"the prompt is a {type(prompt).__name__} beside pictures; give text or messages, so that the "
+            "processor can tell where the pictures stand"
+        )
+    if not first:
+        raise ConfigError(
+            "the prompt is messages, which begin a conversation, and the cache has read one already; give "
+            "the text of the new turn with images=[...], or a new cache"
+        )
+    messages, pictures = filled(prompt, given, folder)
+    return Asked(_checked(processor, render(processor, messages), len(pictures)), pictures)
+
+
+def filled(
+    messages: Iterable[Any], images: Sequence[Image] = (), folder: Path | None = None
+) -> tuple[list[dict[str, Any]], list[Image]]:
+    """Messages whose image parts are bare marks, and the pictures in their order.
+
+    Raises:
+        ConfigError: ``images`` and empty image parts differ in number, or a part cannot be read.
+    """
+    rest, pictures, found = list(images), list[Image](), list[dict[str, Any]]()
+    plain = [_plain(message, number) for number, message in enumerate(messages)]
+    if rest and not any(_is_empty(part) for message in plain for part in _parts(message)):
+        _put_first(plain, len(rest))
+    empty = sum(_is_empty(part) for message in plain for part in _parts(message))
+    if empty != len(rest):
+        raise ConfigError(
+            f"the messages have {empty} image parts without a picture, and there are {len(rest)} images "
+            "beside them; give one for each part"
+        )
+    for number, message in enumerate(plain):
+        if isinstance(message.get("content"), str):
+            found.append(message)
+            continue
+        parts = []
+        for part in _parts(message):
+            if part["type"] == "image":
+                if _is_empty(part):
+                    pictures.append(rest.pop(0))
+                else:
+                    pictures.append(open_picture(part["source"], f"the picture of message {number}", folder))
+                part = {"type": "image"}
+            parts.append(part)
+        found.append(message | {"content": parts})
+    return found, pictures
+
+
+def render(processor: Any, messages: Sequence[Mapping[str, Any]], answer: bool = True) -> str:
+    """Messages by the chat template; ``answer`` adds the opening of one.
+
+    Raises:
+        ConfigError: there is no template, or it refuses them.
+    """
+    owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
+    if not getattr(owner, "chat_template", None):
+        raise ConfigError(
+            "the prompt is messages, and the model has no chat template; give a text with its pictures beside "
+            "it"
+        )
+    try:
+        return str(
+            owner.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=answer, tokenize=False
+            )
+        )
+    except Exception as error:  # a template runs code of its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"the chat template refuses these messages: {reason}; change them") from error
+
+
+def marks(processor: Any) -> tuple[str, str]:
+    """What stands for a picture in a prompt: the mark alone, and with what the chat template puts around it.
+
+    Raises:
+        ConfigError: nothing tells.
+    """
+    named = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
+    alone = next((str(getattr(token, "content", token)) for token in named if token), "")
+    try:
+        with_one, without = (
+            render(processor, [{"role": "user", "content": [*part, {"type": "text", "text": "·"}]}])
+            for part in ([{"type": "image"}], [])
+        )
+    except ConfigError:
+        with_one = without = ""
+    around = _inserted(without, with_one)
+    if alone and alone not in around:
+        around = alone
+    if not around:
+        raise ConfigError(
+            "the processor does not tell what stands for a picture in a text; give messages with image parts"
+        )
+    return alone or around.strip(), around
+
+
+def _inserted(without: str, having: str) -> str:
+    """What one text has more than another, in one place."""
+    size = len(having) - len(without)
+    for at in range(len(without) + 1) if size > 0 else ():
+        if having[:at] + having[at + size :] == without:
+            # the place is not unique where its ends repeat; take that which begins with a mark
+            piece = having[at : at + size]
+            if piece.lstrip()[:1] in ("<", "["):
+                return piece
+    return ""
+
+
+def _of_text(processor: Any, text: str, pictures: list[Image]) -> Asked:
+    if not text and not pictures:
+        raise ConfigError("the prompt is empty; give at least one word")
+    alone, around = marks(processor)
+    if alone not in text and COMMON_MARK in text:
+        text = text.replace(COMMON_MARK, around)
+    elif alone not in text:
+        text = around * len(pictures) + text
+    return Asked(_checked(processor, text, len(pictures)), pictures)
+
+
+def _checked(processor: Any, text: str, pictures: int) -> str:
+    alone, _ = marks(processor)
+    if (count := text.count(alone)) != pictures:
+        raise ConfigError(
+            f"the prompt has {count} places for a picture ({alone}), and there are {pictures} pictures; give "
+            "one for each place"
+        )
+    return text
+
+
+def _opened(images: Any, folder: Path | None) -> list[Image]:
+    if images is None:
+        return []
+    single = isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Sequence)
+    return [
+        open_picture(one, f"images[{number}]", folder)
+        for number, one in enumerate([images] if single else images)
+    ]
+
+
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and any(isinstance(item, Mapping) for item in prompt)
+
+
+def _plain(message: Any, number: int) -> dict[str, Any]:
+    """A message with parts of two types: text, and images with their ``source`` (None: not given)."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise ConfigError(f"the prompt holds {short(message)} among messages; expected mappings with a role")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, Sequence):
+        raise ConfigError(
+            f"message {number} has the content {short(content)}; expected a text or a list of parts"
+        )
+    return dict(message) | {"content": [_part(part, number) for part in content]}
+
+
+def _part(part: Any, number: int) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _TEXTS and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind in _PICTURES:
+        source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
+        if isinstance(source, Mapping):
+            source = source.get("url")
+        if isinstance(source, str) and part.get("base64") is source:
+            source = f"data:image/png;base64,{source}"
+        return {"type": "image", "source": source}
+    if kind == "video":
+        raise ConfigError(f"message {number} holds a video; give its frames as image parts, in their order")
+    raise ConfigError(f"message {number} holds the part {short(part)}; expected parts of type text or image")
+
+
+def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _is_empty(part: Mapping[str, Any]) -> bool:
+    return part["type"] == "image" and part["source"] is None
+
+
+def _put_first(messages: list[dict[str, Any]], count: int) -> None:
+    """Empty image parts at the beginning of the last message of the user."""
+    for message in reversed(messages):
+        if message["role"] == "user":
+            content = message.get("content") or ""
+            texts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            message["content"] = [{"type": "image", "source": None} for _ in range(count)] + texts
+            return
+    raise ConfigError("there are images beside the messages, none of which is the user's; add one")

@@ -1,0 +1,139 @@
+"""Where a stream of tokens holds pictures: positions, modalities, and where a chunk may end.
+
+A token's *index* is its place in the stream (0-based); ages, eviction and ``kept_positions`` count by it. Its
+*rotary position* may lag behind: models with M-RoPE give a picture of h x w tokens max(h, w) positions only.
+A cache owns the pictures it has seen, and so the position of whatever comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..errors import CacheError, CheckpointError, UnsupportedFeatureError
+from .types import Ints, Mask
+
+Modality = Literal["text", "picture"]
+MODALITIES = ("text", "picture")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Tokens ``start`` to ``end`` - 1 of the stream are one picture.
+
+    ``rows`` x ``columns`` are its patches as tokens, row by row, 0 x 0 where that is not known. ``advance`` is
+    how many rotary positions it takes: as many as tokens, unless the model has M-RoPE.
+    """
+
+    start: int
+    end: int
+    rows: int = 0
+    columns: int = 0
+    advance: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+
+Pictures = tuple[Picture, ...]
+
+
+def next_position(pictures: Iterable[Picture], seen: int) -> int:
+    """The rotary position of the token that comes after ``seen`` others.
+
+    Raises:
+        CacheError: the last picture has not been read to its end.
+    """
+    position = seen
+    for picture in pictures:
+        if picture.end > seen:
+            raise CacheError(
+                f"the cache has read {seen - picture.start} of the {picture.tokens} tokens of a picture; read "
+                "the rest of it first, or make a new cache"
+            )
+        position -= picture.tokens - picture.advance
+    return position
+
+
+def forgotten(pictures: Pictures, seen: int) -> Pictures:
+    """The pictures that are left when only the first ``seen`` tokens are.
+
+    Raises:
+        UnsupportedFeatureError: one of them would be cut in two.
+    """
+    for picture in pictures:
+        if picture.start < seen < picture.end:
+            raise UnsupportedFeatureError(
+                f"cannot take back tokens {seen} to {picture.end - 1}: a picture stands at {picture.start} to "
+                f"{picture.end - 1}, and is kept or forgotten as a whole"
+            )
+    return tuple(picture for picture in pictures if picture.end <= seen)
+
+
+def runs(ids: Sequence[int], tokens: Collection[int], start: int = 0) -> list[tuple[int, int]]:
+    """Runs of ``ids`` that are picture tokens, as (first, one past the last), counted from ``start``."""
+    marked = np.isin(np.asarray(ids, np.int64), np.asarray(sorted(tokens), np.int64))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
+    return [(start + int(a), start + int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def chunk_ends(length: int, step: int, pictures: Iterable[tuple[int, int]]) -> list[int]:
+    """Where the chunks of ``length`` tokens end, each of at most ``step``, so that no picture is cut.
+
+    ``pictures`` are (start, end) pairs from 0. A picture that is longer than a step is a chunk of its own.
+    """
+    ends, at = list[int](), 0
+    spans = sorted(pictures)
+    while at < length:
+        end = min(at + step, length)
+        for a, b in spans:
+            if a < end < b:
+                # before the picture; if the chunk begins with it, after
+                end = a if a > at else b
+        ends.append(end)
+        at = end
+    return ends
+
+
+def is_picture(pictures: Iterable[Picture], seen: int) -> Mask:
+    """For each of ``seen`` tokens whether it is a picture's, (seen,)."""
+    mask = np.zeros(seen, bool)
+    for picture in pictures:
+        mask[picture.start : picture.end] = True
+    return mask
+
+
+def of_modality(kept: list[list[Ints]], pictures: Iterable[Picture], modality: Modality) -> list[list[Ints]]:
+    """Of the kept positions (by layer, by head) those of text or those of pictures."""
+    last = max((int(head[-1]) for layer in kept for head in layer if len(head)), default=-1)
+    marked = is_picture(pictures, last + 1) == (modality == "picture")
+    return [[head[marked[head]] for head in layer] for layer in kept]
+
+
+def to_array(pictures: Sequence[Picture]) -> Ints:
+    """(P, 5) int32: start, end, rows, columns, advance."""
+    return np.array([astuple(picture) for picture in pictures], np.int32).reshape(-1, 5)
+
+
+def from_array(found: Ints, seen: int) -> Pictures:
+    """Back from :func:`to_array`, checked against the number of tokens seen.
+
+    Raises:
+        CheckpointError: they overlap, are out of order, end after ``seen``, or have impossible sizes.
+    """
+    if found.ndim != 2 or found.shape[1] != 5 or found.dtype != np.int32:
+        raise CheckpointError(f"pictures is {found.dtype} of shape {found.shape}, expected int32 (P, 5)")
+    pictures, before = [], 0
+    for row in found.tolist():
+        picture = Picture(*row)
+        fits = before <= picture.start < picture.end <= seen
+        sized = min(picture.rows, picture.columns) >= 0 and picture.advance >= 1
+        if not fits or not sized or picture.rows * picture.columns not in (0, picture.tokens):
+            raise CheckpointError(f"a picture is told to be {picture}, of {seen} tokens")
+        pictures.append(picture)
+        before = picture.end
+    return tuple(pictures)

@@ -1,0 +1,1 @@
+"""Pictures: how they are given, positions, modalities, vision-language models on MLX."""
