@@ -128,8 +128,7 @@ def render(processor: Any, messages: Sequence[Mapping[str, Any]], answer: bool =
     owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
     if not getattr(owner, "chat_template", None):
         raise ConfigError(
-            "the prompt is messages, and the model has no chat template; give a text with its pictures beside "
-            "it"
+            "the prompt is messages, and the model has no chat template; give a text with pictures beside it"
         )
     try:
         return str(

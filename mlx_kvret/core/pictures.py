@@ -24,8 +24,8 @@ MODALITIES = ("text", "picture")
 class Picture:
     """Tokens ``start`` to ``end`` - 1 of the stream are one picture.
 
-    ``rows`` x ``columns`` are its patches as tokens, row by row, 0 x 0 where that is not known. ``advance`` is
-    how many rotary positions it takes: as many as tokens, unless the model has M-RoPE.
+    ``rows`` x ``columns`` are its patches as tokens, row by row, 0 x 0 where that is not known. ``advance``
+    is how many rotary positions it takes: as many as tokens, unless the model has M-RoPE.
     """
 
     start: int
@@ -52,8 +52,8 @@ def next_position(pictures: Iterable[Picture], seen: int) -> int:
     for picture in pictures:
         if picture.end > seen:
             raise CacheError(
-                f"the cache has read {seen - picture.start} of the {picture.tokens} tokens of a picture; read "
-                "the rest of it first, or make a new cache"
+                f"the cache has read {seen - picture.start} of the {picture.tokens} tokens of a picture; "
+                "read the rest of it first, or make a new cache"
             )
         position -= picture.tokens - picture.advance
     return position
