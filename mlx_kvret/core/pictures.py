@@ -68,8 +68,8 @@ def forgotten(pictures: Pictures, seen: int) -> Pictures:
     for picture in pictures:
         if picture.start < seen < picture.end:
             raise UnsupportedFeatureError(
-                f"cannot take back tokens {seen} to {picture.end - 1}: a picture stands at {picture.start} to "
-                f"{picture.end - 1}, and is kept or forgotten as a whole"
+                f"cannot take back tokens {seen} to {picture.end - 1}: a picture stands at "
+                f"{picture.start} to {picture.end - 1}, and is kept or forgotten as a whole"
             )
     return tuple(picture for picture in pictures if picture.end <= seen)
 

@@ -10,8 +10,8 @@ entries stand side by side: how a backend lays out its memory is its own affair.
 ``retention``         (N,)     F32, log β, or a baseline's score where it never changes, else 0
 ``keys``              (N, Dk)  F32, F16 or BF16, as cached (after RoPE)
 ``values``            (N, Dv)  the same
-``pictures``          (P, 5)   I32, only where pictures were read: start and end of each among the tokens, rows
-                               and columns of its patches (or 0), and the rotary positions it takes
+``pictures``          (P, 5)   I32, where pictures were read: start and end of each among the tokens, rows and
+                               columns of its patches (or 0), and the rotary positions it takes
 ``extra.{i}.{name}``  any      state of the model's i-th layer where it does not compete (sliding window …)
 ====================  =======  ==========================================================================
 

@@ -1,4 +1,4 @@
-"""Prompts with pictures: marks and pictures agree in number, whatever the form, or it is said what is wrong."""
+"""Prompts with pictures: marks and pictures agree in number, in any form, or it is said what is wrong."""
 
 from types import SimpleNamespace
 
@@ -10,8 +10,9 @@ from mlx_kvret.core.picture_prompts import asked, filled, has_pictures, marks, r
 from mlx_kvret.errors import ConfigError
 
 QWEN = (
-    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<v><pad></v>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}[end]{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<v><pad></v>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% endif %}[end]{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 RED, BLUE = (np.full((4, 4, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
@@ -45,7 +46,7 @@ def test_a_text_has_its_pictures_where_it_says_or_first():
     assert found.text == "a <v><pad></v> b <pad>"
     assert colours(found.pictures) == [[255, 0, 0], [0, 0, 255]]
     assert asked(Processor(), "x", RED).text == "<v><pad></v>x", "a single picture needs no list"
-    with pytest.raises(ConfigError, match="has 1 places for a picture .<pad>., and there are 2 pictures"):
+    with pytest.raises(ConfigError, match=r"has 1 places for a picture .<pad>., and there are 2 pictures"):
         read("a <pad>", RED, BLUE)
     with pytest.raises(ConfigError, match="has 2 places for a picture"):
         read("<image><image>", RED)
