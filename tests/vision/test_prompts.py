@@ -11,8 +11,8 @@ from mlx_kvret.errors import ConfigError
 
 QWEN = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}{% if c.type == 'image' %}<v><pad></v>{% else %}{{ c.text }}{% endif %}{% endfor %}"
-    "{% endif %}[end]{% endfor %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<v><pad></v>{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}[end]{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 RED, BLUE = (np.full((4, 4, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
