@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend.attention import attend, naive_attend
+from mlx_kvret.cuda_backend.kernels import decode_attention as decode
 from mlx_kvret.cuda_backend.kernels.decode_attention import decode_attention
 from mlx_kvret.cuda_backend.kernels.moving import fill, naive_fill
 from mlx_kvret.cuda_backend.kernels.prefill_attention import prefill_attention
@@ -41,14 +42,14 @@ CASES = [
 
 
 def random_view(
-    rows: int, heads: int, places: int, key_dim: int, value_dim: int, dtype: torch.dtype
+    rows: int, heads: int, places: int, key_dim: int, value_dim: int, dtype: torch.dtype, capacity: int = 60
 ) -> LayerView:
     """Layer 1 of 3 with ragged heads, some of them empty; what must not be read is NaN.
 
     Rows stand in a pool with free slabs, in another order, and their windows have lengths of their own.
     """
     rng = np.random.default_rng(rows * 31 + heads)
-    capacity, layers, slabs = 60, 3, rows + 2
+    layers, slabs = 3, rows + 2
     size = layers * heads
     pool = Pool(slabs, 1, size, torch.device("cpu"))
     shape = (slabs, heads, places + 7)
@@ -112,6 +113,18 @@ def test_attention_in_half_precision() -> None:
             torch.testing.assert_close(kernel(queries, view, 0.2), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_many_parts_are_merged(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "PIECE_ENTRIES", 16)
+    # two parts at a time
+    monkeypatch.setattr(decode, "MERGED", 2 * 16 * 16)
+    view = random_view(rows, 1, 40 if rows > 1 else 75, 16, 16, torch.float32)
+    queries = torch.randn(rows, 2, 1, 16)
+    sound = replace(view, keys=view.keys.nan_to_num(), values=view.values.nan_to_num())
+    out = decode_attention(queries, view, 0.3, pieces=6)
+    torch.testing.assert_close(out, naive_attend(queries, sound, 0.3), rtol=1e-5, atol=1e-5)
+
+
 def test_a_long_chunk_sees_itself_causally() -> None:
     view = random_view(1, 2, 150, 16, 16, torch.float32)
     queries = torch.randn(1, 4, 141, 16)
@@ -170,7 +183,7 @@ def test_a_model_on_kernels_equals_one_without(monkeypatch: pytest.MonkeyPatch) 
     from .tiny import attached, new_cache, run
 
     model, _ = attached("qwen3")
-    ids = torch.randint(1, 96, (2, 30), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 96, (2, 18), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     ways = []
@@ -178,7 +191,7 @@ def test_a_model_on_kernels_equals_one_without(monkeypatch: pytest.MonkeyPatch) 
         with monkeypatch.context() as patch:
             patch.setattr(dispatch, "enabled", lambda _, on=kernels: on)
             cache = new_cache(model, budget=6, buffer=2)
-            steps = [(0, 12), (12, 25), *((i, i + 1) for i in range(25, 30))]
+            steps = [(0, 9), (9, 14), *((i, i + 1) for i in range(14, 18))]
             logits = [run(model, ids[:, a:b], cache, attention_mask=mask[:, :b])[:, -1] for a, b in steps]
             ways.append((torch.stack(logits), str([cache.kept_positions(row) for row in range(2)])))
     torch.testing.assert_close(ways[0][0], ways[1][0], rtol=0, atol=1e-5)

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
 from mlx_kvret.cuda_backend.kernels import decode_attention, moving, prefill_attention, select  # noqa: E402
+
+from .test_kernels import random_view  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
@@ -27,7 +30,7 @@ TYPES = dict.fromkeys(ENTRIES, "*bf16") | {
 }  # fmt: skip
 # the shapes of Qwen3-4B
 SHAPES = {
-    "KV_HEADS": 8, "GROUP": 4, "TOKENS": 1, "KEY": 128, "VALUE": 128, "PIECES": 132,
+    "KV_HEADS": 8, "GROUP": 4, "KEY": 128, "VALUE": 128, "WIDTH": 32,
     "ROWS": 16, "BLOCK": 64, "BLOCK_KEY": 128, "BLOCK_VALUE": 128, "IN_LOW": True,
 }  # fmt: skip
 CASES: list[tuple[Any, dict[str, Any]]] = [
@@ -53,6 +56,40 @@ def test_kernels_compile_for_gpus(kernel: Any, types: dict[str, str], capability
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert made.asm["cubin"]
     assert made.metadata.shared <= (163 if capability == 80 else 227) * 1024
+
+
+def test_a_pool_that_grows_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Any]] = {}
+
+    class Recorded:
+        """Notes what a call would be compiled for."""
+
+        def __init__(self, kernel: Any) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return self._called
+
+        def _called(self, *args: Any, **options: Any) -> None:
+            given = dict(zip(self._kernel.arg_names, args, strict=False)) | options
+            free = {param.name for param in self._kernel.params if param.do_not_specialize}
+            traits = {
+                name: (value == 1, value % 16 == 0)
+                if type(value) is int and not name.isupper()
+                else getattr(value, "dtype", value)
+                for name, value in given.items()
+                if name not in free
+            }
+            seen.setdefault(self._kernel.__name__, []).append(traits)
+
+    for name in ("decode_attention_fwd_kernel", "decode_attention_merge_kernel"):
+        monkeypatch.setattr(decode_attention, name, Recorded(getattr(decode_attention, name)))
+    # pools of any size, and any number of tokens; layers, too, only differ in what is not looked at
+    for capacity, tokens in ((16, 1), (60, 2), (500, 3), (1024, 1)):
+        view = random_view(1, 2, 40, 16, 16, torch.float32, capacity)
+        decode_attention.decode_attention(torch.randn(1, 4, tokens, 16), view, 0.3)
+    assert len(seen) == 2 and all(len(made) == 4 for made in seen.values())
+    assert all(traits == made[0] for made in seen.values() for traits in made)
 
 
 def test_kernels_equal_their_twins() -> None:
