@@ -117,6 +117,14 @@ def load_cache(model: PreTrainedModel, path: str | Path) -> tuple[BoundedCache, 
     return hooks.reopened_cache(model, snapshot), snapshot.notes
 
 
+def competing(model: PreTrainedModel) -> tuple[CacheShape, list[int]]:
+    """The shape of what is bounded, and the places in the model of the layers that are."""
+    attached = hooks.attachment(model)
+    assert attached is not None
+    layout = attached.layout
+    return layout.shape, list(layout.places)
+
+
 def full_cache(model: PreTrainedModel, cache: BoundedCache) -> tuple[int, int]:
     """KV heads of the bounded layers, and the bytes of a full cache that has seen as much as this one.
 

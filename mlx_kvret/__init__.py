@@ -20,6 +20,7 @@ from .api import (
 )
 from .batching import generate_batch, stream_batch
 from .errors import KVRetError
+from .inspecting import inspect
 from .reading import answer, read
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "detach",
     "generate",
     "generate_batch",
+    "inspect",
     "load",
     "load_cache",
     "make_cache",

@@ -21,6 +21,7 @@ _COMMANDS = {
     "serve": "Answer OpenAI's clients within a fixed KV memory.",
     "read": "Read long texts once, and save what is remembered.",
     "ask": "Ask many questions about one reading.",
+    "inspect": "Draw what is kept of a text, as a page for a browser.",
     "train": "Train retention gates for a model.",
     "eval": "Compare eviction policies on generated tasks.",
     "convert": "Convert gates from one form to another.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -39,3 +39,12 @@ class Detokenizer:
             return ""
         self._told, self._waiting = self._waiting, []
         return after[len(before) :]
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text of each token, which joined are the text of all; nothing for a part of a character."""
+    text = Detokenizer(decode)
+    found = [text.add(token) for token in ids]
+    if found:
+        found[-1] += text.end()
+    return found

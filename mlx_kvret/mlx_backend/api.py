@@ -93,6 +93,14 @@ def load(
     return network, tokenizer
 
 
+def competing(model: nn.Module) -> tuple[CacheShape, list[int]]:
+    """The shape of what is bounded, and the places in the model of the layers that are."""
+    attached = hooks.attachment(model)
+    assert attached is not None
+    layout = attached.layout
+    return layout.shape, [index for index, _ in layout.places]
+
+
 def full_cache(model: nn.Module, cache: BoundedCache) -> tuple[int, int]:
     """KV heads of the bounded layers, and the bytes of a full cache that has seen as much as this one.
 
