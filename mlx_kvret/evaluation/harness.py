@@ -69,7 +69,7 @@ class BoundedLM(TemplateLM):
         if str(batch_size) != "1" or max_batch_size not in (None, 1):
             raise ConfigError("batch sizes have no effect: requests are read one by one; drop them")
         whole("budget", budget, 1)
-        chosen = choose_backend(backend)  # type: ignore[arg-type]
+        chosen = choose_backend(backend)
         network, tokenizer = load(
             pretrained,
             None if gates in (None, "none") else gates,
