@@ -135,7 +135,7 @@ def test_a_plot_says_budgets_as_tables_do_and_compares_pair_by_pair():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1/64", "1/4"]
     assert "above the full cache" in axis.get_ylabel()
     line, *_ = axis.containers[0]
-    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.2])
+    np.testing.assert_allclose(np.array(line.get_ydata(), float), [0.2, 0.2])
     assert axis.get_legend_handles_labels()[1][-1] == "by chance"
 
 
