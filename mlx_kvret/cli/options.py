@@ -56,6 +56,8 @@ def eviction_options(function: F) -> F:
         click.option("--sinks", type=int, help="First positions, never evicted.  [default: the gates' own]"),
         click.option("--min-per-head", type=int,
                      help="Entries that every head keeps first.  [default: the gates' own]"),
+        click.option("--picture-share", type=float,
+                     help="Part of the budget that is the pictures', with --scope modality.  [default: 0.5]"),
         click.option("--scope", type=click.Choice(get_args(Scope)),
                      help="Who competes.  [default: the gates' own, else global]"),
         click.option("--policy", type=click.Choice(get_args(Policy)), default="learned", show_default=True,
