@@ -36,9 +36,10 @@ from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
 from mlx_kvret.cuda_backend.gates import RetentionGates
 from mlx_kvret.cuda_backend.kernels.dispatch import attend
 from mlx_kvret.cuda_backend.pool import Pool, listing
-from mlx_kvret.cuda_backend.step import Step, decoder_step
+from mlx_kvret.cuda_backend.step import decoder_step
 from mlx_kvret.cuda_backend.view import LayerView
 
+Step = Callable[[torch.Tensor], torch.Tensor]
 RESULTS = Path(__file__).parent / "results"
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -188,7 +189,8 @@ def turn(step: Step, rows: int, tokens: int) -> float:
 def stepper(model: Any, cache: Any) -> Step:
     """From tokens (R, 1) to logits (R, V): what generation runs, captured on a GPU; or a plain pass."""
     if isinstance(cache, BoundedCache):
-        return decoder_step(model, cache)
+        step = decoder_step(model, cache)
+        return lambda tokens: step(tokens, torch.clone)
     return partial(plain_step, model, cache)
 
 

@@ -80,7 +80,7 @@ def attend(
         width = int(lengths[part].max())
         old = view.kept(part, width) if width else None
         null = None if sinks is None else sinks[index]
-        out[index] = _attend(queries[index], keys[index], values[index], seen, old, scale, null, softcap)
+        out[index] = dense_attend(queries[index], keys[index], values[index], seen, old, scale, null, softcap)
     return out.view(rows, query_heads, tokens, -1)
 
 
@@ -93,7 +93,7 @@ def _parts(lengths: Ints) -> list[Ints]:
     return [everyone[power == p] for p in np.unique(power)]
 
 
-def _attend(
+def dense_attend(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .cache import BoundedCache, cache_argument
 from .generation import Processor, vocabulary
 from .prompt import Group, Prompt, PromptResponse, Response
 from .sampling import Sampler
+from .step import Step, decoder_step
+from .tokens import Told
 
 Tokens = Sequence[int]
 # tokens (R,) and their log probabilities (R, V)
@@ -43,7 +46,6 @@ class BatchGenerator:
 
     Caches that are given out stand beside the rows in the same arrays, so that they belong to the same
     thread; ``copy.deepcopy`` has arrays of its own. A step that fails, or is broken off, changes nothing.
-    Steps are plain passes, not captured ones.
     """
 
     def __init__(
@@ -76,6 +78,10 @@ class BatchGenerator:
         self._next: _Chosen | None = None
         self._said: _Chosen | None = None
         self._uids = 0
+        # how the tokens that were said last are asked for, if no row has left since
+        self._told = Told(model.device)
+        self._turn: int | None = None
+        self._step: Step | None = None
 
     def insert(
         self,
@@ -146,7 +152,9 @@ class BatchGenerator:
             fresh = copy.deepcopy(caches[0])
             fresh.check_clocks()
             fresh.filter([])
-            vars(self).update(_reading=Group(fresh), _decoding=Group(fresh.copy()), _next=None, _said=None)
+            reading, decoding = Group(fresh), Group(fresh.copy())
+            step = decoder_step(self._model, decoding.cache)
+            vars(self).update(_reading=reading, _decoding=decoding, _step=step, _next=None, _said=None)
         for cache in caches:
             fresh.check_joins(cache)
 
@@ -213,12 +221,15 @@ class BatchGenerator:
         """Read every row's next token, choose the one after, and then look at the one that was read."""
         if self._said is None:
             assert self._next is not None
-            said, every = self._next, list(range(len(group.sequences)))
-            following = self._pass(group, said[0][:, None], every, said[0])
-            vars(self).update(_next=following, _said=said)
+            said = self._next
+            assert self._step is not None
+            turn = self._told.ask(said[0])
+            following = self._step(said[0][:, None], partial(self._chosen, group.sequences, said[0]))
+            vars(self).update(_next=following, _said=said, _turn=turn)
         assert self._said is not None
         (tokens, logprobs), responses, keep = self._said, [], []
-        for at, (one, value) in enumerate(zip(group.sequences, tokens.tolist(), strict=True)):
+        values = tokens.tolist() if self._turn is None else self._told.get(self._turn, len(tokens))
+        for at, (one, value) in enumerate(zip(group.sequences, values, strict=True)):
             one.tokens.append(value)
             one.count += 1
             made = Response(one.uid, value, logprobs[at], one.reason())
@@ -238,6 +249,9 @@ class BatchGenerator:
         group.cache.filter(keep)
         group.sequences = [group.sequences[at] for at in keep]
         if group is self._decoding:
+            if self._step is not None and not keep:
+                self._step.release()
+            self._turn = None
             held = {"_next": self._next, "_said": self._said}
             vars(self).update({n: None if a is None else (a[0][keep], a[1][keep]) for n, a in held.items()})
 
@@ -300,7 +314,8 @@ class BatchGenerator:
     def _chosen(self, sequences: list[Prompt], tokens: torch.Tensor, logits: torch.Tensor) -> _Chosen:
         """What comes after ``tokens`` (R,), with logits (R, V); rows of one sampler choose at once."""
         if any(one.processors for one in sequences):
-            rows = zip(sequences, tokens, logits.split(1), strict=True)
+            # processors may keep what they are given
+            rows = zip(sequences, tokens, logits.clone().split(1), strict=True)
             logits = torch.cat([_processed(*row) for row in rows])
         logprobs = logits.float().log_softmax(-1)
         samplers = [one.sampler for one in sequences]

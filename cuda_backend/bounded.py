@@ -38,8 +38,6 @@ class Bounded:
     def __init__(self, arena: Arena, rows: Sequence[Row], places: int = 0) -> None:
         self.arena, self.rows, self.places = arena, list(rows), places
         self.reading: Reading | None = None
-        # a step of fixed shapes, which keeps its own accounts
-        self.static: Reading | None = None
         self._lengths: tuple[int, ...] | None = None
 
     @classmethod

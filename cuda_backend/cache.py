@@ -22,6 +22,7 @@ from mlx_kvret.errors import ConfigError, ModelMismatchError, UnsupportedFeature
 from .bounded import Bounded
 from .layer import BoundedKVCache, running
 from .modes import ordinary
+from .ring import Rings
 
 
 def _unbounded(cache: BoundedCache) -> bool:
@@ -42,9 +43,12 @@ class BoundedCache(Cache):
     def __init__(self, layers: list[Any], shared: Bounded | None, competing: list[Any]) -> None:
         super().__init__(layers=layers)
         self.shared, self.competing = shared, competing
+        self._others = [layer for layer in layers if not isinstance(layer, BoundedKVCache)]
         self.passes = Passes() if shared is None else shared.passes
         # of the pass under way: by id of the keys, whose they are
         self.fetchers: dict[int, BoundedKVCache] = {}
+        # of sliding-window layers, where they are ahead of these
+        self.rings: Rings | None = None
         self._identity, self._trial = "", False
 
     @property
@@ -134,6 +138,7 @@ class BoundedCache(Cache):
         if self.shared is not None:
             self.shared.settle()
         self.passes.check()
+        self._put_back()
 
     def take_back(self, count: int) -> bool:
         """Forget the newest ``count`` tokens, of a full window for which that is too late they are not."""
@@ -180,12 +185,20 @@ class BoundedCache(Cache):
             self._trial = False
 
     @property
-    def fixed(self) -> bool:
-        """Whether a step of fixed shapes runs, which keeps its own accounts."""
-        return self.shared is not None and self.shared.static is not None
+    def stock(self) -> list[Any]:
+        """Layers that do not compete, as they are: while steps are repeated, behind their ``rings``."""
+        return self._others
 
     def _stock(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, BoundedKVCache)]
+        """Layers that do not compete, up to date."""
+        self._put_back()
+        return self._others
+
+    @ordinary
+    def _put_back(self) -> None:
+        if self.rings is not None:
+            self.rings.put_back(self.shared.places if self.shared is not None else 0)
+            self.rings = None
 
     @property
     def seen(self) -> int:
@@ -205,8 +218,11 @@ class BoundedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of everything cached: keys, values, retention, positions, tables, waiting gate inputs."""
-        tensors = [t for layer in self.layers for t in _tensors(vars(layer))]
-        return sum(t.nbytes for t in tensors) + (self.shared.nbytes if self.shared is not None else 0)
+        if self.rings is not None:
+            others = self.rings.nbytes
+        else:
+            others = sum(t.nbytes for layer in self._others for t in _tensors(vars(layer)))
+        return others + (self.shared.nbytes if self.shared is not None else 0)
 
     def kept_positions(self, row: int = 0) -> list[list[Ints]]:
         """For each competing layer, for each KV head, the sorted positions of a sequence's entries."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from .cache import BoundedCache, running
+from .fixed import FixedCache
 
 Begin = Callable[[nn.Module, BoundedCache, Any, dict[str, Any]], None]
 _STOCK = "_kvret_forward"
@@ -32,6 +33,9 @@ def wrap(module: nn.Module, check: Begin | None, begin: Begin | None) -> None:
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner = vars(self).get(_STOCK) or MethodType(type(self).forward, self)
+        if any(isinstance(v, FixedCache) for v in (*args, *kwargs.values())):
+            # who repeats the step keeps the accounts
+            return inner(*args, **kwargs)
         cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, BoundedCache)), None)
         outer = running.set(cache)
         try:
@@ -43,8 +47,7 @@ def wrap(module: nn.Module, check: Begin | None, begin: Begin | None) -> None:
                     begin(self, cache, args, kwargs)
                 return inner(*args, **kwargs)
 
-            # a step of fixed shapes keeps its own accounts
-            return call() if cache is None or cache.fixed or cache.in_pass else cache.run(call)
+            return call() if cache is None or cache.in_pass else cache.run(call)
         finally:
             running.reset(outer)
 

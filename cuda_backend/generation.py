@@ -25,6 +25,7 @@ from .loops import end_text
 from .memory import explained
 from .sampling import Processor, Sampler, processors_of, sampler_of
 from .step import decoder_step
+from .tokens import Told
 
 
 @dataclass
@@ -42,11 +43,15 @@ class Response:
     prompt_tps: float
     generation_tokens: int
     generation_tps: float
-    peak_memory: float
     finish_reason: str | None = None
     seen: int = 0
     entries: int = 0
     cache_nbytes: int = 0
+
+    @property
+    def peak_memory(self) -> float:
+        """The most memory that torch has taken of the GPU so far, in GB; asked for when it is looked at."""
+        return torch.cuda.max_memory_allocated() / 1e9 if self.logprobs.is_cuda else 0.0
 
 
 class TokenIds:
@@ -137,15 +142,15 @@ def _responses(
     read, given = cache.seen + ids.shape[1], 0
     try:
         start = time.perf_counter()
-        step = decoder_step(model, cache)
+        step, told = decoder_step(model, cache), Told(model.device)
         with explained(model, cache, ids, prefill_step_size):
             logits = _read(model, cache, ids, prefill_step_size, prompt_progress_callback)
         token, logprobs = choose(logits)
         for count in itertools.count(1):
             # the next step is on its way before this token is looked at, and reads the last one too
-            logits = step(token[:, None])
-            following = choose(logits) if count != max_tokens else None
-            value = int(token)
+            turn = told.ask(token)
+            following = step(token[:, None], choose if count != max_tokens else _nothing)
+            (value,) = told.get(turn, 1)
             if count == 1:
                 prompt_time = time.perf_counter() - start
                 start = time.perf_counter()
@@ -159,7 +164,6 @@ def _responses(
                 prompt_tps=ids.shape[1] / prompt_time,
                 generation_tokens=count,
                 generation_tps=count / max(time.perf_counter() - start, 1e-9),
-                peak_memory=torch.cuda.max_memory_allocated() / 1e9 if ids.is_cuda else 0.0,
                 finish_reason=reason,
                 seen=cache.seen,
                 entries=cache.entries,
@@ -231,6 +235,10 @@ def _read(
     return logits
 
 
+def _nothing(logits: torch.Tensor) -> None:
+    """Nobody asks what comes after the last token."""
+
+
 class _Choice:
     """From logits (1, V) to the next token (1,) and its log probabilities, without waiting for the device."""
 
@@ -240,6 +248,9 @@ class _Choice:
         self._sampler, self._processors, self._ids = sampler, logits_processors, ids
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._processors:
+            # which may keep what they are given
+            logits = logits.clone()
         for process in self._processors:
             logits = process(self._ids, logits)
         logprobs = logits.float().log_softmax(-1)

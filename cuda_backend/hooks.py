@@ -25,7 +25,7 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fingerprint import check_identity
 from mlx_kvret.core.machine import check_fits
-from mlx_kvret.core.request import NO_GATES, eviction, own_eviction
+from mlx_kvret.core.request import NO_GATES, own_eviction
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
@@ -33,6 +33,7 @@ from . import hosts
 from .attachment import Attachment, attachment
 from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, running
+from .fixed import current
 from .forward import unwrap, wrap
 from .gates import RetentionGates
 from .memory import free_bytes
@@ -80,7 +81,7 @@ def install(
         owner = owner | {"model": owner.get("model", "") + rope.mark}
     made = Attachment(layout, gates, owner, own, stock, rope, handles)
     vars(model)["_kvret"] = made
-    hosts.prepare(model, asked_cache)
+    hosts.prepare(model, _own_cache)
     return made
 
 
@@ -127,18 +128,11 @@ def check_cache(model: PreTrainedModel, cache: Any) -> None:
     check_identity(made.identity(model), cache.identity)
 
 
-def asked_cache(model: PreTrainedModel, options: dict[str, Any]) -> BoundedCache:
-    """An empty cache for an attached model, by the options of :func:`mlx_kvret.make_cache`, or as it was
-    attached for if there are none: what its ``generate`` uses where it is given no cache.
-
-    Raises:
-        ConfigError: options that cannot work.
-    """
+def _own_cache(model: PreTrainedModel) -> BoundedCache:
+    """What an attached model's ``generate`` uses where it is given no cache."""
     made = attachment(model)
     assert made is not None
-    if not options:
-        return new_cache(model, made, made.eviction)
-    return new_cache(model, made, eviction(made.layout.shape, gates=made.gate_config, **options))
+    return new_cache(model, made, made.eviction)
 
 
 def shape_of(model: PreTrainedModel) -> CacheShape:
@@ -213,7 +207,7 @@ def _begin(decoder: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any])
             "it, or pad on the left and give the tokenizer's mask"
         )
     ids = next(v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if v is not None)
-    if cache.shared is not None and not cache.fixed:
+    if cache.shared is not None:
         cache.shared.begin(ids.shape[0], ids.shape[1], mask)
         _place(decoder, cache.shared, args, kwargs)
 
@@ -240,6 +234,9 @@ def _observe(
 ) -> None:
     x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     hidden[layer] = x.shape[-1]
+    if (step := current()) is not None:
+        step.observe(layer, x)
+        return
     cache = _bounded(args, kwargs)
     entry = cache.layers[layer] if cache is not None else None
     if isinstance(entry, BoundedKVCache):
@@ -271,6 +268,8 @@ def _attention(
     attention_mask: Any,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if (step := current()) is not None and (own := step.owner_of(key)) is not None:
+        return own.attend(query, options).transpose(1, 2).contiguous(), None
     owner = BoundedKVCache.owner_of(key)
     if owner is None:
         # where the model's file has it, which need not be a module that was imported by name
@@ -294,6 +293,8 @@ def _attention(
 
 def _mask(stock: str, **how: Any) -> Any:
     """No mask for plain causal attention over a bounded cache, which knows its own padding."""
+    if current() is not None:
+        return None
     cache = running.get()
     if cache is not None and cache.shared is not None and how.get("mask_function") is causal_mask_function:
         return None

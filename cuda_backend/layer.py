@@ -89,10 +89,9 @@ class BoundedKVCache(CacheLayerMixin):
     @property
     def reading(self) -> Reading:
         """The pass under way."""
-        found = self.shared.static or self.shared.reading
-        if found is None:
+        if self.shared.reading is None:
             raise CacheError("no pass is under way in this cache; call the whole model with it")
-        return found
+        return self.shared.reading
 
     # -------------------------------------------------- what transformers asks, and what cannot work
 

@@ -46,6 +46,8 @@ class Reading:
         """A step of one token per row whose numbers are to be renewed; windows have room for it."""
         made = cls(arena, rows, 1, [1] * len(rows))
         made.places = made.places or Places(arena.pool, cls.numbers(rows), arena.device)
+        # a row's slab is free when nobody knows the row any more
+        made.rows, made.counts, made._ends, made._chunks = (), (), [], []
         return made
 
     @staticmethod

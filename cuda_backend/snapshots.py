@@ -36,7 +36,7 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         raise UnsupportedFeatureError(
             f"a cache of {len(shared.rows)} sequences has no common file format; save cache.row(i) for each"
         )
-    shared.settle()
+    cache.settle()
     (row,), shape, device = shared.rows, shared.shape, shared.arena.device
     pool, seen, tokens = row.slab, row.seen, row.length
     used = pool.owner < pool.heads

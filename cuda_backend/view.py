@@ -34,6 +34,12 @@ class Places:
             vars(self).pop(name, None)
         self._numbers.copy_(numbers, non_blocking=True)
 
+    def move_on(self) -> None:
+        """The numbers of the step after this one, as far as steps alone decide them."""
+        self._numbers[1:].add_(1)
+        self.most += 1
+        vars(self).pop("visible", None)
+
     @cached_property
     def visible(self) -> torch.Tensor:
         """Which of the ``most`` newest places of a window are in use, (R, 1, most)."""

@@ -21,7 +21,6 @@ from .api import (
 from .batching import generate_batch, stream_batch
 from .errors import KVRetError
 from .inspecting import inspect
-from .pipeline import pipeline
 from .reading import answer, read
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "load",
     "load_cache",
     "make_cache",
-    "pipeline",
     "read",
     "save_cache",
     "stream_batch",

@@ -1,0 +1,111 @@
+"""How a decoding step is recorded: in a CUDA graph, or by a stand-in for the CPU, which calls it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlx_kvret.errors import UnsupportedFeatureError
+
+from .kernels.dispatch import enabled
+
+Work = Callable[[], None]
+
+_ASKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
+_ASKS |= {"aten::_unique2", "aten::unique_dim", "aten::repeat_interleave"}
+
+
+class Recorder(Protocol):
+    """Records ``work`` once and repeats it on the same memory. What fails leaves nothing to repeat."""
+
+    def record(self, work: Work, prepare: Work) -> None:
+        """``prepare`` comes before each of the runs that this takes, and is not recorded."""
+
+    def repeat(self, work: Work) -> None: ...
+
+
+class Graph:
+    """A CUDA graph; graphs of one ``pool`` share what they need in between, and run one after the other."""
+
+    def __init__(self, pool: Any = None) -> None:
+        self._pool = pool
+        self._graph: Any = None
+
+    def record(self, work: Work, prepare: Work) -> None:
+        # first runs on another stream, for what libraries allocate once, and to see what no graph can repeat
+        stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            prepare()
+            work()
+            prepare()
+            with Watched():
+                work()
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may use the device meanwhile
+        how: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        with _restored(), torch.cuda.graph(graph, **how):
+            work()
+        self._graph = graph
+
+    def repeat(self, work: Work) -> None:
+        self._graph.replay()
+
+
+class Called:
+    """The stand-in for a graph where there is no GPU: the same fixed memory, and every repetition a call."""
+
+    def record(self, work: Work, prepare: Work) -> None:
+        prepare()
+        with Watched():
+            work()
+
+    def repeat(self, work: Work) -> None:
+        work()
+
+
+def recorder(device: torch.device) -> Callable[[], Recorder] | None:
+    """What makes recorders for a device, or None where steps are not worth recording."""
+    if not enabled(device):
+        return None
+    pool = torch.cuda.graph_pool_handle()
+    return lambda: Graph(pool)
+
+
+class Watched(TorchDispatchMode):
+    """Refuses work that waits for its device, which no graph can repeat.
+
+    Raises:
+        UnsupportedFeatureError: names the operation.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        masks = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        there = isinstance(args[0], torch.Tensor) if args else False
+        away = there and args[0].is_cuda and str(kwargs.get("device", "cuda")).startswith("cpu")
+        if name in _ASKS or masks or away:
+            raise UnsupportedFeatureError(f"the model waits for its device in every step ({name})")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """A capture that fails leaves neither its stream nor its random numbers behind."""
+    stream = torch.cuda.current_stream()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        random = torch.cuda.default_generators[stream.device_index]
+        # a copy that no capture has a hold on
+        random.graphsafe_set_state(random.clone_state())
+        raise
