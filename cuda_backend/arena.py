@@ -14,6 +14,7 @@ from mlx_kvret.core.eviction import heads_per_group
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.slabs import Hold, Slabs
 from mlx_kvret.core.state import State
+from mlx_kvret.errors import UnsupportedFeatureError
 
 from .gates import RetentionGates
 from .pool import Pool
@@ -62,6 +63,10 @@ class Arena:
         self.shape, self.config, self.owner, self.device = shape, config, owner, device
         self.gates, self.gate_layers = gates, tuple(gate_layers or range(shape.layers))
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
+        if config.kv_bits is not None:
+            raise UnsupportedFeatureError(
+                f"kv_bits={config.kv_bits!r} does not work with torch; drop it and lower the budget instead"
+            )
         # g: as many tokens' gate inputs wait
         self.defer = shape.deferred(config.budget, config.buffer)
         self.slabs = Slabs(1)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mlx_kvret.core.checkpoint import GateCheckpoint, check_base
 from mlx_kvret.core.fingerprint import fingerprint
-from mlx_kvret.core.request import check_eviction, eviction, own_eviction
+from mlx_kvret.core.request import check_eviction, own_eviction
 from mlx_kvret.core.tensors import tensors_id
 from mlx_kvret.core.types import Array
 from mlx_kvret.zoo import auto
@@ -86,12 +86,8 @@ def make_cache(
     model: PreTrainedModel, budget: int | str | None = None, buffer: int | None = None, **options: Any
 ) -> BoundedCache:
     """As :func:`mlx_kvret.make_cache`."""
-    attached = hooks.attachment(model)
-    if attached is None:
+    if hooks.attachment(model) is None:
         learned = options.get("policy", "learned") == "learned"
-        attached = hooks.attachment(attach(model, auto.AUTO if learned else None))
-    assert attached is not None
-    if budget is None and buffer is None and not options:
-        return hooks.new_cache(model, attached, attached.eviction)
-    config = eviction(attached.layout.shape, budget, buffer, gates=attached.gate_config, **options)
-    return hooks.new_cache(model, attached, config)
+        attach(model, auto.AUTO if learned else None)
+    sizes = {"budget": budget, "buffer": buffer}
+    return hooks.asked_cache(model, {n: size for n, size in sizes.items() if size is not None} | options)

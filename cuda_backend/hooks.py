@@ -25,7 +25,7 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fingerprint import check_identity
 from mlx_kvret.core.machine import check_fits
-from mlx_kvret.core.request import NO_GATES, own_eviction
+from mlx_kvret.core.request import NO_GATES, eviction, own_eviction
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
@@ -81,7 +81,7 @@ def install(
         owner = owner | {"model": owner.get("model", "") + rope.mark}
     made = Attachment(layout, gates, owner, own, stock, rope, handles)
     vars(model)["_kvret"] = made
-    hosts.prepare(model, _own_cache)
+    hosts.prepare(model, asked_cache)
     return made
 
 
@@ -128,11 +128,18 @@ def check_cache(model: PreTrainedModel, cache: Any) -> None:
     check_identity(made.identity(model), cache.identity)
 
 
-def _own_cache(model: PreTrainedModel) -> BoundedCache:
-    """What an attached model's ``generate`` uses where it is given no cache."""
+def asked_cache(model: PreTrainedModel, options: dict[str, Any]) -> BoundedCache:
+    """An empty cache for an attached model, by the options of :func:`mlx_kvret.make_cache`, or as it was
+    attached for if there are none: what its ``generate`` uses where it is given no cache.
+
+    Raises:
+        ConfigError: options that cannot work.
+    """
     made = attachment(model)
     assert made is not None
-    return new_cache(model, made, made.eviction)
+    if not options:
+        return new_cache(model, made, made.eviction)
+    return new_cache(model, made, eviction(made.layout.shape, gates=made.gate_config, **options))
 
 
 def shape_of(model: PreTrainedModel) -> CacheShape:

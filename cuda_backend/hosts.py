@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -14,6 +13,7 @@ from mlx_kvret.errors import UnsupportedFeatureError
 
 from . import loops
 from .cache import BoundedCache, cache_name
+from .loops import NewCache
 
 PREPARE = "_prepare_cache_for_generation"
 
@@ -29,8 +29,8 @@ def renamed(model: nn.Module, kwargs: dict[str, Any]) -> None:
             kwargs[name] = kwargs.pop(key)
 
 
-def prepare(model: PreTrainedModel, new_cache: Callable[[PreTrainedModel], BoundedCache]) -> None:
-    """Have ``model.generate`` use ``new_cache(model)`` where it is given no cache."""
+def prepare(model: PreTrainedModel, new_cache: NewCache) -> None:
+    """Have ``model.generate`` use ``new_cache(model, options)`` where it is given no cache."""
 
     def prepared(
         self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -42,12 +42,12 @@ def prepare(model: PreTrainedModel, new_cache: Callable[[PreTrainedModel], Bound
         made = model_kwargs.get(name)
         if given is None and made is not None:
             _check_own(generation_config, made)
-            given = model_kwargs[name] = new_cache(self)
+            given = model_kwargs[name] = new_cache(self, {})
         if isinstance(given, BoundedCache) and given.shared is not None:
             _check(generation_config)
 
     vars(model)[PREPARE] = MethodType(prepared, model)
-    loops.prepare(model)
+    loops.prepare(model, new_cache)
 
 
 def release(model: PreTrainedModel) -> None:

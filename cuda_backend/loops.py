@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mlx_kvret.errors import CacheError
+from mlx_kvret.errors import CacheError, ConfigError
 
 from .cache import BoundedCache, cache_argument
 
 GENERATE = "generate"
+# what options of a cache begin with there: kvret_budget=512
+PREFIX = "kvret_"
+# an empty cache by the options of mlx_kvret.make_cache, or as the model was attached for
+NewCache = Callable[[PreTrainedModel, dict[str, Any]], BoundedCache]
 
 
 def end_text(cache: BoundedCache, tokens: int) -> None:
@@ -30,10 +35,14 @@ def end_text(cache: BoundedCache, tokens: int) -> None:
         )
 
 
-def prepare(model: PreTrainedModel) -> None:
-    """Have ``model.generate`` read the last token too, which transformers leaves to the next call."""
+def prepare(model: PreTrainedModel, new_cache: NewCache) -> None:
+    """Have ``model.generate`` read the last token too, which transformers leaves to the next call, and take
+    the options of a cache: ``kvret_budget`` and the others of :func:`mlx_kvret.make_cache`."""
 
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        asked = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
+        if asked:
+            _give(self, kwargs, asked, new_cache)
         cache = next((v for v in kwargs.values() if isinstance(v, BoundedCache)), None)
         inputs = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         ids = next((value for value in inputs if value is not None), None)
@@ -51,6 +60,16 @@ def prepare(model: PreTrainedModel) -> None:
         return out
 
     vars(model)[GENERATE] = MethodType(generate, model)
+
+
+def _give(model: PreTrainedModel, kwargs: dict[str, Any], asked: dict[str, Any], new_cache: NewCache) -> None:
+    """Put a cache among the arguments of ``generate``, as its options there say."""
+    if (given := next((name for name in ("cache", "past_key_values") if kwargs.get(name)), None)) is not None:
+        raise ConfigError(
+            f"{next(iter(asked))} has no effect beside {given}, which was made before; drop one"
+        )
+    options = {name.removeprefix(PREFIX): value for name, value in asked.items()}
+    kwargs |= cache_argument(model, new_cache(model, options))
 
 
 def release(model: nn.Module) -> None:

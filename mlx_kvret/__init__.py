@@ -21,6 +21,7 @@ from .api import (
 from .batching import generate_batch, stream_batch
 from .errors import KVRetError
 from .inspecting import inspect
+from .pipeline import pipeline
 from .reading import answer, read
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "load_cache",
     "make_cache",
+    "pipeline",
     "read",
     "save_cache",
     "stream_batch",

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_kvret.core.files import whole_file
 from mlx_kvret.evaluation import Cell, entries, gains
+from mlx_kvret.evaluation.plot import plot
 from mlx_kvret.evaluation.report import Entry
 from mlx_kvret.evaluation.runner import FULL
 
@@ -41,6 +42,8 @@ def write_page(cells: Sequence[Cell], out: Path) -> None:
         "plays of Shakespeare, as many pieces of each), ± standard error, paired over pieces (and seeds of",
         "gates). Texts are read in chunks of half a budget; the buffer is an eighth of it. Below 0 is better",
         "than the full cache. All policies protect four sinks, the heuristics a recent window as well.",
+        "",
+        f"![Nats above the full cache against the budget]({out.with_suffix('.png').name})",
     ]
     for length in lengths:
         own = [entry for entry in found if entry.length == length]
@@ -50,6 +53,8 @@ def write_page(cells: Sequence[Cell], out: Path) -> None:
     with whole_file(out, parents=True) as scratch:
         scratch.chmod(0o644)
         scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = {method: name.strip("*") for method, name in METHODS.items()} | {"full": "full cache"}
+    plot([e for e in found if e.length == lengths[0]], out.with_suffix(".png"), names)
 
 
 def _budgets(found: Sequence[Entry]) -> list[str]:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "inspect": "Draw what is kept of a text, as a page for a browser.",
     "train": "Train retention gates for a model.",
     "eval": "Compare eviction policies on generated tasks.",
+    "lm-eval": "Standard tasks by lm-evaluation-harness, with our model in it.",
     "convert": "Convert gates from one form to another.",
     "get": "Fetch a real model to try, or released gates.",
     "plan": "Which budget, and how many conversations, fit into a memory.",
@@ -41,7 +42,7 @@ class _Commands(click.Group):
         if name not in _COMMANDS:
             return None
         with leaving_at_once():
-            module = importlib.import_module(f"{__name__}.{name}")
+            module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -11,14 +11,13 @@ from click.core import ParameterSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PRECISION = "keys and values are kept in the precision the model computes in; --budget says how many"
+_BITS = "entries are stored in few bits once, when they are kept; --kv-bits says in how many"
 # flags of mlx_lm.generate and mlx_lm.chat that both commands refuse, and why
 REFUSED = {
     "--max-kv-size": "give --budget, tokens per KV head or memory (256MB); --policy recent keeps what "
     "mlx-lm's rotating cache does",
-    "--kv-bits": _PRECISION,
-    "--kv-group-size": _PRECISION,
-    "--quantized-kv-start": _PRECISION,
+    "--kv-group-size": _BITS,
+    "--quantized-kv-start": _BITS,
     "--prompt-cache-file": "give --cache, a file of `mlx-kvret read` or of /save in a chat; mlx-lm's own "
     "files are read from Python, by its load_prompt_cache for an attached model",
     "--image": "models read text only here",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 from click.core import ParameterSource
 
+from ..core.bits import CHOICES
 from ..core.config import Policy, Scope
 from ..core.options import short, whole
 from ..core.request import EVICTION, check_eviction, check_max_tokens
@@ -43,6 +44,9 @@ def eviction_options(function: F) -> F:
     """
     for option in (
         click.option("--policy-seed", type=int, help="Of the random policy."),
+        click.option("--kv-bits", type=click.Choice(CHOICES),
+                     help="Bits of kept keys and values; k8v4: keys in 8, values in 4.  [default: 16, which "
+                     "is the model's own float type]"),
         click.option("--threshold", type=float,
                      help="Drop entries of less predicted use than this even within the budget; try 1e-6. "
                      "0: none, whatever the gates' own default is."),
@@ -52,6 +56,8 @@ def eviction_options(function: F) -> F:
         click.option("--sinks", type=int, help="First positions, never evicted.  [default: the gates' own]"),
         click.option("--min-per-head", type=int,
                      help="Entries that every head keeps first.  [default: the gates' own]"),
+        click.option("--picture-share", type=float,
+                     help="Part of the budget that is the pictures', with --scope modality.  [default: 0.5]"),
         click.option("--scope", type=click.Choice(get_args(Scope)),
                      help="Who competes.  [default: the gates' own, else global]"),
         click.option("--policy", type=click.Choice(get_args(Policy)), default="learned", show_default=True,
@@ -71,7 +77,7 @@ def eviction(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: options that cannot work, told before a model is loaded.
     """
-    found = {name: options.pop(name) for name in EVICTION}
+    found = {name: options.pop(name) for name in EVICTION if name in options}
     given = {name: value for name, value in found.items() if value is not None}
     given |= {"threshold": None} if given.get("threshold") == 0 else {}
     check_eviction(given)

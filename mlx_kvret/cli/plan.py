@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..core.bits import CHOICES, parse_bits, said_bits
 from ..core.plan import Plan, Row, parse_memory, parse_tokens, plan, size
 from ..errors import CheckpointError
 from .ending import leaving_at_once, one_line
@@ -19,8 +20,16 @@ from .screen import note
 @click.option("--context", help="Tokens of a conversation: 32768, 128k.  [default: the model's longest]")
 @click.option("--conversations", type=int, default=1, show_default=True, help="How many side by side.")
 @click.option("--gates", default="auto", show_default=True, help="Folder or hub id of the retention gates.")
+@click.option(
+    "--kv-bits",
+    type=click.Choice(CHOICES),
+    default="16",
+    help="Bits of kept keys and values.  [default: 16, which is the model's own float type]",
+)
 @leaving_at_once()
-def command(model: str, memory: str, context: str | None, conversations: int, gates: str) -> None:
+def command(
+    model: str, memory: str, context: str | None, conversations: int, gates: str, kv_bits: str
+) -> None:
     """Which budget, and how many conversations, fit into a memory.
 
     MODEL is a folder, a hub id, or a name: demo, smollm2. No weights are read: the sizes of their files and
@@ -36,17 +45,18 @@ def command(model: str, memory: str, context: str | None, conversations: int, ga
     from ..core.options import whole
     from ..hub import resolve
 
-    given = parse_memory(memory)
+    given, bits = parse_memory(memory), parse_bits(kv_bits)
     asked = None if context is None else parse_tokens(context)
     whole("--conversations", conversations, 1)
     folder = resolve(model)
     config, shape = any_backend().cache_shape(folder)
     tokens, weights = asked or longest(config), weight_bytes(folder)
     smallest, label = sound_from(folder, config, model, gates)
-    found = plan(shape, given, weights, tokens, conversations, smallest=smallest)
+    found = plan(shape, given, weights, tokens, conversations, smallest=smallest, kv_bits=bits)
     note(
         f"{one_line(model)}: {size(weights)} of weights, {size(found.room)} of {size(given)} left for "
-        f"conversations of {tokens:,} tokens; K and V take {shape.itemsize * 8} bits per number."
+        f"conversations of {tokens:,} tokens; K and V take {shape.itemsize * 8} bits per number"
+        f"{'' if bits is None else f', once kept {said_bits(bits)}'}."
     )
     click.echo(f"\n  {'tokens kept':<16}{'per conversation':>17}{'fit':>8}")
     for row in (found.full, *found.bounded):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from ..errors import ConfigError
+from .bits import KVBits, packings
 from .options import short
 
 # per kept entry: log β, position, owner and slot list, 4 bytes each
@@ -34,19 +35,29 @@ class CacheShape:
         """Keys and values of one token in one KV head."""
         return (self.key_dim + self.value_dim) * self.itemsize
 
-    def deferred(self, budget: int, buffer: int) -> int:
+    def kept_bytes(self, kv_bits: KVBits) -> int:
+        """Keys and values of one kept entry: the same, or as packed words.
+
+        Raises:
+            UnsupportedFeatureError: bits that these heads cannot have.
+        """
+        packed = packings(kv_bits, self.key_dim, self.value_dim)
+        return self.entry_bytes if packed is None else 4 * sum(one.words(self.itemsize) for one in packed)
+
+    def deferred(self, budget: int, buffer: int, kv_bits: KVBits = None) -> int:
         """g: how many tokens' gate inputs may wait, so that they stay within 4 % of the cache.
 
         Reading the gates once per g tokens makes their traffic vanish; the waiting inputs cost
         g·hidden·L·itemsize, more than K and V themselves where heads are few.
         """
-        room = 0.04 * (budget + buffer) * self.kv_heads * self.entry_bytes
+        cached = budget * self.kept_bytes(kv_bits) + buffer * self.entry_bytes
+        room = 0.04 * cached * self.kv_heads
         return max(1, min(32, buffer, int(room // (self.hidden_size * self.itemsize))))
 
-    def nbytes(self, budget: int, buffer: int) -> int:
+    def nbytes(self, budget: int, buffer: int, kv_bits: KVBits = None) -> int:
         """Most bytes a cache of M = ``budget`` and B = ``buffer`` takes once prefill is over."""
-        waiting = self.deferred(budget, buffer) * self.hidden_size * self.itemsize * self.layers
-        kept = budget * self.heads * (self.entry_bytes + BOOKKEEPING)
+        waiting = self.deferred(budget, buffer, kv_bits) * self.hidden_size * self.itemsize * self.layers
+        kept = budget * self.heads * (self.kept_bytes(kv_bits) + BOOKKEEPING)
         return kept + buffer * self.heads * (self.entry_bytes + 4) + waiting
 
     def full_nbytes(self, tokens: int) -> int:
@@ -76,7 +87,7 @@ def parse_budget(text: str | int) -> tuple[int | None, int | None]:
     return (None, amount) if unit else (amount, None)
 
 
-def tokens_within(size: int, shape: CacheShape, buffer: int | None) -> int:
+def tokens_within(size: int, shape: CacheShape, buffer: int | None, kv_bits: KVBits = None) -> int:
     """The largest M whose cache (with its buffer, by default M/8) takes at most ``size`` bytes.
 
     Raises:
@@ -84,7 +95,7 @@ def tokens_within(size: int, shape: CacheShape, buffer: int | None) -> int:
     """
 
     def cost(budget: int) -> int:
-        return shape.nbytes(budget, max(1, budget // 8) if buffer is None else buffer)
+        return shape.nbytes(budget, max(1, budget // 8) if buffer is None else buffer, kv_bits)
 
     if cost(1) > size:
         raise ConfigError(

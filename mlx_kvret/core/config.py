@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
+from .bits import KVBits, parse_bits
 from .options import number, of_type, whole
 
 Kind = Literal["rg", "rg10"]
@@ -163,6 +164,8 @@ class EvictionConfig:
         policy_seed: of the ``random`` policy, 32 bits.
         picture_share: part of the budget that is the pictures', 0 to 1, with the scope ``"modality"`` only;
             what either modality has too few entries to fill is the other's.
+        kv_bits: kept keys and values in 8 bits, 4, or ``"k8v4"``; None for the model's float type, in which
+            the newest tokens are in any case.
     """
 
     budget: int = DEFAULT_BUDGET
@@ -176,8 +179,10 @@ class EvictionConfig:
     threshold: float | None = None
     policy_seed: int = 0
     picture_share: float | None = None
+    kv_bits: KVBits = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_bits", parse_bits(self.kv_bits))
         whole("budget", self.budget, 1, MOST_TOKENS)
         for name in ("buffer", "min_per_head", "sinks", "window"):
             whole(name, getattr(self, name), 0, MOST_TOKENS)
@@ -197,6 +202,11 @@ class EvictionConfig:
         if self.policy != "learned" and (self.lookahead != 1 or self.threshold is not None):
             raise ConfigError(
                 f"lookahead and threshold act on learned scores, the policy is {self.policy!r}; drop them"
+            )
+        if self.kv_bits is not None and self.policy == "full":
+            raise ConfigError(
+                f"kv_bits={self.kv_bits!r} has no effect with the policy 'full', whose cache is the model's "
+                "own; drop it, or choose a policy that bounds the cache"
             )
         if self.policy_seed and self.policy != "random":
             raise ConfigError(_needless_seed(self.policy_seed, self.policy))
@@ -252,13 +262,15 @@ class EvictionConfig:
             buffer = max(1, budget // 8)
         if picture_share is None and scope == "modality":
             picture_share = 0.5
-        own = {"sinks": sinks, "window": window, "policy_seed": policy_seed or 0}
+        own: dict[str, Any] = {"sinks": sinks, "window": window, "policy_seed": policy_seed or 0}
         return cls(budget, buffer, scope, policy, picture_share=picture_share, **own, **options)
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         if self.picture_share is None:
             del data["picture_share"]  # releases before this field read files of text
+        if self.kv_bits is None:
+            del data["kv_bits"]  # releases before this field read caches that do without it
         return data
 
     @classmethod

@@ -28,11 +28,12 @@ def check_fits(shape: CacheShape, config: EvictionConfig, free: int | None) -> N
     """
     if free is None or config.policy == "full":
         return
-    needed = shape.nbytes(config.budget, config.buffer)
+    needed = shape.nbytes(config.budget, config.buffer, config.kv_bits)
     if needed <= free:
         return
     try:
-        advice = f"at most a budget of {tokens_within(free, shape, None):,} fits, with a buffer of an eighth"
+        most = tokens_within(free, shape, None, config.kv_bits)
+        advice = f"at most a budget of {most:,} fits, with a buffer of an eighth"
     except ConfigError:
         advice = "no budget fits"
     raise ConfigError(

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from .bits import KVBits
 from .budget import CacheShape, parse_budget, tokens_within
 from .config import MOST_TOKENS
 from .options import short, whole
@@ -52,6 +53,7 @@ def plan(
     conversations: int = 1,
     chunk: int = 2048,
     smallest: int | None = None,
+    kv_bits: KVBits = None,
 ) -> Plan:
     """What fits into a memory.
 
@@ -64,14 +66,16 @@ def plan(
         chunk: tokens read in one forward pass; one conversation reads at a time, and holds them beside its
             budget until the pass is over.
         smallest: the smallest budget at which the gates were found sound.
+        kv_bits: of kept keys and values, as of :class:`~.config.EvictionConfig`; a full cache has none.
 
     Raises:
         ConfigError: the weights do not fit, with the memory that is needed.
+        UnsupportedFeatureError: bits that the model's heads cannot have.
     """
     whole("context", context, 1, MOST_TOKENS)
     whole("conversations", conversations, 1, MOST_TOKENS)
     taken = weights + shape.full_nbytes(min(chunk, context))
-    if taken + shape.nbytes(1, 1) > memory:
+    if taken + shape.nbytes(1, 1, kv_bits) > memory:
         raise ConfigError(
             f"the weights take {size(weights)}, and {size(taken - weights)} go to the text that is being "
             f"read, of {size(memory)} of memory; nothing is left for a cache: take a smaller model or one in "
@@ -81,7 +85,7 @@ def plan(
 
     def row(budget: int | None) -> Row:
         buffer = 0 if budget is None else max(1, budget // 8)
-        nbytes = shape.full_nbytes(context) if budget is None else shape.nbytes(budget, buffer)
+        nbytes = shape.full_nbytes(context) if budget is None else shape.nbytes(budget, buffer, kv_bits)
         sound = None if smallest is None or budget is None else budget >= smallest
         return Row(budget, nbytes, room // nbytes, sound)
 
@@ -92,8 +96,8 @@ def plan(
     bounded = tuple(row(budget) for budget in sorted(budgets) if budget <= most)
     largest = None
     share = room // conversations
-    if full.conversations < conversations and shape.nbytes(1, 1) <= share:
-        largest = row(min(tokens_within(share, shape, None), most))
+    if full.conversations < conversations and shape.nbytes(1, 1, kv_bits) <= share:
+        largest = row(min(tokens_within(share, shape, None, kv_bits), most))
     return Plan(room, context, conversations, full, bounded, largest)
 
 

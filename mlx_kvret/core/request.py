@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ..errors import ConfigError
 from .advice import advised
+from .bits import packings, parse_bits
 from .budget import CacheShape, parse_budget, tokens_within
 from .config import DEFAULT_BUDGET, MOST_TOKENS, EvictionConfig, GateConfig
 from .options import all_callable, check_known, short, whole
@@ -44,14 +45,20 @@ def eviction(
     """The eviction configuration that a user's options mean for a cache of this shape.
 
     The defaults of the ``gates`` in use (:func:`.advice.advised`) hold where nothing was said.
+
+    Raises:
+        ConfigError: options that cannot work.
+        UnsupportedFeatureError: bits that the heads of this shape cannot have.
     """
     check_known(options, EVICTION, "a cache")
+    bits = parse_bits(options.get("kv_bits"))
+    packings(bits, shape.key_dim, shape.value_dim)
     tokens, size = parse_budget(DEFAULT_BUDGET if budget is None else budget)
     if tokens is None:
         assert size is not None
         if buffer is not None:
             whole("buffer", buffer, 0)
-        tokens = min(tokens_within(size, shape, buffer), MOST_TOKENS)
+        tokens = min(tokens_within(size, shape, buffer, bits), MOST_TOKENS)
     return EvictionConfig.create(tokens, buffer, **advised(options, gates, tokens))
 
 

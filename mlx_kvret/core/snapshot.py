@@ -15,10 +15,15 @@ entries stand side by side: how a backend lays out its memory is its own affair.
 ``extra.{i}.{name}``  any      state of the model's i-th layer where it does not compete (sliding window …)
 ====================  =======  ==========================================================================
 
+With ``kv_bits`` only the entries of the newest ``window`` tokens, which every head holds, have their keys and
+values there. The other P are in two tensors more, in the same order: ``packed_keys`` and ``packed_values``
+(P, words) U32, rows of words as of :mod:`~.bits`, with scales in the type of ``keys``.
+
 The header's ``__metadata__`` holds texts: ``format`` and ``version``; ``model``, the base model's
 fingerprint; ``gates``, a name for their content (:func:`~.tensors.tensors_id`) or nothing; ``seen``, the
-number of tokens; ``eviction``, an :class:`EvictionConfig` as JSON; ``notes``, a JSON object of texts (chat
-messages, say); ``checksum``, over all of it (:func:`~.tensors.checksum`).
+number of tokens; ``eviction``, an :class:`EvictionConfig` as JSON; ``packing``, where entries are packed, a
+JSON object of ``window`` and of ``keys`` and ``values`` with ``bits`` and ``group`` each; ``notes``, a JSON
+object of texts (chat messages, say); ``checksum``, over all of it (:func:`~.tensors.checksum`).
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +43,7 @@ from .config import EvictionConfig
 from .eviction import heads_per_group
 from .files import whole_file
 from .fingerprint import differences
+from .packed import NAMES, Packed, read_packed
 from .pictures import Pictures, from_array, next_position, to_array
 from .reading import SURROGATE, parse_json
 from .tensors import FLOATS, Tensor, read_file, write_tensors
@@ -63,7 +69,8 @@ class Snapshot:
 
     ``pictures`` stand among the tokens seen, first to last; :attr:`next_position` follows from them.
     ``extras`` maps a layer's index in the model to its tensors by name; what they mean is up to the backends.
-    A snapshot is taken between forward passes, when no compaction is due any more.
+    Where kept entries are ``packed``, ``keys`` and ``values`` are those of the recent window only. A snapshot
+    is taken between forward passes, when no compaction is due any more.
 
     Raises:
         CheckpointError: the parts contradict each other.
@@ -81,6 +88,7 @@ class Snapshot:
     extras: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     pictures: Pictures = ()
+    packed: Packed | None = None
 
     def __post_init__(self) -> None:
         from_array(to_array(self.pictures), self.seen)
@@ -99,10 +107,11 @@ class Snapshot:
         shape, entries = self.counts.shape, int(self.counts.sum(dtype=np.int64))
         _require(len(shape) == 2 and self.counts.size > 0, f"counts has shape {shape}, expected (L, H)")
         _require(self.counts.min() >= 0, f"a head has {self.counts.min()} entries, expected none or more")
+        recent = entries if self.packed is None else self.counts.size * self.packed.newest
         for name, dimensions in (("position", 1), ("retention", 1), ("keys", 2), ("values", 2)):
-            shape = getattr(self, name).shape
-            fits = len(shape) == dimensions and shape[0] == entries
-            _require(fits, f"{name} has shape {shape}, the counts add up to {entries}")
+            shape, expected = getattr(self, name).shape, entries if dimensions == 1 else recent
+            fits = len(shape) == dimensions and shape[0] == expected
+            _require(fits, f"{name} has shape {shape}, the counts add up to {expected}")
         extras = {
             f"{name} of layer {layer}": tensor
             for layer, state in self.extras.items()
@@ -113,6 +122,11 @@ class Snapshot:
         for name, tensor in {"keys": self.keys, "values": self.values, **extras}.items():
             _require(tensor.finite, f"{name} holds NaN or infinity")
         _require(np.isfinite(self.retention).all(), "retention holds NaN or infinity")
+        bits = self.eviction.kv_bits
+        _require((bits is None) == (self.packed is None), f"kv_bits is {bits}, its entries are not")
+        if self.packed is not None:
+            _require(self.keys.dtype == self.values.dtype, "keys and values are of two types")
+            self.packed.check(entries - recent, self.keys.dtype)
 
     def _check_entries(self) -> None:
         _require(0 <= self.seen < 2**31, f"seen is {self.seen}, expected 0 to 2^31 - 1 tokens")
@@ -120,6 +134,10 @@ class Snapshot:
         _require(inside.all(), f"there are positions outside of the {self.seen} tokens seen")
         place = self.head.astype(np.int64) * 2**32 + self.position
         _require((np.diff(place) > 0).all(), "the positions of a head do not rise")
+        if self.packed is not None:
+            newest, limit = self.packed.newest, max(1, self.eviction.buffer)
+            _require(newest <= limit, f"its window has {newest} tokens, its buffer {limit}")
+            _require(self._newest(newest) == newest, "not every head holds the whole window")
         if self.eviction.policy == "learned":
             _require(not (self.retention > 0).any(), "log β is above 0 for some entries")
             _require(self.gates != "", "the policy is 'learned' and its gates are not named")
@@ -141,6 +159,9 @@ class Snapshot:
 
     def recent(self, limit: int) -> int:
         """How many of the newest tokens every head holds, up to ``limit``: they are its recent window."""
+        return self._newest(limit) if self.packed is None else self.packed.newest
+
+    def _newest(self, limit: int) -> int:
         # no head holds more than it has entries, however large a buffer the file tells of
         limit = min(limit, int(self.counts.min()))
         age = self.seen - 1 - self.position
@@ -159,6 +180,7 @@ class Snapshot:
                     self,
                     keys=self.keys.cast(dtype),
                     values=self.values.cast(dtype),
+                    packed=self.packed and self.packed.cast(self.keys.dtype, dtype),
                     extras={
                         at: {name: tensor.cast(dtype) for name, tensor in own.items()}
                         for at, own in self.extras.items()
@@ -179,8 +201,8 @@ class Snapshot:
         wrong = differences(model, self.model)
         if self.eviction.policy == "learned" and gates != self.gates:
             wrong.append(f"the gates are {gates or 'missing'}, expected {self.gates}")
-        for name, expected in self.eviction.to_dict().items():
-            if (found := getattr(eviction, name)) != expected:
+        for name in (part.name for part in fields(EvictionConfig)):
+            if (found := getattr(eviction, name)) != (expected := getattr(self.eviction, name)):
                 wrong.append(f"{name} is {found}, expected {expected}")
         if wrong:
             raise ModelMismatchError(
@@ -264,6 +286,8 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
     }
     if snapshot.pictures:
         tensors["pictures"] = Tensor.of(to_array(snapshot.pictures), "I32")
+    if snapshot.packed is not None:
+        tensors |= snapshot.packed.tensors
     for layer, state in snapshot.extras.items():
         tensors |= {f"extra.{layer}.{name}": tensor for name, tensor in state.items()}
     metadata = {
@@ -275,6 +299,8 @@ def write_snapshot(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
         "eviction": json.dumps(snapshot.eviction.to_dict()),
         "notes": json.dumps(snapshot.notes),
     }
+    if snapshot.packed is not None:
+        metadata["packing"] = snapshot.packed.header
     # a cache holds what people said
     with whole_file(path, private=True) as scratch:
         write_tensors(scratch, tensors, metadata)
@@ -307,17 +333,19 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
 
 def _assemble(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Snapshot:
     extras: dict[int, dict[str, Tensor]] = {}
-    for name in tensors.keys() - _ARRAYS:
+    for name in tensors.keys() - _ARRAYS - set(NAMES):
         kind, layer, own_name = (*name.split(".", 2), "", "")[:3]
         known = kind == "extra" and _NUMBER.fullmatch(layer) and own_name
         _require(known, f"there is an unknown tensor {name}")
         extras.setdefault(int(layer), {})[own_name] = tensors[name]
     seen = metadata["seen"]
     _require(_NUMBER.fullmatch(seen), f"seen is {seen!r}, expected a number of tokens")
+    eviction = EvictionConfig.from_dict(_object(metadata["eviction"]))
+    key_dim, value_dim = ((0, *tensors[name].shape)[-1] for name in ("keys", "values"))
     return Snapshot(
         model=metadata["model"],
         gates=metadata["gates"],
-        eviction=EvictionConfig.from_dict(_object(metadata["eviction"])),
+        eviction=eviction,
         seen=int(seen),
         counts=tensors["counts"].bits,
         position=tensors["position"].bits,
@@ -327,6 +355,7 @@ def _assemble(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Snapshot:
         extras=extras,
         notes=_object(metadata["notes"]),
         pictures=from_array(tensors["pictures"].bits, int(seen)) if "pictures" in tensors else (),
+        packed=read_packed(tensors, metadata.get("packing"), eviction.kv_bits, (key_dim, value_dim)),
     )
 
 

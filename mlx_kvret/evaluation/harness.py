@@ -1,6 +1,7 @@
 """Standard tasks by EleutherAI's lm-evaluation-harness (extra ``harness``) with a bounded cache.
 
-``lm_eval.simple_evaluate(BoundedLM("org/model", gates="org/gates", budget=1024), tasks=["gsm8k"])``
+``lm_eval.simple_evaluate(BoundedLM("org/model", gates="org/gates", budget=1024), tasks=["gsm8k"])``, or
+after :func:`register` the same with ``"kvret", "pretrained=org/model,gates=org/gates,budget=1024"``.
 """
 
 from __future__ import annotations
@@ -8,14 +9,27 @@ from __future__ import annotations
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import model_registry, register_model
 from tqdm import tqdm
 
+from ..core.options import whole
 from ..errors import ConfigError
 from .engine import PublicEngine
 from .likelihood import log_likelihoods
 from .methods import Method, parse_method
 
+NAME = "kvret"
 _MAX_TOKENS = 256
+# what the harness asks for unless told otherwise
+_USUAL_DEVICE = "cuda:0"
+
+
+def register() -> None:
+    """Have the harness know :class:`BoundedLM` as its model ``kvret``."""
+    import lm_eval.models  # noqa: F401  its own models come first, or not at all
+
+    if NAME not in model_registry:
+        register_model(NAME)(BoundedLM)
 
 
 class BoundedLM(TemplateLM):
@@ -24,32 +38,46 @@ class BoundedLM(TemplateLM):
     Prompts are never cut off on the left: that they may be long is what the cache is for.
 
     Args:
-        model: folder, hub id, or a name known here (``"demo"``).
-        gates: as of :func:`mlx_kvret.load`.
+        pretrained: folder, hub id, or a name known here (``"demo"``).
+        gates: as of :func:`mlx_kvret.load`; "none" for none.
         budget: M, tokens per KV head.
         method: as of ``mlx-kvret eval``: ``learned``, ``learned:threshold=1e-6``, ``recent``, ``full``, …
         backend, chunk, buffer: as of ``mlx-kvret eval``; prompts are read in chunks of half the budget.
+        device: of torch; "cuda:0", which the harness itself says by default, is a wish.
+        batch_size, max_batch_size: requests are read one by one, so only 1.
 
     Raises:
-        ConfigError: a method that looks at attention or answers.
+        ConfigError: a method that looks at attention or answers, or an option without effect.
     """
 
     def __init__(
         self,
-        model: str,
+        pretrained: str,
         gates: str | None = "auto",
         budget: int = 1024,
         method: str = "learned",
         backend: str = "auto",
         chunk: int | None = None,
         buffer: int | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        from ..api import load
+        from ..api import choose_backend, load
 
-        network, tokenizer = load(model, gates, backend=backend)  # type: ignore[arg-type]
+        if str(batch_size) != "1" or max_batch_size not in (None, 1):
+            raise ConfigError("batch sizes have no effect: requests are read one by one; drop them")
+        whole("budget", budget, 1)
+        chosen = choose_backend(backend)
+        network, tokenizer = load(
+            pretrained,
+            None if gates in (None, "none") else gates,
+            backend=chosen,  # type: ignore[arg-type]
+            **_device(chosen, device),
+        )
         if tokenizer is None:
-            raise ConfigError(f"{model} has no tokenizer; standard tasks are texts, copy its files too")
+            raise ConfigError(f"{pretrained} has no tokenizer; standard tasks are texts, copy its files too")
         self.engine = PublicEngine(network, tokenizer, chunk, buffer)
         self.method: Method = parse_method(method)
         self.budget, self.tokenizer = budget, tokenizer
@@ -131,3 +159,12 @@ class BoundedLM(TemplateLM):
 
     def _new_cache(self) -> Any:
         return self.engine.new_cache(self.method, self.budget)
+
+
+def _device(backend: str, device: str | None) -> dict[str, Any]:
+    """The option of :func:`mlx_kvret.load`."""
+    if device is None or (device == _USUAL_DEVICE and backend != "cuda"):
+        return {}
+    if backend == "mlx":
+        raise ConfigError(f"device {device} has no effect on MLX; drop it, or give backend=torch")
+    return {"device": device}

@@ -16,7 +16,7 @@ from ..core.eviction import heads_per_group
 from ..core.passes import Passes
 from ..core.slabs import Slabs
 from ..core.state import State
-from ..errors import CacheError
+from ..errors import CacheError, UnsupportedFeatureError
 from .observed import Observed, Piece, scored
 from .pool import Pool
 from .recent import Recent
@@ -57,6 +57,10 @@ class Arena:
         self.shape, self.config, self.owner = shape, config, owner
         self.gates, self.gate_layers = gates, gate_layers
         self.identity = ""
+        if config.kv_bits is not None:
+            raise UnsupportedFeatureError(
+                f"kv_bits={config.kv_bits!r} does not work with MLX; drop it and lower the budget instead"
+            )
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
         self.pool = Pool(shape.heads // self.size, self.size, slabs)
         self.recent = Recent(shape.layers, max(1, config.buffer), slabs)

@@ -26,7 +26,7 @@ from .cache import BoundedCache
 from .loops import Text
 from .sampling import behind, processors_of, sampler_of
 
-CACHE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
+CACHE_OPTIONS = ("kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
 # what mlx-lm calls the table that turns token ids into vectors
 EMBEDDINGS = {
     "embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embedding", "token_embeddings",

@@ -300,6 +300,6 @@ def test_an_adapter_that_is_damaged_or_of_another_model(adapter, tmp_path, case)
 
 def test_options_that_only_mlx_lm_s_own_caches_take(loaded, backend):
     error = UnsupportedFeatureError if backend == "mlx" else ConfigError
-    for name in ("kv_bits", "max_kv_size", "prompt_cache"):
+    for name in ("kv_group_size", "max_kv_size", "prompt_cache"):
         with pytest.raises(error, match=name):
             mlx_kvret.generate(*loaded, IDS, **{name: 4})

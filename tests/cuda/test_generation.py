@@ -86,7 +86,7 @@ def test_samplers_and_processors_decide() -> None:
         ({"prompt": "words"}, "no tokenizer"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"prefill_step_size": 0}, "prefill_step_size"),
-        ({"kv_bits": 4}, "kv_bits"),
+        ({"kv_bits": 5}, "kv_bits"),
         ({"budget": "1B"}, "too small"),
         ({"budget": 4, "sinks": 9}, "sinks"),
         ({"cache": "made", "budget": 4}, "budget"),

@@ -121,3 +121,27 @@ def test_attaching_without_gates_and_options_and_with_wrong_ones() -> None:
     mlx_kvret.detach(model)
     stock = tiny_model("llama").generate(IDS, **GREEDY)
     assert torch.equal(model.generate(IDS, **GREEDY), stock)
+
+
+@pytest.mark.parametrize("own", [{}, SMALL])
+def test_generate_takes_the_options_of_a_cache(own: Any) -> None:
+    model = mlx_kvret.attach(tiny_model("qwen3"), None, **own)
+    given = {"policy": "knorm", "budget": 6, "buffer": 2}
+    cache = mlx_kvret.make_cache(model, **given)
+    expected = model.generate(IDS, prefill_chunk_size=8, **{cache_name(model): cache}, **GREEDY)
+    asked: Any = {f"kvret_{name}": value for name, value in given.items()}
+    told = model.generate(IDS, prefill_chunk_size=8, return_dict_in_generate=True, **asked, **GREEDY)
+    assert torch.equal(told.sequences, expected)
+    held = told.past_key_values
+    assert str(held.kept_positions()) == str(cache.kept_positions()) and held.seen == cache.seen
+    rows = model.generate(torch.cat([IDS, IDS]), prefill_chunk_size=8, **asked, **GREEDY)
+    assert torch.equal(rows, torch.cat([expected, expected]))
+    with pytest.raises(ConfigError, match="kvret_budget has no effect beside"):
+        model.generate(IDS, kvret_budget=5, **{cache_name(model): held}, **GREEDY)
+    with pytest.raises(ConfigError, match="did you mean budget"):
+        model.generate(IDS, kvret_bugdet=5, **GREEDY)
+    with pytest.raises(ConfigError, match="no retention gates"):
+        model.generate(IDS, kvret_policy="learned", **GREEDY)
+    mlx_kvret.detach(model)
+    with pytest.raises(ValueError, match="kvret_budget"):
+        model.generate(IDS, kvret_budget=5, **GREEDY)

@@ -96,3 +96,45 @@ def test_refused(backend):
     lm = BoundedLM("demo", backend=backend)
     with pytest.raises(ConfigError, match="sampling"):
         lm.generate_until(requests("generate_until", ("recall Ada", {"do_sample": True})), disable_tqdm=True)
+
+
+def task_file(folder):
+    """A task of the harness's in a file, with data beside it."""
+    told = story(256, 8, seed=np.random.default_rng(2))
+    rows = [{"text": told.text, "name": name, "value": value} for name, value in list(told.facts.items())[:3]]
+    (folder / "facts.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "facts.yaml").write_text(f"""\
+task: facts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/facts.json}}, cache_dir: {folder}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}} recall {{{{name}}}}"
+doc_to_target: "{{{{value}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 3}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+
+
+def test_the_harness_knows_us_by_name(tmp_path, backend, monkeypatch, capsys):
+    from mlx_kvret.cli import main
+
+    task_file(tmp_path)
+    model = f"pretrained=demo,budget=32,chunk=32,backend={backend}"
+    given = [
+        "lm-eval", "--model", "kvret", "--model_args", model,
+        "--tasks", "facts", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    main(given, standalone_mode=False)
+    (found,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(found.read_text())["results"]["facts"]["exact_match,none"] == 1
+    assert "|facts|" in capsys.readouterr().out
+
+
+def test_options_of_the_harness_without_effect_are_refused():
+    with pytest.raises(ConfigError, match="one by one"):
+        BoundedLM("demo", batch_size="auto")
+    with pytest.raises(ConfigError, match="no effect on MLX"):
+        BoundedLM("demo", backend="mlx", device="cpu")
+    with pytest.raises(ConfigError, match="budget"):
+        BoundedLM("demo", budget="lots")

@@ -5,11 +5,12 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 
 from mlx_kvret.errors import ConfigError
 from mlx_kvret.evaluation import Cell, Results, entries, losses, markdown, summary
-from mlx_kvret.evaluation.plot import plot
+from mlx_kvret.evaluation.plot import _panel, _styles, plot
 from mlx_kvret.evaluation.report import standard_error, write_summary
 
 
@@ -111,6 +112,31 @@ def test_the_same_results_give_the_same_plot(tmp_path, suffix):
         plot(made, path)
     assert first.read_bytes() == second.read_bytes()
     assert first.read_bytes()[:4] == b"\x89PNG" if suffix == "png" else b"<svg" in first.read_bytes()
+
+
+def test_a_plot_says_budgets_as_tables_do_and_compares_pair_by_pair():
+    figure = pytest.importorskip("matplotlib.figure")
+    pieces = {"full": 3.0, "random": 3.5, "learned:threshold=1e-6": 3.2, "learned": 3.1}
+    made = entries(
+        [
+            cell(name, [mean, mean + 2], budget=budget, metric="nll")
+            for name, mean in pieces.items()
+            for budget in (["all"] if name == "full" else ["1/64", "1/4"])
+        ]
+    )
+    styles = _styles(e.method for e in made if e.method != "full")
+    assert list(styles) == ["learned:threshold=1e-6", "learned", "random"]
+    assert (
+        styles["learned"]["color"] == styles["learned:threshold=1e-6"]["color"] != styles["random"]["color"]
+    )
+    assert styles["learned"]["ls"] != styles["learned:threshold=1e-6"]["ls"]
+    axis = figure.Figure().subplots()
+    _panel(axis, made, styles, {"random": "by chance"})
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1/64", "1/4"]
+    assert "above the full cache" in axis.get_ylabel()
+    line, *_ = axis.containers[0]
+    np.testing.assert_allclose(np.array(line.get_ydata(), float), [0.2, 0.2])
+    assert axis.get_legend_handles_labels()[1][-1] == "by chance"
 
 
 def test_other_pictures_are_refused(tmp_path):

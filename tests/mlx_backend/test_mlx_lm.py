@@ -204,7 +204,7 @@ def test_what_cannot_work_is_refused():
         batches.insert([[1, 2, 3], [4, 5]])
         for _ in range(3):
             batches.next()
-    for option in ({"kv_bits": 4}, {"max_kv_size": 32}, {"prompt_cache": cache}):
+    for option in ({"kv_group_size": 32}, {"max_kv_size": 32}, {"prompt_cache": cache}):
         with pytest.raises(UnsupportedFeatureError, match=next(iter(option))):
             mlx_kvret.generate(model, None, [1, 2], **option)
 
