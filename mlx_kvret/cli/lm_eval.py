@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from ..errors import MissingDependencyError
+from ..errors import ConfigError, KVRetError, MissingDependencyError
 
 
 @click.command(
@@ -34,4 +34,9 @@ def command(arguments: tuple[str, ...]) -> None:
 
     harness.register()
     sys.argv = ["mlx-kvret lm-eval", *(arguments or ["--help"])]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except KVRetError:
+        raise
+    except Exception as error:  # whatever it meets: its own options, its tasks, what it fetches
+        raise ConfigError(f"lm-evaluation-harness stopped: {str(error) or type(error).__name__}") from error

@@ -2,6 +2,7 @@
 
 import json
 
+import click
 import numpy as np
 import pytest
 
@@ -138,3 +139,19 @@ def test_options_of_the_harness_without_effect_are_refused():
         BoundedLM("demo", backend="mlx", device="cpu")
     with pytest.raises(ConfigError, match="budget"):
         BoundedLM("demo", budget="lots")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "kvret", "--model_args", "pretrained=demo", "--tasks", "no-such-task"], "no-such-task"),
+        (["--model", "kvret", "--model_args", "budget=32", "--tasks", "facts"], "pretrained"),
+        (["--model", "kvret", "--model_args", "pretrained=demo,budget=0", "--tasks", "facts"], "budget is 0"),
+    ],
+)
+def test_what_the_harness_refuses_is_told_in_its_name(tmp_path, arguments, said):
+    from mlx_kvret.cli import main
+
+    task_file(tmp_path)
+    with pytest.raises(click.ClickException, match=said):
+        main(["lm-eval", *arguments, "--include_path", str(tmp_path)], standalone_mode=False)
