@@ -11,13 +11,15 @@ from pathlib import Path
 APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 # packages that a backend imports; the extra of the same name installs them
 PACKAGES = {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "transformers"), "torch": ("torch", "transformers")}
+# packages beside those of a backend, under the names of their extras
+BESIDE = {"vlm": ("mlx_vlm", "PIL")}
 # of NVIDIA's driver, on Linux and in WSL, and of AMD's
 DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/nvidia-smi", "/dev/kfd")
 
 
 def missing(backend: str) -> list[str]:
-    """Packages of a backend, a key of :data:`PACKAGES`, that are not installed."""
-    return [package for package in PACKAGES[backend] if not _there(package)]
+    """Packages of a backend, or beside one, that are not installed."""
+    return [package for package in (PACKAGES | BESIDE)[backend] if not _there(package)]
 
 
 def installed(backend: str) -> bool:

@@ -81,6 +81,19 @@ def runs(ids: Sequence[int], tokens: Collection[int], start: int = 0) -> list[tu
     return [(start + int(a), start + int(b)) for a, b in edges.reshape(-1, 2)]
 
 
+def joined(pictures: Pictures, found: Iterable[tuple[int, int]]) -> Pictures:
+    """Pictures seen, and those at ``found`` among the tokens that come after, one position for each token.
+
+    One that begins where the last one ends is the rest of it.
+    """
+    known = list(pictures)
+    for start, end in found:
+        if known and known[-1].end == start:
+            start = known.pop().start
+        known.append(Picture(start, end, advance=end - start))
+    return tuple(known)
+
+
 def chunk_ends(length: int, step: int, pictures: Iterable[tuple[int, int]]) -> list[int]:
     """Where the chunks of ``length`` tokens end, each of at most ``step``, so that no picture is cut.
 

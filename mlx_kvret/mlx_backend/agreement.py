@@ -15,6 +15,7 @@ from ..core.config import EvictionConfig
 from ..core.probing import COMPARED, agrees, chunkings, distance, ordinary_ids, probe_length
 from ..core.types import Array
 from ..errors import KVRetError, UnsupportedModelError
+from .vision import forget, logits_of
 
 if TYPE_CHECKING:
     from .probe import Layout
@@ -75,7 +76,7 @@ def tokens_of(model: nn.Module, stock: list[Any]) -> mx.array:
     # eight weights of four bits are one number
     count = sum(array.size * (8 if array.dtype == mx.uint32 else 1) for _, array in weights)
     # built, not computed
-    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    vocabulary = logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1]
     return mx.array(ordinary_ids(vocabulary, probe_length(count, windows)))[None]
 
 
@@ -91,8 +92,9 @@ def _has_window(cache: Any) -> bool:
 def _logits(model: nn.Module, ids: mx.array, sizes: list[int], cache: list[Any]) -> tuple[Array, float]:
     """The last logits (COMPARED, vocabulary) after chunks of these sizes, and their type's rounding."""
     parts, start = [], 0
+    forget(model)
     for size in sizes:
-        parts.append(model(ids[:, start : start + size], cache=cache)[0, -COMPARED:])
+        parts.append(logits_of(model(ids[:, start : start + size], cache=cache))[0, -COMPARED:])
         start += size
     last = mx.concatenate(parts)[-COMPARED:]
     return as_array(last), float(mx.finfo(last.dtype).eps)

@@ -11,9 +11,13 @@ from mlx_lm.models.cache import KVCache
 
 from ..core.budget import CacheShape
 from ..core.checkpoint import GateCheckpoint
+from ..core.installed import missing
 from ..core.loading import check_loading
+from ..core.model_folder import model_config as stored_config
 from ..core.sampling import Sampling, drawing
 from ..core.snapshot import read_snapshot, write_snapshot
+from ..core.vision import has_vision
+from ..errors import ConfigError
 from ..hub import resolve
 from ..zoo import auto
 from . import hooks, snapshots
@@ -21,9 +25,12 @@ from .adapters import add_adapter
 from .attaching import attach, attach_best_known, attach_these, detach, make_cache
 from .cache import BoundedCache
 from .generation import generate, stream_generate, vocabulary
-from .loading import load_network, read_gates, read_tokenizer
+from .loading import TOKENIZERS, load_network, read_gates, read_tokenizer
+from .loading_vision import load_seeing, read_processor
 from .prefill import read_tokens, take_back
 from .sampling import processors_of, sampler_of
+from .seeing import reader_of
+from .vision import is_vision
 
 __all__ = [
     "attach",
@@ -63,9 +70,10 @@ def load(
     get_model_classes: Callable[[dict[str, Any]], Any] | None = None,
     lazy: bool = False,
     strict: bool = True,
+    text_only: bool = False,
     **unknown: Any,
 ) -> tuple[nn.Module, Any]:
-    """As :func:`mlx_kvret.load`.
+    """As :func:`mlx_kvret.load`; of a vision-language folder mlx-vlm's model, and its processor.
 
     Args:
         adapter_path: folder or hub id of an adapter that mlx-lm has trained (LoRA, DoRA, full).
@@ -73,19 +81,33 @@ def load(
         get_model_classes: from the config to mlx-lm's classes of a model and of its arguments.
         lazy: leave weights in the file until they are needed.
         strict: refuse weights that do not match the model.
+        text_only: of a vision-language folder mlx-lm's text half alone, which takes no pictures.
     """
     check_loading(load, locals(), unknown, _TORCH_ONLY)
     folder = resolve(model, "model", revision, trust_remote_code)
+    stored = stored_config(folder)
+    sees = has_vision(stored) and not text_only
+    if sees:
+        given = {"adapter_path": adapter_path, "model_config": model_config, "rope_length": rope_length}
+        _check_seeing(given | {"get_model_classes": get_model_classes}, stored)
+    elif text_only and not has_vision(stored):
+        raise ConfigError(f"text_only is given, and {folder} is a model of text; drop it")
     adapter = None if adapter_path is None else resolve(adapter_path, "adapter")
     searched = gates == auto.AUTO
     checkpoint = None if gates is None or searched else read_gates(gates, gates_revision)
     options: dict[str, Any] = {"lazy": lazy, "strict": strict, "trust_remote_code": trust_remote_code}
     if get_model_classes is not None:
         options["get_model_classes"] = get_model_classes
-    network, config = load_network(folder, rope_length, model_config=model_config, **options)
+    if sees:
+        network, config = load_seeing(folder, stored, lazy, strict, trust_remote_code), stored
+    else:
+        network, config = load_network(folder, rope_length, model_config=model_config, **options)
     if adapter is not None:
         add_adapter(network, adapter)
-    tokenizer = read_tokenizer(folder, config, trust_remote_code, tokenizer_config or {})
+    if sees and any((folder / name).exists() for name in TOKENIZERS):
+        tokenizer = read_processor(folder, network, trust_remote_code, tokenizer_config)
+    else:
+        tokenizer = read_tokenizer(folder, config, trust_remote_code, tokenizer_config or {})
     if searched:
         attach_best_known(network, config, (str(model), str(folder)), changed=adapter is not None)
     else:
@@ -99,6 +121,15 @@ def competing(model: nn.Module) -> tuple[CacheShape, list[int]]:
     assert attached is not None
     layout = attached.layout
     return layout.shape, [index for index, _ in layout.places]
+
+
+def _check_seeing(given: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse options that mlx-vlm's loader has no use for."""
+    if useless := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(
+            f"{', '.join(useless)} does not work with a vision-language model ({config.get('model_type')}); "
+            "drop it, or give text_only=True for its text half"
+        )
 
 
 def full_cache(model: nn.Module, cache: BoundedCache) -> tuple[int, int]:
@@ -117,7 +148,11 @@ def full_cache(model: nn.Module, cache: BoundedCache) -> tuple[int, int]:
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; weights are mapped, not read."""
-    model, config = load_network(folder, lazy=True)
+    stored = stored_config(folder)
+    if has_vision(stored) and not missing("vlm"):
+        model, config = load_seeing(folder, stored, True, True, False), stored
+    else:
+        model, config = load_network(folder, lazy=True)
     return config, hooks.install(model, None, {}, compute=False).layout.shape
 
 
@@ -128,13 +163,15 @@ def sampling(model: nn.Module, asked: Sampling) -> dict[str, Any]:
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """Tokens that end a text; mlx-lm's wrapper around the tokenizer has them all."""
-    return {int(token) for token in tokenizer.eos_token_ids}
+    reader = reader_of(model, tokenizer) if is_vision(model) else tokenizer
+    return {int(token) for token in reader.eos_token_ids}
 
 
 def add_stop_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[int]) -> None:
     """Have these tokens end a text too."""
+    reader = reader_of(model, tokenizer) if is_vision(model) else tokenizer
     for token in tokens:
-        tokenizer.add_eos_token(str(token))
+        reader.add_eos_token(str(token))
 
 
 def save_cache(

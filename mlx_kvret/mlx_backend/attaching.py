@@ -21,6 +21,7 @@ from . import hooks, rope
 from .cache import BoundedCache
 from .gates import RetentionGates, from_checkpoint, to_tensor
 from .loading import read_gates
+from .vision import config_of, speaking
 
 
 def attach(
@@ -28,8 +29,7 @@ def attach(
 ) -> nn.Module:
     """As :func:`mlx_kvret.attach`."""
     check_eviction(options)
-    args = getattr(model, "args", None)
-    config = {name: value for name, value in vars(args).items() if value is not None} if args else {}
+    config = config_of(speaking(model))
     rope.check(model)
     if gates == auto.AUTO and options.get("policy", "learned") == "learned":
         return attach_best_known(model, config, (), options)

@@ -16,6 +16,7 @@ from ..core.fingerprint import identity
 from .dispatch import Namespace, User
 from .gates import RetentionGates
 from .probe import Layout
+from .vision import speaking
 
 
 class Namespaces(User):
@@ -27,19 +28,23 @@ class Namespaces(User):
 
 @dataclass
 class Attachment:
-    """What is known of an attached model: its layout, its gates, and how new caches are made."""
+    """What is known of an attached model: its layout, its gates, and how new caches are made.
+
+    ``eyes`` are the token ids that stand for patches of pictures, of a model that sees.
+    """
 
     layout: Layout
     gates: RetentionGates | None
     owner: dict[str, str]
     namespaces: Namespaces
     eviction: EvictionConfig
+    eyes: frozenset[int] = frozenset()
     _identity: str = ""
 
     def identity(self, model: nn.Module) -> str:
         """Which model, with which gates, may use a cache made here: of the same config and weights."""
         if not self._identity:
-            self._identity = identity(self.owner, _weights(model))
+            self._identity = identity(self.owner, _weights(speaking(model)))
         return self._identity
 
     @property
@@ -52,8 +57,8 @@ class Attachment:
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, or None."""
-    found: Attachment | None = model.__dict__.get("_kvret")
+    """The attachment of a model, or of the language model of one that sees; or None."""
+    found: Attachment | None = speaking(model).__dict__.get("_kvret")
     return found
 
 

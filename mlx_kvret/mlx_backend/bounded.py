@@ -13,6 +13,7 @@ import numpy as np
 from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.passes import Passes
+from ..core.pictures import forgotten
 from ..core.state import State
 from ..core.types import Ints
 from ..errors import CacheError, ConfigError, KVRetError
@@ -249,6 +250,8 @@ class Bounded:
     def trim(self, layer: int, count: int) -> None:
         """As :meth:`take_back`, asked for one layer after the other; done when all layers were."""
         row = self.row
+        # refused before the first layer has changed
+        forgotten(row.pictures, row.seen - row.taken_back[layer] - count)
         taken = [n + count * (index == layer) for index, n in enumerate(row.taken_back)]
         whole = len(set(taken)) == 1
         self.arena.put(State([(row, row.forgetting(count) if whole else {"taken_back": taken})]))

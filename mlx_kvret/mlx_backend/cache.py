@@ -10,10 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.passes import Passes
+from ..core.pictures import Modality, Pictures, forgotten, of_modality
 from ..core.types import Ints
 from ..errors import ConfigError, UnsupportedFeatureError
 from .bounded import Bounded
 from .entry import BoundedKVCache
+from .vision import Sight
 
 
 class BoundedCache(list[Any]):
@@ -28,6 +30,8 @@ class BoundedCache(list[Any]):
         self.shared, self.competing = shared, competing
         self.passes = Passes() if shared is None else shared.passes
         self._identity = ""
+        # of a cache that evicts nothing; rows have their own
+        self.sight = Sight()
 
     @property
     def identity(self) -> str:
@@ -78,13 +82,30 @@ class BoundedCache(list[Any]):
             self.shared.settle()
         self.passes.check()
 
-    def kept_positions(self, row: int = 0) -> list[list[Ints]]:
-        """For each competing layer, for each KV head, the sorted positions of a row's entries."""
+    def kept_positions(self, row: int = 0, modality: Modality | None = None) -> list[list[Ints]]:
+        """For each competing layer, for each KV head, the sorted positions of a row's entries.
+
+        Args:
+            modality: those of ``"text"`` or of ``"picture"`` only.
+        """
+        kept = self._kept(row)
+        if modality is None:
+            return kept
+        pictures = self.pictures if self.shared is None else self.shared.rows[row].pictures
+        return of_modality(kept, pictures, modality)
+
+    def _kept(self, row: int) -> list[list[Ints]]:
         if self.shared is not None:
             return self.shared.kept_positions(row)
         self.passes.check()
         heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
         return [[np.arange(c.offset)] * n for c, n in zip(self.competing, heads, strict=True)]
+
+    @property
+    def pictures(self) -> Pictures:
+        """The pictures among the tokens seen, first to last, of a single sequence."""
+        self.passes.repair()
+        return forgotten(self.sight.pictures, self.seen) if self.shared is None else self.shared.row.pictures
 
     # -------------------------------------------------- rows
 
@@ -194,6 +215,7 @@ class BoundedCache(list[Any]):
         # memo maps each old entry to its copy
         twin = BoundedCache(entries, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
         twin.identity = self.identity
+        twin.sight = copy.copy(self.sight)
         # another thread could not compute what this one has built
         mx.eval([list(vars(part).values()) for part in _others(entries)])
         return twin

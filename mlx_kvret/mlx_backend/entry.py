@@ -202,7 +202,16 @@ class BoundedKVCache(Batched):
         if self.shared.batch:
             return False
         row = self.shared.row
-        return row.seen == row.length and row.next() is None
+        # of pictures not any number can be: they are forgotten as a whole
+        return row.seen == row.length and row.next() is None and not row.pictures
+
+    @property
+    def start_position(self) -> int:
+        """How many of the oldest tokens have been decided upon: 0 means that all are there still.
+
+        mlx-vlm asks before it takes tokens back to go on from an earlier turn.
+        """
+        return 0 if self.shared.batch else self.shared.row.seen - self.shared.row.length
 
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens, or all if there are fewer.

@@ -24,7 +24,7 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
     new = snapshot.position >= snapshot.seen - tokens
     index = mx.array(np.flatnonzero(new).astype(np.int32))
     window = (shape.layers, 1, shape.kv_heads, tokens)
-    row.seen, row.length = snapshot.seen, tokens
+    row.seen, row.length, row.pictures = snapshot.seen, tokens, snapshot.pictures
     if tokens:
         new_keys = keys[index].reshape(*window, shape.key_dim)
         new_values = values[index].reshape(*window, shape.value_dim)

@@ -24,6 +24,7 @@ from ..errors import CacheError, KVRetError
 from .bounded import Bounded
 from .entry import BoundedKVCache, running
 from .reading import FEW
+from .vision import logits_of
 
 # logits of so many bytes are computed with the pass; those of a prompt's chunk nobody may ever look at
 SMALL = 1 << 24
@@ -31,11 +32,14 @@ SMALL = 1 << 24
 Forward = Callable[[int], Any]
 
 
-def run(cache: list[Any], tokens: int, forward: Forward, sliced: bool) -> Any:
+def run(
+    cache: list[Any], tokens: int, forward: Forward, sliced: bool, noted: tuple[State, State] | None = None
+) -> Any:
     """What ``forward(tokens)`` returns, which reads as many tokens into the entries of ``cache``.
 
     After any exception the cache is as it was, or refuses to go on. ``sliced`` says whether ``forward`` can
-    be asked for fewer tokens, as is tried to find out how many fit.
+    be asked for fewer tokens, as is tried to find out how many fit. ``noted`` is what else becomes of the
+    cache, before and after.
 
     Raises:
         OutOfMemoryError: names a number of tokens that fits.
@@ -46,7 +50,7 @@ def run(cache: list[Any], tokens: int, forward: Forward, sliced: bool) -> Any:
     whole: Any = cache if shared is None else shared
     passes: Passes = whole.passes
     passes.check()
-    one = _Pass(parts, shared, passes, ahead=_runs_ahead())
+    one = _Pass(parts, shared, passes, _runs_ahead(), *(noted or (State([]), State([]))))
     one.prepare(tokens)
     try:
         return one.run(tokens, forward)
@@ -69,6 +73,8 @@ class _Pass:
     shared: Bounded | None
     passes: Passes
     ahead: bool
+    was: State
+    becomes: State
 
     def prepare(self, tokens: int) -> None:
         """Have everything decided and, unless the loop runs ahead, computed that a pass builds upon."""
@@ -90,6 +96,7 @@ class _Pass:
             out = forward(tokens)
             if shared is not None:
                 shared.finish()
+            self.becomes.put()
             if tokens > FEW:
                 mx.eval(self._arrays(), [] if self.ahead else _small(out))
             if trial:
@@ -124,7 +131,7 @@ class _Pass:
             for part in self.parts
             if not isinstance(part, BoundedKVCache)
         )
-        return held if shared is None else State.all([shared, held])
+        return State.all([held, self.was] if shared is None else [shared, held, self.was])
 
     def _compute(self, tokens: int, out: Any) -> None:
         """A few tokens, which are part of the cache already."""
@@ -206,6 +213,6 @@ def _others(parts: list[Any]) -> list[Any]:
 
 
 def _small(out: Any) -> list[mx.array]:
-    flat: Any = tree_flatten(out)
+    flat: Any = tree_flatten(logits_of(out))
     arrays = [value for _, value in flat if isinstance(value, mx.array)]
     return arrays if sum(array.nbytes for array in arrays) <= SMALL else []

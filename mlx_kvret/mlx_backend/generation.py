@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.config import MOST_TOKENS
 from ..core.detokenizer import Detokenizer
+from ..core.picture_prompts import has_pictures, tokenizer_of
 from ..core.prompts import check_ids, prompt_ids
 from ..core.request import check_generation, check_max_tokens, figures, split_eviction
 from ..core.sampling import SAMPLING, drawing, split_sampling
@@ -25,6 +28,8 @@ from .attaching import make_cache
 from .cache import BoundedCache
 from .loops import Text
 from .sampling import behind, processors_of, sampler_of
+from .seeing import Prepared, Seen, Speaker, prepared, reader_of
+from .vision import can_see, is_vision, speaking
 
 CACHE_OPTIONS = ("kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
 # what mlx-lm calls the table that turns token ids into vectors
@@ -74,6 +79,7 @@ def stream_generate(
     max_tokens: int = 256,
     cache: BoundedCache | list[Any] | None = None,
     draft_model: nn.Module | None = None,
+    images: Any = None,
     **options: Any,
 ) -> Iterator[Response]:
     """As :func:`mlx_kvret.stream_generate`; other ``options`` go to ``mlx_lm.stream_generate``.
@@ -93,7 +99,14 @@ def stream_generate(
     check_generation(options, asked)
     check_max_tokens(max_tokens)
     cache = make_cache(model, **eviction) if cache is None else hooks.checked_cache(model, cache)
-    ids = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
+    if has_pictures(prompt, images):
+        _check_pictures(model, draft_model)
+        picture_prompt = prepared(model, tokenizer, prompt, images, cache.seen == 0)
+        ids = picture_prompt.tokens
+        check_ids(ids, vocabulary(model))
+    else:
+        picture_prompt = None
+        ids = prompt_ids(_templated(tokenizer), prompt, cache.seen == 0, vocabulary(model))
     more = options.get("logits_processors")
     options |= drawing(asked, vocabulary(model), sampler_of, processors_of, more)
     held: list[Any] = cache
@@ -110,7 +123,52 @@ def stream_generate(
         max_tokens = MOST_TOKENS if max_tokens == -1 else max_tokens
     reader: Any = TokenIds() if tokenizer is None else tokenizer
     rest = {"max_tokens": max_tokens, "draft_model": draft_model, "prompt_cache": held, **options}
-    return _responses(model, reader, ids, cache, rest)
+    if not is_vision(model):
+        return _responses(model, reader, ids, cache, rest)
+    reader = reader if tokenizer is None else reader_of(model, tokenizer)
+    if picture_prompt is None:
+        return _responses(Speaker(speaking(model)), reader, ids, cache, rest)
+    return _seeing(model, reader, picture_prompt, cache, rest)
+
+
+def _check_pictures(model: nn.Module, draft_model: nn.Module | None) -> None:
+    if not can_see(model):
+        raise ConfigError(
+            "there are pictures in the prompt, and this model reads text only; load a vision-language model, "
+            "or give the whole one instead of its language model"
+        )
+    if draft_model is not None:
+        raise UnsupportedFeatureError("a draft model reads no pictures; drop draft_model, or the pictures")
+
+
+def _templated(processor: Any) -> Any:
+    """What reads text and messages without pictures: a processor's tokenizer, with its chat template."""
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is not processor and not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+    return tokenizer
+
+
+def _seeing(
+    model: nn.Module, reader: Any, prompt: Prepared, cache: BoundedCache, options: dict[str, Any]
+) -> Iterator[Response]:
+    """The prompt is read here, but for its last token; with that mlx-lm's loop begins."""
+    step, progress = options.pop("prefill_step_size", 2048), options.pop("prompt_progress_callback", None)
+    ids, begun = prompt.tokens, time.perf_counter()
+    seen = Seen(model, prompt)
+    seen.read(cache, step, progress)
+    options["logits_processors"] = [behind(ids[:-1], p) for p in options.get("logits_processors") or ()]
+    responses = _responses(Speaker(speaking(model), seen), reader, ids[-1:], cache, options)
+    first = next(responses)
+    speed = len(ids) / (time.perf_counter() - begun)
+    if progress is not None:
+        progress(len(ids), len(ids))
+    try:
+        for response in itertools.chain([first], responses):
+            response.prompt_tokens, response.prompt_tps = len(ids), speed
+            yield response
+    finally:
+        responses.close()  # type: ignore[attr-defined]
 
 
 def _responses(

@@ -22,12 +22,13 @@ from ..core.fingerprint import check_identity
 from ..core.machine import check_fits
 from ..core.request import NO_GATES, own_eviction
 from ..core.snapshot import Snapshot
+from ..core.vision import check_vision
 from ..errors import (
     ConfigError,
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
-from . import hosts
+from . import hosts, pictures
 from .agreement import check_agreement
 from .attachment import Attachment, Namespaces, attachment
 from .cache import BoundedCache
@@ -38,6 +39,7 @@ from .gates import RetentionGates
 from .memory import free_bytes
 from .probe import probe
 from .snapshots import reopen
+from .vision import family, forgetful, is_vision, speaking, tokens_of_pictures
 
 ATTENTION = "scaled_dot_product_attention"
 REFUSED = {
@@ -60,13 +62,29 @@ def install(
 ) -> Attachment:
     """Hook a model that is not hooked yet; ``options`` are those of the caches it makes itself.
 
-    Its logits are compared with its own unless ``compute`` is False.
+    Of a vision-language model it is the language model that is hooked. Its logits are compared with its own
+    unless ``compute`` is False.
 
     Raises:
         ConfigError: ``options`` cannot work.
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
-    name = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
+    check_vision(name := family(model))
+    name = name or getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
+    eyes, model = tokens_of_pictures(model), speaking(model)
+    with forgetful(model):
+        return _install(model, name, gates, owner, options, compute, eyes)
+
+
+def _install(
+    model: nn.Module,
+    name: str,
+    gates: RetentionGates | None,
+    owner: dict[str, str],
+    options: dict[str, Any] | None,
+    compute: bool,
+    eyes: frozenset[int],
+) -> Attachment:
     module = type(language_model(model)).__module__.rpartition(".")[2]
     for refused in (name, module):
         if why := REFUSED.get(refused):
@@ -76,6 +94,11 @@ def install(
         raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
     for attention in attentions:
         _check(attention, name)
+        if "_kvret_hook" in type(attention).__dict__:
+            raise UnsupportedModelError(
+                f"this {name} model is a part of one that is attached, or has such a part; use that one, or "
+                "detach it first"
+            )
     namespaces = _swap_attention(attentions)
     try:
         latent = any(hasattr(attention, "kv_lora_rank") for attention in attentions)
@@ -86,7 +109,7 @@ def install(
     except BaseException:
         _restore_attention(attentions, namespaces)
         raise
-    made = Attachment(layout, gates, owner, namespaces, own)
+    made = Attachment(layout, gates, owner, namespaces, own, eyes)
     # frequencies and the like, which loading leaves to be computed, as another thread could not
     held = [(name, value) for module in model.modules() for name, value in module.items()]
     mx.eval([value for name, value in held if name.startswith("_") and isinstance(value, mx.array)])
@@ -103,7 +126,7 @@ def install(
 
 def remove(model: nn.Module) -> None:
     """Undo :func:`install`; a model without hooks stays as it is."""
-    made = attachment(model)
+    made, model = attachment(model), speaking(model)
     if made is None:
         return
     _restore_attention(list(attention_modules(model)), made.namespaces)
@@ -175,6 +198,7 @@ def reopened_cache(model: nn.Module, snapshot: Snapshot) -> BoundedCache:
 
 
 def _stock_cache(model: nn.Module) -> list[Any]:
+    model = speaking(model)
     stock = type(model).__mro__[1] if attachment(model) else type(model)
     if hasattr(stock, "make_cache"):
         return list(stock.make_cache(model))
@@ -195,9 +219,17 @@ def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if not callable(module):
             continue
-        code = getattr(inspect.unwrap(_stock_class(module).__call__), "__code__", None)
-        if code and "update_and_fetch" in code.co_names and "cache" in code.co_varnames:
+        cls = _stock_class(module)
+        code = getattr(inspect.unwrap(cls.__call__), "__code__", None)
+        if code and "cache" in code.co_varnames and "update_and_fetch" in _names(cls, code):
             yield module
+
+
+def _names(cls: type, code: Any) -> set[str]:
+    """The names that a module's call uses, or a method of its own that it calls."""
+    helpers = (inspect.getattr_static(cls, name, None) for name in code.co_names)
+    own = [helper.__code__.co_names for helper in helpers if inspect.isfunction(helper)]
+    return {*code.co_names}.union(*own)
 
 
 def _stock_class(module: nn.Module) -> type:
@@ -280,6 +312,7 @@ def _attention(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _swap_model(model: nn.Module, made: Attachment) -> None:
     cls = type(model)
+    _, _, *names = inspect.signature(inspect.unwrap(cls.__call__)).parameters
     # a model may be a copy: what is attached is asked of it each time, and its hooks are its own
 
     def make_cache(self: nn.Module) -> BoundedCache:
@@ -294,6 +327,9 @@ def _swap_model(model: nn.Module, made: Attachment) -> None:
 
     @functools.wraps(cls.__call__)
     def call(self: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_vision(self):
+            # their order differs from model to model
+            args, kwargs = (), dict(zip(names, args, strict=False)) | kwargs
         cache = kwargs.get("cache", args[0] if args else None)
         if not isinstance(cache, list):
             return cls.__call__(self, inputs, *args, **kwargs)
@@ -306,6 +342,8 @@ def _swap_model(model: nn.Module, made: Attachment) -> None:
         if found is None:
             return cls.__call__(self, inputs, *args, **kwargs)
         check_identity(mine.identity(self), found)
+        if is_vision(self):
+            return pictures.run_seeing(self, mine.eyes, cls.__call__, cache, inputs, kwargs)
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
         tokens = max(a.shape[1] for a in (inputs, *given) if a is not None and a.ndim > 1)
 

@@ -13,6 +13,7 @@ from ..core.snapshot import WindowShape
 from ..core.tensors import FLOATS
 from ..errors import CheckpointError
 from .gates import to_tensor
+from .kinds import kind as kind_of
 
 Shapes = tuple[tuple[int, ...] | None, ...]
 
@@ -69,13 +70,13 @@ class Other:
         stored = [to_tensor(array) for array in filled]
         if not all(tensor.dtype in FLOATS and tensor.finite for tensor in stored):
             return "holds NaN, infinity or no numbers"
-        if self.kind in _KEYED:
+        if kind_of(self.kind) in _KEYED:
             offset, tokens = entry.offset, filled[0].shape[2] if filled else 0
             if type(offset) is not int or offset != (seen if filled else 0):
                 return f"has seen {offset} tokens, the others {seen}"
             if filled and filled[1].shape[2] != tokens:
                 return f"has keys of {tokens} tokens and values of {filled[1].shape[2]}"
-            if not _KEYED[self.kind](entry, offset, tokens):
+            if not _KEYED[kind_of(self.kind)](entry, offset, tokens):
                 return f"has an index that does not fit its {tokens} tokens"
         return None
 
@@ -100,11 +101,15 @@ def _chunked(entry: Any, offset: int, tokens: int) -> bool:
     return type(start) is int and 0 <= start <= offset <= start + tokens
 
 
-_KEYED: dict[type[Any], Callable[[Any, int, int], bool]] = {
-    mlx_cache.KVCache: _kept,
-    mlx_cache.RotatingKVCache: _rotated,
-    mlx_cache.ChunkedKVCache: _chunked,
+_KEYED: dict[str, Callable[[Any, int, int], bool]] = {
+    "KVCache": _kept,
+    "RotatingKVCache": _rotated,
+    "ChunkedKVCache": _chunked,
 }
+
+
+def _is_a(entry: Any, name: str) -> bool:
+    return any(kind_of(cls) == name for cls in type(entry).__mro__)
 
 
 def _sizes(entry: Any) -> dict[str, int]:
@@ -119,11 +124,11 @@ def _sizes(entry: Any) -> dict[str, int]:
 def _arrays(entry: Any) -> list[mx.array | None]:
     """The arrays of an entry; one of a model's own kind has none that we know."""
     found: list[Any] = []
-    if isinstance(entry, mlx_cache.ArraysCache):
+    if _is_a(entry, "ArraysCache"):
         if entry.left_padding is not None or entry.lengths is not None:
             raise ValueError("it is one of a batch")
         found = list(entry.cache)
-    elif any(isinstance(entry, kind) for kind in _KEYED):
+    elif any(_is_a(entry, name) for name in _KEYED):
         found = [entry.keys, entry.values]
     if not all(array is None or isinstance(array, mx.array) for array in found):
         raise TypeError("it holds something other than arrays")
@@ -132,6 +137,6 @@ def _arrays(entry: Any) -> list[mx.array | None]:
 
 def _shapes(kind: type, arrays: list[mx.array | None]) -> Shapes:
     shapes = [None if array is None else tuple(array.shape) for array in arrays]
-    if kind in _KEYED:
+    if kind_of(kind) in _KEYED:
         shapes = [None if shape is None else (*shape[:2], 0, *shape[3:]) for shape in shapes]
     return tuple(shapes)

@@ -14,6 +14,7 @@ from .cache import BoundedCache
 from .entry import BoundedKVCache
 from .forward import leaves
 from .generation import vocabulary
+from .vision import speaking
 
 
 def read_tokens(
@@ -33,10 +34,11 @@ def read_tokens(
     """
     cache = hooks.checked_cache(model, cache)
     check_ids(ids, vocabulary(model))
+    reader = speaking(model)
     for start in range(0, len(ids), step):
         if progress is not None:
             progress(start, len(ids))
-        model(mx.array([ids[start : start + step]]), cache=cache)
+        reader(mx.array([ids[start : start + step]]), cache=cache)
         # as mlx-lm does between the chunks of a prompt
         mx.clear_cache()
     cache.settle()

@@ -20,6 +20,7 @@ from .cache import BoundedCache
 from .entry import BoundedCacheList, BoundedKVCache
 from .filling import fill
 from .gates import CODES, RetentionGates
+from .kinds import is_kind
 from .others import Other
 from .saved import Loaded, snapshot_of
 
@@ -220,11 +221,11 @@ def _shape(probe: _Probe, layers: int) -> CacheShape:
 
 def _stock_places(entries: list[Any]) -> Iterator[Place]:
     for index, entry in enumerate(entries):
-        if type(entry) is mlx_cache.KVCache:
+        if is_kind(entry, "KVCache"):
             yield index, None
-        elif type(entry) is mlx_cache.CacheList:
+        elif is_kind(entry, "CacheList"):
             for inner, nested in enumerate(entry.caches):
-                if type(nested) is mlx_cache.KVCache:
+                if is_kind(nested, "KVCache"):
                     yield index, inner
 
 

@@ -25,6 +25,7 @@ from ..core.rope import Rope
 from ..errors import ConfigError, UnsupportedModelError
 from .hooks import attention_modules, language_model
 from .rotation import FixedRoPE, applies, dims_of, is_traditional, rotary_modules
+from .vision import is_vision
 
 Loader = Callable[..., tuple[nn.Module, dict[str, Any]]]
 # families whose transformers code rotates a part of each head; others would ignore the factor
@@ -201,7 +202,8 @@ def check(model: nn.Module) -> None:
         UnsupportedModelError: a layer applies something else than its settings say.
     """
     args = getattr(model, "args", None)
-    if args is None or "_kvret_rope" in model.__dict__:
+    # mlx-vlm's models have positions of their own make, given from outside
+    if args is None or is_vision(model) or "_kvret_rope" in model.__dict__:
         return
     config = {name: value for name, value in vars(args).items() if value is not None}
     if "rope_scaling" in vars(args) and not config.keys() & {"rope_scaling", "rope_parameters"}:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core.config import EvictionConfig
+from ..core.pictures import Pictures, forgotten
 from ..core.schedule import Move, Schedule
 from ..core.slabs import Hold
 from .arena import Arena
@@ -20,7 +21,9 @@ class Row:
 
     Those stand in the arena's recent windows, or in ``wide`` (each layer's keys and values (1, H, length or
     more, D)) after a chunk that has no room there. ``pieces`` tell where their log β are, ``taken_back`` how
-    many tokens each layer has been asked to forget. Attributes get new values and are never changed in place.
+    many tokens each layer has been asked to forget. ``pictures`` stand among the tokens seen; ``prompt`` is
+    what is known of the one that brought the last of them. Attributes get new values and are never changed in
+    place.
     """
 
     def __init__(self, arena: Arena, config: EvictionConfig, hold: Hold) -> None:
@@ -30,6 +33,8 @@ class Row:
         self.wide: list[Pair] | None = None
         self.pieces: list[Piece] = []
         self.taken_back = [0] * arena.shape.layers
+        self.pictures: Pictures = ()
+        self.prompt: Any = None
         arena.rows.add(self)
 
     @property
@@ -60,6 +65,7 @@ class Row:
             "length": self.length - count,
             "pieces": pieces,
             "taken_back": [0] * len(self.taken_back),
+            "pictures": forgotten(self.pictures, self.seen - count),
         }
 
     def at(self, arena: Arena, hold: Hold) -> Row:

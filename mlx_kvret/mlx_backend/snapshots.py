@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx_lm.models.cache as mlx_cache
 import numpy as np
 
 from ..core.snapshot import Snapshot
@@ -15,6 +14,7 @@ from .compaction import retention_of
 from .entry import BoundedKVCache
 from .filling import fill
 from .gates import to_array, to_tensor
+from .kinds import is_kind
 from .pool import Pool
 from .row import Row
 
@@ -53,6 +53,7 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         values=to_tensor(values),
         extras={i: _window_state(c) for i, c in enumerate(cache) if not isinstance(c, BoundedKVCache)},
         notes=notes,
+        pictures=row.pictures,
     )
 
 
@@ -105,7 +106,7 @@ def _in_order(row: Row, pool: Pool, name: str, places: np.ndarray) -> mx.array:
 
 def _window_state(entry: Any) -> dict[str, Any]:
     """Keys and values of a sliding-window layer, (H, n, D), oldest first."""
-    if type(entry) is not mlx_cache.RotatingKVCache:
+    if not is_kind(entry, "RotatingKVCache"):
         raise UnsupportedFeatureError(
             f"a cache with {type(entry).__name__} layers has no common file format; save it with "
             "mlx_lm.models.cache.save_prompt_cache"
@@ -117,7 +118,7 @@ def _window_state(entry: Any) -> dict[str, Any]:
 
 def _restore_window(entry: Any, snapshot: Snapshot, layer: int, layout: Layout) -> None:
     known = layout.others.get((layer, None))
-    if type(entry) is not mlx_cache.RotatingKVCache or known is None:
+    if not is_kind(entry, "RotatingKVCache") or known is None:
         raise CheckpointError(
             f"layer {layer} of the model keeps a {type(entry).__name__}, for which saved caches have no "
             "form; load the model the cache was saved with"

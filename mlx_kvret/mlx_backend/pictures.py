@@ -1,0 +1,194 @@
+"""A pass of a language model that sees: the cache owns the positions, and notes which tokens are pictures.
+
+mlx-vlm keeps the position of what comes next on the model. There it is lost when a cache is saved, disturbed
+by every other conversation, and wrong for a second picture. Here the cache tells every pass its positions.
+What mlx-vlm works out for a whole prompt (positions, masks and features of its pictures) comes with each of
+its chunks, and is cut to the chunk by where the prompt began, not by where the conversation did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..core.pictures import Picture, Pictures, joined, next_position, runs
+from ..core.state import State
+from ..core.types import Ints
+from ..errors import ConfigError, UnsupportedFeatureError
+from .entry import BoundedKVCache
+from .forward import leaves, run
+
+# what mlx-vlm gives for all tokens of a prompt at once, (1, P, ...), with each of its chunks
+_BY_TOKEN = ("visual_pos_masks", "per_layer_inputs", "mm_token_type_ids", "token_type_ids")
+_WHOLE = ("position_ids", *_BY_TOKEN)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt under way: an array that all its passes are given, where it begins, and at which position."""
+
+    key: Any
+    start: int
+    base: int
+
+
+@dataclass
+class Coming:
+    """A pass of ``tokens`` tokens into a cache that has seen ``seen``, with ``pictures`` among them.
+
+    ``at`` is where the pass begins in its ``prompt``.
+    """
+
+    ids: list[int] | None
+    tokens: int
+    seen: int
+    pictures: Pictures
+    prompt: Prompt
+
+    @property
+    def at(self) -> int:
+        return self.seen - self.prompt.start
+
+
+def run_seeing(
+    model: nn.Module,
+    eyes: frozenset[int],
+    call: Callable[..., Any],
+    cache: list[Any],
+    inputs: mx.array,
+    kwargs: dict[str, Any],
+) -> Any:
+    """A pass of mlx-vlm's language model ``call(model, inputs, **kwargs)`` into a bounded ``cache``.
+
+    ``eyes`` are the token ids of pictures, which count as such where embeddings are given.
+
+    Raises:
+        UnsupportedFeatureError: several sequences at once.
+        ConfigError: positions that are not those of the cache.
+        OutOfMemoryError, CacheError: as :func:`.forward.run`.
+    """
+    shared = next((part.shared for part in leaves(cache) if isinstance(part, BoundedKVCache)), None)
+    if (shared is not None and shared.batch) or inputs.shape[0] != 1:
+        raise UnsupportedFeatureError(
+            "batches do not work with a bounded vision-language model; use one cache for each sequence"
+        )
+    whole: Any = cache if shared is None else shared
+    whole.passes.check()
+    seen, owner = (whole.seen, whole.sight) if shared is None else (shared.seen, shared.row)
+    known: Pictures = whole.pictures if shared is None else owner.pictures
+    tokens, embeds = inputs.shape[1], kwargs.get("inputs_embeds")
+    # a single id is the model's own, and may still be in the making
+    ids = None if embeds is None else [int(one) for one in np.array(inputs[0])]
+    coming = Coming(ids, tokens, seen, known, _prompt(owner.prompt, seen, known, _key(model, ids, kwargs)))
+    given, pictures = dict(kwargs), known
+    _cut(coming, given)
+    found = [] if ids is None else runs(ids, eyes)
+    if hasattr(model, "get_rope_index"):
+        given, pictures = _with_positions(model, coming, given, found)
+    elif found:
+        pictures = joined(known, [(seen + a, seen + b) for a, b in found])
+    before = State([(owner, {"pictures": owner.pictures, "prompt": owner.prompt})])
+    after = State([(owner, {"pictures": pictures, "prompt": coming.prompt})])
+
+    def forward(count: int) -> Any:
+        if count == tokens:
+            return call(model, inputs, **given)
+        cut = {name: given[name][..., :count] for name in ("position_ids",) if name in given}
+        return call(model, inputs[:, :count], **given | cut)
+
+    return run(cache, tokens, forward, sliced=embeds is None, noted=(before, after))
+
+
+def _key(model: nn.Module, ids: list[int] | None, kwargs: dict[str, Any]) -> Any:
+    """What all passes of a prompt are given, the very same array; None where there is none."""
+    if ids is None:
+        return None
+    given = (kwargs[name] for name in _WHOLE if kwargs.get(name) is not None)
+    # glm4v leaves the positions of a prompt on the model
+    return next(given, getattr(model, "_position_ids", None))
+
+
+def _prompt(under_way: Prompt | None, seen: int, known: Pictures, key: Any) -> Prompt:
+    """The prompt that a pass belongs to: that of the pass before, or one that begins here."""
+    if under_way is not None and key is not None and under_way.key is key:
+        return under_way
+    return Prompt(key, seen, next_position(known, seen))
+
+
+def _cut(coming: Coming, given: dict[str, Any]) -> None:
+    """Cut what is given for a whole prompt to the tokens of the pass, in place."""
+    first, last = coming.at, coming.at + coming.tokens
+    masks = given.get("visual_pos_masks")
+    features = given.get("deepstack_visual_embeds")
+    for name in _BY_TOKEN:
+        value = given.get(name)
+        if isinstance(value, mx.array) and value.shape[1] != coming.tokens:
+            given[name] = value[:, first:last]
+    if masks is not None and features is not None:
+        a, b = np.searchsorted(np.flatnonzero(np.array(masks[0])), [first, last]).tolist()
+        given["deepstack_visual_embeds"] = [one[a:b] for one in features]
+        if a == b:
+            given["visual_pos_masks"] = given["deepstack_visual_embeds"] = None
+
+
+def _with_positions(
+    model: nn.Module, coming: Coming, given: dict[str, Any], found: list[tuple[int, int]]
+) -> tuple[dict[str, Any], Pictures]:
+    """The pass's arguments with its positions (3, 1, T), and all pictures seen when it is over."""
+    told, tokens, at = given.pop("position_ids", None), coming.tokens, coming.at
+    given.pop("rope_deltas", None)
+    # positions are given; with the pixels the model would begin anew
+    given["pixel_values"] = None
+    if not found:
+        base = next_position(coming.pictures, coming.seen)
+        if told is not None and told.shape[-1] == tokens and coming.ids is None:
+            _check(told, base)
+        positions = mx.arange(base, base + tokens, dtype=mx.int32)
+        given["position_ids"] = mx.broadcast_to(positions, (3, 1, tokens))
+        return given, coming.pictures
+    if told is None:
+        told = coming.prompt.key
+    if told is None or told.shape[-1] < at + tokens:
+        grids = (given.get("image_grid_thw"), given.get("video_grid_thw"))
+        if at or (grids[0] is None and grids[1] is None):
+            raise ConfigError(
+                "a pass brings pictures, and nothing tells their positions; give image_grid_thw with the "
+                "first pass of a prompt, or position_ids"
+            )
+        told = model.get_rope_index(mx.array([coming.ids]), *grids)[0]
+    wide = np.array(told).astype(np.int64).reshape(-1, told.shape[-1])
+    rows = np.broadcast_to(wide, (3, wide.shape[1])) - wide[:, :1] + coming.prompt.base
+    given["position_ids"] = mx.array(rows[:, at : at + tokens].astype(np.int32))[:, None]
+    return given, _noted(coming, found, rows)
+
+
+def _check(told: mx.array, base: int) -> None:
+    """Refuse positions of text that are not those after ``base`` others, counted from there or from 0."""
+    wide = np.array(told).reshape(-1, told.shape[-1])
+    steps = wide - wide[:, :1] - np.arange(wide.shape[1])
+    if steps.any() or (wide[:, 0] != wide[0, 0]).any() or wide[0, 0] not in (0, base):
+        raise ConfigError(
+            f"position_ids begin at {wide[:, 0].tolist()}, and the cache goes on at {base}; it counts "
+            "positions itself, leave them out"
+        )
+
+
+def _noted(coming: Coming, found: list[tuple[int, int]], positions: Ints) -> Pictures:
+    """The pictures seen, and those at ``found`` in a pass; ``positions`` (3, P) are of the whole prompt."""
+    known, first = list(coming.pictures), coming.prompt.start
+    for a, b in found:
+        start, end = coming.seen + a, coming.seen + b
+        if a == 0 and coming.at and known and known[-1].end == start:
+            # the rest of a picture that the pass before has cut
+            start = known.pop().start
+        own = positions[:, start - first : end - first]
+        rows, columns = (int(np.ptp(axis)) + 1 for axis in own[1:])
+        whole = rows * columns == end - start
+        advance = int(own.max()) + 1 - next_position(known, start)
+        known.append(Picture(start, end, *((rows, columns) if whole else (0, 0)), advance))
+    return tuple(known)

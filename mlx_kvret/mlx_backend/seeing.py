@@ -1,0 +1,154 @@
+"""A prompt with pictures for a model of mlx-vlm: prepared, embedded, and read in chunks to its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..core.picture_prompts import Asked, asked, tokenizer_of
+from ..core.pictures import chunk_ends, runs
+from ..errors import ConfigError, KVRetError
+from .cache import BoundedCache
+from .vision import family, logits_of, speaking, tokens_of_pictures
+
+Progress = Callable[[int, int], None]
+
+
+def reader_of(model: nn.Module, processor: Any) -> Any:
+    """A processor's tokenizer as mlx-lm's loops want it, with the end tokens that the model's config has."""
+    if isinstance(processor, TokenizerWrapper) or processor is None:
+        return processor
+    known = vars(processor).get("_kvret_reader")
+    if known is None:
+        tokenizer = tokenizer_of(processor)
+        stops = getattr(getattr(tokenizer, "stopping_criteria", None), "eos_token_ids", None)
+        known = TokenizerWrapper(tokenizer, eos_token_ids=sorted(set(stops)) if stops else None)
+        vars(processor)["_kvret_reader"] = known
+    return known
+
+
+@dataclass
+class Prepared:
+    """A prompt's token ids (1, T), the pixels and whatever else goes with them into the model."""
+
+    ids: mx.array
+    pixels: Any
+    given: dict[str, Any]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [int(one) for one in np.array(self.ids[0])]
+
+
+def prepared(model: nn.Module, processor: Any, prompt: Any, images: Any, first: bool) -> Prepared:
+    """A prompt with pictures, in any form of :mod:`..core.picture_prompts`, as the processor makes it.
+
+    Raises:
+        ConfigError: a prompt that cannot work, or one that the processor refuses.
+    """
+    if not hasattr(processor, "tokenizer"):
+        raise ConfigError(
+            f"pictures need the model's processor, and this is a {type(processor).__name__}; give what "
+            "mlx_kvret.load returns beside the model"
+        )
+    return processed(model, processor, asked(processor, prompt, images, first=first), first)
+
+
+def processed(model: nn.Module, processor: Any, found: Asked, first: bool) -> Prepared:
+    """What the processor makes of a rendered prompt.
+
+    Raises:
+        ConfigError: the processor refuses it, or other tokens come of it than of its pictures.
+    """
+    from mlx_vlm.utils import prepare_inputs
+
+    bos = tokenizer_of(processor).bos_token
+    begin = first and (bos is None or not found.text.startswith(bos))
+    config = getattr(model, "config", None)
+    try:
+        made = prepare_inputs(
+            processor,
+            images=list(found.pictures),
+            prompts=found.text,
+            image_token_index=getattr(config, "image_token_index", None),
+            add_special_tokens=begin,
+        )
+    except KVRetError:
+        raise
+    except Exception as error:  # processors of many makes
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"the processor refuses the prompt and its pictures: {reason}; change them"
+        ) from error
+    rest = {k: v for k, v in made.items() if k not in ("input_ids", "pixel_values", "attention_mask")}
+    prompt = Prepared(mx.array(made["input_ids"]), made.get("pixel_values"), rest)
+    if found.pictures and not set(prompt.tokens) & tokens_of_pictures(model):
+        raise ConfigError(
+            f"no token of the prompt stands for a picture in this {family(model)} model; the chat template "
+            "or the processor is not the model's"
+        )
+    return prompt
+
+
+class Seen:
+    """A prompt's embeddings (1, T, D), and what the language model is given with each of its chunks."""
+
+    def __init__(self, model: nn.Module, prompt: Prepared) -> None:
+        lm = speaking(model)
+        out = model.get_input_embeddings(
+            prompt.ids, prompt.pixels, mask=mx.ones_like(prompt.ids), **prompt.given
+        )
+        rest = {k: v for k, v in out.to_dict().items() if k != "inputs_embeds" and v is not None}
+        # positions that are left on the model are another conversation's at the next chunk
+        if "position_ids" not in rest and getattr(lm, "_position_ids", None) is not None:
+            rest["position_ids"] = lm._position_ids
+        self.model, self.ids, self.embeds = lm, prompt.ids, out.inputs_embeds
+        self.given = prompt.given | rest
+        spans = runs(prompt.tokens, tokens_of_pictures(model))
+        self.last = len(prompt.tokens) - 1
+        self._spans = [(a, min(b, self.last)) for a, b in spans if a < self.last]
+
+    def read(self, cache: BoundedCache, step: int, progress: Progress | None = None) -> None:
+        """Read all but the last token, in chunks that cut no picture."""
+        start, total = 0, self.last + 1
+        for end in chunk_ends(self.last, step, self._spans):
+            if progress is not None:
+                progress(start, total)
+            self._pass(start, end, cache)
+            mx.clear_cache()
+            start = end
+
+    def finish(self, cache: BoundedCache) -> Any:
+        """Read the last token; returns the logits (1, 1, V)."""
+        return self._pass(self.last, self.last + 1, cache)
+
+    def _pass(self, start: int, end: int, cache: BoundedCache) -> Any:
+        out = self.model(
+            self.ids[:, start:end], inputs_embeds=self.embeds[:, start:end], cache=cache, **self.given
+        )
+        return logits_of(out)
+
+
+class Speaker(nn.Module):
+    """A language model of mlx-vlm as mlx-lm's loops call one; of ``seen`` the last token is to be read."""
+
+    def __init__(self, model: nn.Module, seen: Seen | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._seen = [] if seen is None else [seen]
+
+    @property
+    def layers(self) -> Any:
+        return self.model.layers
+
+    def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> mx.array:
+        if self._seen:
+            found: mx.array = self._seen.pop().finish(cache)
+            return found
+        return logits_of(self.model(inputs, cache=cache, **options))
