@@ -40,7 +40,7 @@ def compacted(row: Row, move: Move, pool: Pool, recent: Recent) -> dict[str, Any
     if due.any():
         joined = [mx.concatenate([a, b], axis=1) for a, b in zip(old, new, strict=True)]
         score = _score(row, pool, joined, newest, tokens)
-        keep = select(score, joined[1], joined[2], row.seen, config, pool.size, shape.heads)
+        keep = select(score, joined[1], joined[2], row.seen, config, pool.size, shape.heads, row.pictures)
         if not due.all():
             keep = mx.where(mx.array(due)[:, None], keep, joined[2] < shape.heads)
         stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]

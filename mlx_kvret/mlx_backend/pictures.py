@@ -25,14 +25,16 @@ from .forward import leaves, run
 
 # what mlx-vlm gives for all tokens of a prompt at once, (1, P, ...), with each of its chunks
 _BY_TOKEN = ("visual_pos_masks", "per_layer_inputs", "mm_token_type_ids", "token_type_ids")
-_WHOLE = ("position_ids", *_BY_TOKEN)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt under way: an array that all its passes are given, where it begins, and at which position."""
+    """A prompt under way: an array that all its passes are given, its length, where and at which position it
+    begins.
+    """
 
     key: Any
+    length: int
     start: int
     base: int
 
@@ -84,7 +86,7 @@ def run_seeing(
     tokens, embeds = inputs.shape[1], kwargs.get("inputs_embeds")
     # a single id is the model's own, and may still be in the making
     ids = None if embeds is None else [int(one) for one in np.array(inputs[0])]
-    coming = Coming(ids, tokens, seen, known, _prompt(owner.prompt, seen, known, _key(model, ids, kwargs)))
+    coming = Coming(ids, tokens, seen, known, _prompt(owner.prompt, seen, known, *_key(model, ids, kwargs)))
     given, pictures = dict(kwargs), known
     _cut(coming, given)
     found = [] if ids is None else runs(ids, eyes)
@@ -104,20 +106,24 @@ def run_seeing(
     return run(cache, tokens, forward, sliced=embeds is None, noted=(before, after))
 
 
-def _key(model: nn.Module, ids: list[int] | None, kwargs: dict[str, Any]) -> Any:
-    """What all passes of a prompt are given, the very same array; None where there is none."""
-    if ids is None:
-        return None
-    given = (kwargs[name] for name in _WHOLE if kwargs.get(name) is not None)
+def _key(model: nn.Module, ids: list[int] | None, kwargs: dict[str, Any]) -> tuple[Any, int]:
+    """What all passes of a prompt are given, the very same array, and for how many tokens it is; or None."""
     # glm4v leaves the positions of a prompt on the model
-    return next(given, getattr(model, "_position_ids", None))
+    told = kwargs.get("position_ids")
+    told = getattr(model, "_position_ids", None) if told is None else told
+    if ids is None:
+        return None, 0
+    if told is not None:
+        return told, told.shape[-1]
+    key = next((kwargs[name] for name in _BY_TOKEN if kwargs.get(name) is not None), None)
+    return key, 0 if key is None else key.shape[1]
 
 
-def _prompt(under_way: Prompt | None, seen: int, known: Pictures, key: Any) -> Prompt:
+def _prompt(under_way: Prompt | None, seen: int, known: Pictures, key: Any, length: int) -> Prompt:
     """The prompt that a pass belongs to: that of the pass before, or one that begins here."""
-    if under_way is not None and key is not None and under_way.key is key:
+    if under_way is not None and under_way.key is key and seen - under_way.start < length:
         return under_way
-    return Prompt(key, seen, next_position(known, seen))
+    return Prompt(key, length, seen, next_position(known, seen))
 
 
 def _cut(coming: Coming, given: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.eviction import heads_per_group
 from ..core.options import whole
+from ..core.pictures import from_array, to_array
 from ..core.reading import exactly, parse_json
 from ..core.snapshot import Snapshot
 from ..core.tensors import FLOATS, Tensor, checksum, verify
@@ -30,7 +31,18 @@ if TYPE_CHECKING:
 
 FORMAT = "kvret-prompt-cache 1"
 _RECENT, _POOL = ("keys", "values", "log_beta"), ("keys", "values", "retention", "position", "owner")
-_KEYS = {"format", "layer", "owner", "shape", "eviction", "seen", "counts", "capacity", "checksum"}
+_KEYS = {
+    "format",
+    "layer",
+    "owner",
+    "shape",
+    "eviction",
+    "seen",
+    "counts",
+    "capacity",
+    "checksum",
+    "pictures",
+}
 
 
 class Loaded:
@@ -78,6 +90,9 @@ def layer_state(shared: Bounded, layer: int) -> list[Any]:
         "counts": row.schedule.counts.tolist(),
         "capacity": arena.pool.capacity,
     }
+    if row.pictures:
+        # files of text stay as earlier releases read them
+        header["pictures"] = to_array(row.pictures).tolist()
     new: list[Any] = [None, None, None]
     if row.length:
         log_beta = retention_of(row, row.length)[layer] if row.config.policy == "learned" else None
@@ -136,6 +151,10 @@ def snapshot_of(layers: list[Any], shape: CacheShape) -> Snapshot:
     )
     order = np.lexsort((position, head))
     counts = np.bincount(head, minlength=shape.heads).reshape(shape.layers, shape.kv_heads)
+    try:
+        pictures = from_array(np.array(header.get("pictures", []), np.int32).reshape(-1, 5), header["seen"])
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"the prompt file is damaged: {error}; save it again") from error
     return Snapshot(
         model=owner["model"],
         gates=owner.get("gates", ""),
@@ -146,6 +165,7 @@ def snapshot_of(layers: list[Any], shape: CacheShape) -> Snapshot:
         retention=retention[order].astype(np.float32),
         keys=_joined([part["keys"] for part in (pool, *new)], order, shape.key_dim),
         values=_joined([part["values"] for part in (pool, *new)], order, shape.value_dim),
+        pictures=pictures,
     )
 
 

@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.config import EvictionConfig
+from ..core.eviction import protected, quotas
+from ..core.pictures import Pictures, is_picture
 from ..core.policies import random_score
 from . import kernels
 from .kernels import score_select
@@ -73,11 +75,13 @@ def select(
     config: EvictionConfig,
     size: int,
     heads: int,
+    pictures: Pictures = (),
 ) -> mx.array:
     """Which candidates stay, as a mask; all arguments (groups, N). A ``head`` ≥ ``heads`` marks no entry.
 
     The rule is that of :func:`mlx_kvret.core.eviction.select` for groups that are due: protected entries
     first, then by score, ties to the newer token and then to the lower head; of these the first M·``size``.
+    With the scope ``"modality"`` the best of text and of ``pictures`` come before the rest.
     """
     must = (position < config.sinks) | (position >= seen - config.window)
     if config.min_per_head:
@@ -85,7 +89,12 @@ def select(
         must = must | (_rank_in_head(order, head, heads) < config.min_per_head)
     chosen = score_select.select if kernels.enabled() else select_reference
     lowest = -math.inf if config.threshold is None else math.log(config.threshold)
-    return chosen(score, must, position, head, config.budget * size, seen, heads, lowest)
+    wanted = config.budget * size
+    if config.scope != "modality":
+        return chosen(score, must, position, head, wanted, seen, heads, lowest)
+    first = must | _within_quotas(score, must, position, head, seen, heads, config, pictures)
+    keep = chosen(score, first, position, head, wanted, seen, heads, -math.inf)
+    return keep & (must | (score >= lowest)) if config.threshold is not None else keep
 
 
 def select_reference(
@@ -106,6 +115,33 @@ def select_reference(
     if lowest > -math.inf:
         keep = keep & (must | (score >= lowest))
     return keep
+
+
+def _within_quotas(
+    score: mx.array,
+    must: mx.array,
+    position: mx.array,
+    head: mx.array,
+    seen: int,
+    heads: int,
+    config: EvictionConfig,
+    pictures: Pictures,
+) -> mx.array:
+    """The best unprotected candidates of text and of pictures, as many as each one's quota, (1, N)."""
+    marked = is_picture(pictures, seen)
+    safe = protected(np.arange(seen), seen, config)
+    guarded = int((safe & ~marked).sum()) * heads, int((safe & marked).sum()) * heads
+    order = _order(score, mx.zeros(must.shape, mx.bool_), head < heads, position, head, seen, heads)
+    seeing = mx.array(marked)[mx.minimum(position, seen - 1)]
+    open_to_all = (head < heads) & ~must
+    first = mx.zeros(must.shape, mx.bool_)
+    for own, quota in zip(
+        (open_to_all & ~seeing, open_to_all & seeing), quotas(guarded, config, heads), strict=True
+    ):
+        sorted_own = mx.take_along_axis(own, order, axis=1)
+        chosen = sorted_own & (mx.cumsum(sorted_own.astype(mx.int32), axis=1) <= quota)
+        first = first | mx.put_along_axis(mx.zeros(must.shape, mx.bool_), order, chosen, axis=1)
+    return first
 
 
 def _order(

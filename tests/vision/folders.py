@@ -1,4 +1,4 @@
-"""A folder with a tiny random Qwen3-VL, as transformers 5 saves one: weights, tokenizer, template, processor."""
+"""A folder with a tiny random Qwen3-VL as transformers 5 saves one, with tokenizer, template, processor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 TEMPLATE = (
     "{% for message in messages %} {{ message['role'] }} :{% if message['content'] is string %}"
     " {{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    " <|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    " .{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+    " <|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %} .{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
 )
 CELL = 16
 ROPE = {
@@ -62,8 +62,9 @@ def qwen3_vl(folder, seed: int = 0):
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     size = {"shortest_edge": CELL**2, "longest_edge": CELL**2 * 1024}
     image = {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor", "patch_size": 8,
-        "merge_size": 2, "temporal_patch_size": 2, "min_pixels": CELL**2, "max_pixels": CELL**2 * 1024,
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor",
+        "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2,
+        "min_pixels": CELL**2, "max_pixels": CELL**2 * 1024,
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": size,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(image))

@@ -61,15 +61,18 @@ _LINEAR = {
 CONFIGS = {
     "qwen2_vl": _IDS | _BARE | {
         "text_config": None, "rope_scaling": _MROPE,
-        "vision_config": _QWEN | {"model_type": "qwen2_vl", "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+        "vision_config": _QWEN
+        | {"model_type": "qwen2_vl", "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
     },
     "qwen2_5_vl": _IDS | _BARE | {
         "text_config": None, "rope_scaling": _MROPE,
         "vision_config": _QWEN | {"model_type": "qwen2_5_vl", "fullatt_block_indexes": [1]},
     },
     "qwen3_vl": _IDS | {
-        "text_config": _LLAMA
-        | {"model_type": "qwen3_vl_text", "head_dim": 16, "rope_scaling": _MROPE | {"mrope_interleaved": True}},
+        "text_config": _LLAMA | {
+            "model_type": "qwen3_vl_text", "head_dim": 16,
+            "rope_scaling": _MROPE | {"mrope_interleaved": True},
+        },
         "vision_config": _QWEN
         | {"model_type": "qwen3_vl", "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
     },
@@ -77,7 +80,8 @@ CONFIGS = {
         "text_config": _LLAMA | _LINEAR | {
             "model_type": "qwen3_5_text", "head_dim": 16, "num_hidden_layers": 4,
             "rope_parameters": {
-                "type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000, "partial_rotary_factor": 0.5,
+                "type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000,
+                "partial_rotary_factor": 0.5,
             },
         },
         "vision_config": _QWEN
@@ -140,16 +144,9 @@ CONFIGS = {
         "text_config": _LLAMA | {"model_type": "gemma", "head_dim": 16}, "hidden_size": 64, "pad_token_id": 0,
         "vision_config": _VIT | {"model_type": "siglip_vision_model", "projection_dim": 64},
     },
-    "phi3_v": _LLAMA | {
-        "text_config": None, "vision_config": None, "embd_layer": {}, "rope_scaling": None,
-        "original_max_position_embeddings": 4096,
-        "img_processor": {
-            "image_dim_out": 1024, "model_name": "openai/clip-vit-large-patch14-336",
-            "name": "clip_vision_model", "num_img_tokens": 144,
-        },
-    },
     "mllama": _IDS | {
-        "text_config": _LLAMA | {"model_type": "mllama", "num_hidden_layers": 4, "cross_attention_layers": [1]},
+        "text_config": _LLAMA
+        | {"model_type": "mllama", "num_hidden_layers": 4, "cross_attention_layers": [1]},
         "vision_config": _VIT | {
             "model_type": "mllama", "num_global_layers": 1, "max_num_tiles": 1, "vision_output_dim": 64,
             "intermediate_layers_indices": [0],
@@ -157,7 +154,7 @@ CONFIGS = {
     },
 }  # fmt: skip
 M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
-RIGHT = tuple(name for name in CONFIGS if name not in ("paligemma", "phi3_v", "mllama"))
+RIGHT = tuple(name for name in CONFIGS if name not in ("paligemma", "mllama"))
 
 
 def build(name: str, seed: int = 0):
@@ -176,6 +173,8 @@ def build(name: str, seed: int = 0):
 def turn(name: str, model, seed: int, *sizes: tuple[int, int]):
     """Ids (1, T), embeddings and what goes with them, of a text with pictures of these sizes in tokens.
 
+    Positions go with them also where a model only leaves them on itself, as in ``mlx_kvret.generate``.
+
     Features of the towers of Qwen's and GLM's models are the models' own; elsewhere they are random, for what
     is tested is what comes after them.
     """
@@ -193,7 +192,7 @@ def turn(name: str, model, seed: int, *sizes: tuple[int, int]):
         given = {"image_grid_thw": grids} if sizes else {}
         out = model.get_input_embeddings(ids, pixels, mask=mx.ones_like(ids), **given)
         rest = {k: v for k, v in out.to_dict().items() if k != "inputs_embeds" and v is not None}
-        return ids, out.inputs_embeds, given | rest
+        return ids, out.inputs_embeds, {"position_ids": model.language_model._position_ids} | given | rest
     out = model.get_input_embeddings(ids, None, mask=mx.ones_like(ids))
     noise = mx.array(rng.normal(size=out.inputs_embeds.shape).astype(np.float32)) * 0.5
     embeds = mx.where((ids == IMAGE)[..., None], noise, out.inputs_embeds)
