@@ -13,7 +13,8 @@ from . import tiny_mlx as tiny
 
 TALK = ((1, (3, 4)), (2,), (3, (2, 2), (4, 2)))
 ANSWER = [3, 14, 15, 9, 2]
-CLOSE = 2e-6
+# cutting a text in other chunks changes qwen3_5's own logits by 2.3e-6: its recurrence carries rounding along
+CLOSE = dict.fromkeys(tiny.RIGHT, 2e-6) | {"qwen3_5": 5e-6}
 
 
 class Conversation:
@@ -91,8 +92,8 @@ def test_logits_are_the_models_own_while_everything_fits(talk):
         def disturb(_):
             tiny.passes(talk.lm, foreign, other, 50)
 
-        assert tiny.apart(talk.bounded(one, before=disturb), expected) < CLOSE
-        assert tiny.apart(talk.bounded(full), expected) < CLOSE
+        assert tiny.apart(talk.bounded(one, before=disturb), expected) < CLOSE[talk.name]
+        assert tiny.apart(talk.bounded(full), expected) < CLOSE[talk.name]
         assert one.seen == full.seen == talk.ids.shape[1] and one.pictures == full.pictures
         assert [p.tokens for p in one.pictures] == [12, 4, 8]
         if talk.positions is not None:
@@ -123,7 +124,7 @@ def test_logits_are_those_of_dense_attention_over_what_was_kept(talk, policy, sc
             state["pass"] += 1
 
         expected = talk.stock(plain, before=count)
-    assert tiny.apart(found, expected) < CLOSE
+    assert tiny.apart(found, expected) < CLOSE[talk.name]
 
 
 @pytest.mark.parametrize("name", ["paligemma", "mllama"])
