@@ -46,7 +46,7 @@ class Run:
 
 
 @click.command("eval")
-@click.option("--model", help="Model folder, hub id (org/name), or a name: demo, smollm2.")
+@click.option("--model", help="Model folder, hub id (org/name), or a name: demo, demo-vision, smollm2.")
 @click.option(
     "--gates",
     multiple=True,
@@ -59,7 +59,7 @@ class Run:
     "tasks",
     multiple=True,
     help="Task, repeatable; see below.  "
-    "[default: text with --data, else facts for the demo and needle-multikey]",
+    "[default: text with --data, else facts for the demo, albums for demo-vision and needle-multikey]",
 )
 @click.option(
     "--data",
@@ -146,6 +146,8 @@ def command(
 
     \b
     Tasks in the demo's words: facts, bare, crowded, many, hostile, early, turns, copy.
+    Pictures and words of demo-vision: albums, and with so many facts seen and told
+      albums-16-0, albums-12-4, albums-8-8, albums-4-12, albums-0-16.
     Tasks for any text model:  needle-single, needle-multikey, needle-multivalue,
       needle-multiquery, variable-tracking, key-value, common-words, multi-turn,
       text (with --data), perplexity:FILE, longbench:FILE, ruler:FILE, longmemeval:FILE.
@@ -219,7 +221,8 @@ def _prepared(run: Run, out: Path | None, diagnosis: bool) -> tuple[Any, Any, An
     from ..evaluation.diagnostics import check_diagnosis
     from ..evaluation.tasks import digests
 
-    data, default = tuple(map(Path, run.data)), "facts" if run.model == "demo" else "needle-multikey"
+    data = tuple(map(Path, run.data))
+    default = {"demo": "facts", "demo-vision": "albums"}.get(run.model or "", "needle-multikey")
     grid = Grid(
         run.tasks or (("text",) if data else (default,)),
         run.lengths or (1024,),

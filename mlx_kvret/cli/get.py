@@ -48,8 +48,8 @@ def command(name: str, source: Path | None, dtype: str | None) -> None:
         return
     if source is not None or dtype is not None:
         raise ConfigError(f"--from and --dtype are for {names.SMOLLM2}; drop them")
-    if name == "demo":
-        raise ConfigError("the demo comes with the package; use it: `mlx-kvret chat --model demo`")
+    if name in names.SHIPPED:
+        raise ConfigError(f"{name} comes with the package; use it: `mlx-kvret chat --model {name}`")
     if all(entry.gates != name for entry in known.RELEASED):
         choice = ", ".join([names.SMOLLM2, *(entry.gates for entry in known.RELEASED)])
         raise ConfigError(f"{name!r} is not known here; there are {choice}; others can be named as they are")

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core.config import EvictionConfig
+from ..core.eviction import quotas
 from ..core.policies import random_score
 from ..errors import ConfigError
 from .methods import Method
@@ -76,11 +77,16 @@ def observed(queries: torch.Tensor, entries: Entries, seen: int, scale: float) -
 
 def _heads_per_group(layers: list[Entries], config: EvictionConfig) -> int:
     heads = layers[0].valid.shape[1]
-    return {"global": len(layers) * heads, "layer": heads, "head": 1}[config.scope]
+    return {"layer": heads, "head": 1}.get(config.scope, len(layers) * heads)
 
 
 def evict(
-    layers: list[Entries], method: Method, config: EvictionConfig, seen: int, useful: torch.Tensor
+    layers: list[Entries],
+    method: Method,
+    config: EvictionConfig,
+    seen: int,
+    useful: torch.Tensor,
+    pictured: torch.Tensor,
 ) -> list[Entries]:
     """One compaction of every group that is due.
 
@@ -88,12 +94,14 @@ def evict(
         layers: entries of each layer.
         seen: tokens seen so far.
         useful: (B, T) marks positions that hold an answer; only the oracle looks.
+        pictured: (B, T) marks positions that are a picture's; only the scope ``modality`` looks.
     """
     heads, size = layers[0].valid.shape[1], _heads_per_group(layers, config)
     parts = [
-        _candidates(entries, layer, method, config, seen, useful) for layer, entries in enumerate(layers)
+        _candidates(entries, layer, method, config, seen, useful, pictured)
+        for layer, entries in enumerate(layers)
     ]
-    if config.scope == "global":
+    if config.scope in ("global", "modality"):
         joined = Candidates(*(torch.cat(arrays, 1) for arrays in zip(*parts, strict=True)))
         kept = select(joined, seen, config, size).split([part.valid.shape[1] for part in parts], 1)
     else:
@@ -107,18 +115,20 @@ def evict(
 class Candidates(NamedTuple):
     """Entries in rows of those that compete, one row per text and group; all (rows, N).
 
-    ``head`` is the flat head; places where ``valid`` is false hold no entry.
+    ``head`` is the flat head; places where ``valid`` is false hold no entry; ``pictured`` ones are a
+    picture's.
     """
 
     score: torch.Tensor
     position: torch.Tensor
     head: torch.Tensor
     valid: torch.Tensor
+    pictured: torch.Tensor
 
 
 def select(found: Candidates, seen: int, config: EvictionConfig, size: int) -> torch.Tensor:
     """Which entries stay, (rows, N); ``size`` heads compete in a row."""
-    score, position, head, valid = found
+    score, position, head, valid, pictured = found
     heads = int(head.max()) + 1
     if seen * heads >= 1 << _BITS:
         raise ConfigError(f"{seen} tokens in {heads} heads are too many to rank here; use another backend")
@@ -132,12 +142,36 @@ def select(found: Candidates, seen: int, config: EvictionConfig, size: int) -> t
             own = torch.where(valid & (head == index), key + (must.long() << 32 + _BITS), -1)
             first = first | ((own >= _nth(own, config.min_per_head)) & (own >= 0))
         must = first
-    key = torch.where(valid, key + (must.long() << 32 + _BITS), -1)
+    first = must
+    if config.scope == "modality":
+        first = must | _within_quotas(key, must, valid, pictured, config, size)
+    key = torch.where(valid, key + (first.long() << 32 + _BITS), -1)
     keep = (key >= _nth(key, config.budget * size)) & valid
     if config.threshold is not None:
         keep = keep & (must | (score >= math.log(config.threshold)))
     due = valid.sum(1, keepdim=True) >= (config.budget + config.buffer) * size
     return torch.where(due, keep, valid)
+
+
+def _within_quotas(
+    key: torch.Tensor,
+    must: torch.Tensor,
+    valid: torch.Tensor,
+    pictured: torch.Tensor,
+    config: EvictionConfig,
+    size: int,
+) -> torch.Tensor:
+    """The best unprotected entries of text and of pictures, as many as the quota of each, (rows, N)."""
+    kinds = (valid & ~pictured, valid & pictured)
+    guarded = torch.stack([(kind & must).sum(1) for kind in kinds], 1).tolist()
+    quota = torch.tensor([quotas((text, seen), config, size) for text, seen in guarded], device=key.device)
+    first = torch.zeros_like(must)
+    for index, kind in enumerate(kinds):
+        own = torch.where(kind & ~must, key, -1)
+        n = quota[:, index : index + 1]
+        least = own.sort(1, descending=True).values.gather(1, (n - 1).clamp(0, own.shape[1] - 1))
+        first = first | ((own >= least) & (own >= 0) & (n > 0))
+    return first
 
 
 def _nth(key: torch.Tensor, n: int) -> torch.Tensor:
@@ -155,13 +189,21 @@ def _ascending_bits(score: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(
-    entries: Entries, layer: int, method: Method, config: EvictionConfig, seen: int, useful: torch.Tensor
+    entries: Entries,
+    layer: int,
+    method: Method,
+    config: EvictionConfig,
+    seen: int,
+    useful: torch.Tensor,
+    pictured: torch.Tensor,
 ) -> Candidates:
     """A layer's entries in one row per text."""
     heads = entries.valid.shape[1]
     head = (layer * heads + torch.arange(heads, device=entries.valid.device))[None, :, None]
     scores = score(entries, method, config, seen, useful, head)
-    arrays = (scores, entries.position, head.expand_as(entries.valid), entries.valid)
+    places = entries.position.flatten(1)
+    own = pictured.gather(1, places).view_as(entries.position)
+    arrays = (scores, entries.position, head.expand_as(entries.valid), entries.valid, own)
     return Candidates(*(array.flatten(1) for array in arrays))
 
 

@@ -23,6 +23,7 @@ _SHORT = {
     "learned-global": ("learned", {"scope": "global"}),
     "learned-layer": ("learned", {"scope": "layer"}),
     "learned-head": ("learned", {"scope": "head"}),
+    "learned-modality": ("learned", {"scope": "modality"}),
 }
 NAMES = ("full", *_SHORT, "recent", "random", "knorm", "keydiff", *REFERENCES)
 _TYPES = {
@@ -33,6 +34,7 @@ _TYPES = {
     "lookahead": int,
     "threshold": float,
     "policy_seed": int,
+    "picture_share": float,
 }
 
 

@@ -27,8 +27,9 @@ class Prefix:
         found = Reading(engine, samples, parse_method("full"), None, chunk, notes=notes)
         turns = [sample.turns[0] for sample in samples]
         ids = torch.tensor([turn.ids[:tokens] for turn in turns], device=engine.model.device)
+        sight = found.see(turns)
         for start in range(0, tokens, chunk):
-            found.take_in(ids[:, start : start + chunk], turns[0].scored)
+            found.take_in(ids[:, start : start + chunk], turns[0].scored, sight, start)
         self._found = found
 
     @property

@@ -60,7 +60,7 @@ def longmemeval(path: Path, writer: Writer) -> Iterator[Sample]:
 def text(path: Path, writer: Writer, length: int) -> Iterator[Sample]:
     """Consecutive pieces of ``length`` tokens, each predicted in a cache of its own; a rest is left out."""
     try:
-        ids = writer.encode(_bytes(path).decode("utf-8-sig"))
+        ids = writer.encode(read_file(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read {path} as text: {error}") from error
     own = length - len(writer.before)
@@ -143,7 +143,7 @@ def json_lines(path: Path, *names: str) -> Iterator[Row]:
     Raises:
         ConfigError: says which line is broken or lacks what.
     """
-    for number, line in enumerate(_bytes(path).split(b"\n"), 1):
+    for number, line in enumerate(read_file(path).split(b"\n"), 1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -157,7 +157,7 @@ def json_lines(path: Path, *names: str) -> Iterator[Row]:
 def _records(path: Path, *names: str) -> Iterator[Row]:
     """As :func:`json_lines`, from a file that is one list."""
     try:
-        data = parse_json(_bytes(path))
+        data = parse_json(read_file(path))
     except ValueError as error:
         raise ConfigError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(data, list):
@@ -166,7 +166,8 @@ def _records(path: Path, *names: str) -> Iterator[Row]:
         yield _row(row, f"{path}, record {number}", names)
 
 
-def _bytes(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The bytes of a file of usual size; raises ConfigError."""
     try:
         return read_bytes(path)
     except CheckpointError as error:

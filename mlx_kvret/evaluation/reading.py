@@ -11,11 +11,13 @@ import torch
 
 from ..core.config import EvictionConfig
 from ..core.types import Floats
+from ..errors import ConfigError
 from .attention_policies import Entries, evict, is_due, observed
 from .engine import Outcome, end_tokens, sample_score
 from .likelihood import on_torch
 from .methods import Method
 from .samples import Question, Sample, Turn, text_score
+from .sight import Sight, Sights
 
 OBSERVED = 32
 # what policies want to know of what was read: attention paid so far, the last queries
@@ -30,6 +32,7 @@ class Engine(Protocol):
     tokenizer: Any
     gates: Any
     reading: Reading | None
+    sights: Sights
 
 
 class Beginning(Protocol):
@@ -62,6 +65,8 @@ class Reading:
         self._notes = _NOTES.get(method.policy, ()) if notes is None else notes
         self.read_inputs: list[list[torch.Tensor]] = []
         self.seen, self.layers = 0, list[Entries]()
+        # rotary positions may lag behind the tokens seen where there are pictures
+        self.lag = torch.zeros(len(samples), 1, dtype=torch.long, device=engine.model.device)
         self.queries: dict[int, torch.Tensor] = {}
         self.scale = 1.0
         self.nats = list[Floats]()
@@ -76,6 +81,7 @@ class Reading:
         for row, sample in enumerate(samples):
             useful[row, list(sample.useful)] = True
         self._useful = useful.to(engine.model.device)
+        self._pictured = torch.zeros_like(self._useful)
 
     def run(self) -> list[Outcome]:
         """Read every turn and ask its questions."""
@@ -96,22 +102,40 @@ class Reading:
     def read(self, turns: Sequence[Turn]) -> None:
         """Take in a turn, evicting after each chunk."""
         ids = torch.tensor([turn.ids for turn in turns], device=self._useful.device)
-        scored, start = turns[0].scored, 0
+        scored, start, sight = turns[0].scored, 0, self.see(turns)
         if self.prefix is not None and self.seen == 0:
             start = self.prefix.enter(self)
             self._evict()
         for first in range(start, ids.shape[1], self.chunk):
-            part = ids[:, first : first + self.chunk]
-            self.take_in(part, scored)
+            self.take_in(ids[:, first : first + self.chunk], scored, sight, first)
             self._evict()
+        self.saw(sight, ids.shape[1])
 
-    def take_in(self, ids: torch.Tensor, scored: bool) -> None:
-        """One forward pass (B, n), nothing evicted."""
+    def see(self, turns: Sequence[Turn]) -> Sight | None:
+        """Look at the pictures of turns that are about to be read."""
+        sight = self.engine.sights(turns)
+        if sight is not None:
+            if turns[0].scored:
+                raise ConfigError(
+                    "a text whose tokens are scored has pictures; only questions on pictures are scored"
+                )
+            self._pictured[:, self.seen : self.seen + len(turns[0].ids)] = sight.pictured
+        return sight
+
+    def saw(self, sight: Sight | None, tokens: int) -> None:
+        """A turn of so many tokens has been read: what follows counts on from its last position."""
+        if sight is not None:
+            self.lag = self.lag + tokens - sight.next_position
+
+    def take_in(self, ids: torch.Tensor, scored: bool, sight: Sight | None = None, first: int = 0) -> None:
+        """One forward pass (B, n), nothing evicted; from token ``first`` on in a turn with a ``sight``."""
         count = ids.shape[1]
         causal = torch.ones(count, count, dtype=torch.bool, device=ids.device).tril()
         position = torch.arange(self.seen, self.seen + count, device=ids.device)
         self._reads = True
-        logits = self.forward(ids, position[None], causal[None], self.layers, 0 if scored else 1)
+        ahead = self.seen - first - self.lag
+        given = None if sight is None else sight.part(first, first + count, ahead)
+        logits = self.forward(ids, position[None], causal[None], self.layers, 0 if scored else 1, given)
         self._reads = False
         if scored:
             self.nats.append(on_torch(self.last, logits, ids.tolist()))
@@ -124,7 +148,7 @@ class Reading:
         layers = self.layers
         if self.method.policy == "snapkv":
             layers = [dataclasses.replace(e, attention=self.observed(i)) for i, e in enumerate(layers)]
-        self.layers = evict(layers, self.method, self.config, self.seen, self._useful)
+        self.layers = evict(layers, self.method, self.config, self.seen, self._useful, self._pictured)
 
     def observed(self, layer: int) -> torch.Tensor:
         """What the last queries of the text pay to each of a layer's entries, (B, H, C)."""
@@ -174,18 +198,28 @@ class Reading:
 
     @torch.no_grad()
     def forward(
-        self, ids: torch.Tensor, position: torch.Tensor, visible: torch.Tensor, base: list[Entries], last: int
+        self,
+        ids: torch.Tensor,
+        position: torch.Tensor,
+        visible: torch.Tensor,
+        base: list[Entries],
+        last: int,
+        given: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Logits of new tokens ids (B, n), the ``last`` of them (0: all); :attr:`grown` has their entries.
 
         ``position`` (B or 1, n); ``visible`` (B or 1, n, m) tells which of the last m entries each sees, of
-        ``base`` and then its own; older ones are all visible.
+        ``base`` and then its own; older ones are all visible. ``given`` are the decoder's arguments where
+        there are pictures; the logits mean nothing then.
         """
         self._position, self._visible, self._base, self._grown = position, visible, base, []
         self.engine.reading = self
         try:
+            if given is not None:
+                hidden: torch.Tensor = self.engine.model.get_decoder()(use_cache=False, **given)[0]
+                return hidden
             out = self.engine.model(
-                input_ids=ids, position_ids=position, use_cache=False, logits_to_keep=last
+                input_ids=ids, position_ids=position - self.lag, use_cache=False, logits_to_keep=last
             )
         finally:
             self.engine.reading = None

@@ -17,6 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..core.checkpoint import GateCheckpoint
 from ..core.fitting import fit_gates
+from ..core.picture_prompts import tokenizer_of
 from ..errors import ConfigError, UnsupportedModelError
 from .chunks import Pace
 from .engine import Outcome
@@ -24,6 +25,7 @@ from .methods import Method
 from .prefix import ROOM, Prefix
 from .reading import Reading
 from .samples import Sample, batches
+from .sight import Sights
 
 IMPLEMENTATION = "kvret_reference"
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window")
@@ -53,10 +55,12 @@ class ReferenceEngine:
         from mlx_kvret.cuda_backend.hooks import shape_of
         from mlx_kvret.cuda_backend.modules import attention_modules, competing_layers
 
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.model, self.processor = model.eval().requires_grad_(False), tokenizer
+        self.tokenizer = tokenizer_of(tokenizer)
         self.pace, self.batch = Pace(chunk, buffer), batch
         self.gates: Any = None
         self.reading: Reading | None = None
+        self.sights = Sights(model, tokenizer)
         self._shared: Any = None
         self._prefixes: list[tuple[list[Sample], Prefix]] = []
         modules = attention_modules(model)
@@ -67,6 +71,9 @@ class ReferenceEngine:
             )
         self._shape = shape_of(model)
         model.set_attn_implementation(IMPLEMENTATION)
+        if getattr(model.config, "vision_config", None) is not None:
+            # the part that sees caches nothing
+            model.set_attn_implementation({"vision_config": "sdpa"})
         for layer, index in enumerate(sorted(modules)):
             vars(modules[index])["_kvret_reference"] = (self, layer)
             modules[index].register_forward_pre_hook(self._observe, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""What a task is made of: texts that are read, questions that are asked after them, and how answers score."""
+"""What a task is made of: texts that are read, questions after them, and how answers score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Metric = Literal["exact", "all", "any", "f1"]
+from ..bitmap import Bitmap
+from .answers import letter, same_number
+
+Metric = Literal["exact", "all", "any", "f1", "letter", "number"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Question:
         ids: tokens of the question.
         answer: the very tokens that must come (metric ``exact``); nothing is generated for these.
         references: texts to be found in what the model generates, for the other metrics.
-        metric: ``all``: share of the references found; ``any``: one is enough; ``f1``: best word overlap.
+        metric: ``all``: share of the references found; ``any``: one is enough; ``f1``: best word overlap;
+            ``letter``: the chosen one of ``choices``; ``number``: equal to ``digits`` decimals.
         max_tokens: the most tokens to generate.
         useful: positions in the text that hold the answer, where the task knows them.
     """
@@ -31,18 +35,22 @@ class Question:
     metric: Metric = "exact"
     max_tokens: int = 32
     useful: tuple[int, ...] = ()
+    choices: tuple[str, ...] = ()
+    digits: int = 0
 
 
 @dataclass(frozen=True)
 class Turn:
     """Tokens that enter the cache, then questions about all that was read so far.
 
-    ``scored`` turns are for perplexity: every token but the text's first is predicted.
+    ``scored`` turns are for perplexity: every token but the text's first is predicted. ``pictures`` stand
+    where ``ids`` hold the model's image tokens, as many for each as the model makes of it.
     """
 
     ids: tuple[int, ...]
     questions: tuple[Question, ...] = ()
     scored: bool = False
+    pictures: tuple[Bitmap, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Sample:
     @property
     def tokens(self) -> int:
         return sum(len(turn.ids) for turn in self.turns)
+
+    @property
+    def sees(self) -> bool:
+        """Whether there are pictures in it."""
+        return any(turn.pictures for turn in self.turns)
 
     @property
     def useful(self) -> tuple[int, ...]:
@@ -78,6 +91,10 @@ def text_score(question: Question, text: str) -> float:
     """How well a generated text answers, from 0 to 1."""
     if question.metric == "f1":
         return max(word_f1(text, reference) for reference in question.references)
+    if question.metric == "letter":
+        return float(letter(text, question.choices) == question.references[0])
+    if question.metric == "number":
+        return float(same_number(text, question.references[0], question.digits))
     said = text.lower()
     found = [reference.lower() in said for reference in question.references]
     return float(any(found)) if question.metric == "any" else sum(found) / len(found)

@@ -1,10 +1,12 @@
 """All tasks by name.
 
 ``facts`` and the like    the demo model's own words, see :mod:`.demo_tasks`
+``albums`` and the like   pictures and words of the demo with eyes, see :mod:`.album_tasks`
 ``needle-single`` ...     generated text for any model with a tokenizer, see :mod:`.text_tasks`
 ``text``                  text files (``data``), pieces of each length drawn from them in turn
 ``perplexity:FILE``       the first pieces of one text file
 ``longbench:FILE`` ...    files of public benchmarks, see :mod:`.readers`
+``mmstar:FILE`` ...       the same with pictures, see :mod:`.picture_readers`
 """
 
 from __future__ import annotations
@@ -12,20 +14,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..core.picture_prompts import tokenizer_of
 from ..errors import ConfigError
-from . import demo_tasks, readers, text_tasks
+from . import album_tasks, demo_tasks, picture_readers, readers, text_tasks
+from .picture_writer import PictureWriter
 from .samples import Sample
 from .writer import Writer
 
 TEXT = "text"
-NAMES = (*demo_tasks.TASKS, *text_tasks.TASKS, TEXT)
-FILES = ("perplexity", *readers.READERS)
+NAMES = (*demo_tasks.TASKS, *album_tasks.TASKS, *text_tasks.TASKS, TEXT)
+FILES = ("perplexity", *readers.READERS, *picture_readers.READERS)
 
 
 def check_task(name: str, data: Sequence[Path] = ()) -> None:
@@ -54,12 +58,13 @@ def check_task(name: str, data: Sequence[Path] = ()) -> None:
 
 def has_length(name: str) -> bool:
     """Whether samples come in a length of one's choice; those of benchmark files do not."""
-    return name.partition(":")[0] not in readers.READERS
+    return name.partition(":")[0] not in (*readers.READERS, *picture_readers.READERS)
 
 
 def metric(name: str) -> str:
     """``"accuracy"`` (higher is better) or ``"nll"`` (nats per token, lower is better)."""
-    return "nll" if name == TEXT or name.startswith("perplexity:") else "accuracy"
+    likelihoods = (TEXT, "perplexity", *picture_readers.LIKELIHOODS)
+    return "nll" if name.partition(":")[0] in likelihoods else "accuracy"
 
 
 def make_samples(
@@ -78,10 +83,14 @@ def make_samples(
     """
     check_task(name, data)
     kind, _, path = name.partition(":")
-    if kind in demo_tasks.TASKS:
-        rngs = _generators(name, length, count, seed)
-        return [demo_tasks.make(kind, length, rng) for rng in rngs]
-    writer = Writer(tokenizer, chat)
+    if kind in demo_tasks.TASKS or kind in album_tasks.TASKS:
+        make = demo_tasks.make if kind in demo_tasks.TASKS else album_tasks.make
+        return [make(kind, length, rng) for rng in _generators(name, length, count, seed)]
+    if kind in picture_readers.READERS:
+        return _some(
+            path, picture_readers.READERS[kind](Path(path).expanduser(), PictureWriter(tokenizer)), count
+        )
+    writer = Writer(tokenizer_of(tokenizer), chat)
     if kind in text_tasks.TASKS:
         rngs = _generators(name, length, count, seed)
         return [text_tasks.TASKS[kind](length, rng, writer) for rng in rngs]
@@ -93,9 +102,13 @@ def make_samples(
     found = (
         readers.text(file, writer, length) if kind == "perplexity" else readers.READERS[kind](file, writer)
     )
+    return _some(path, found, count)
+
+
+def _some(path: str, found: Iterator[Sample], count: int) -> list[Sample]:
     samples = list(itertools.islice(found, count))
     if not samples:
-        raise ConfigError(f"{file} has no records")
+        raise ConfigError(f"{path} has no records")
     return samples
 
 

@@ -74,7 +74,7 @@ def choose(subject: Subject) -> tuple[str, Path] | None:
         )
         return None
     # who asks for the demo asks for its gates
-    _LOG.log(logging.DEBUG if folder == demo.GATES else logging.INFO, "gates: %s", best)
+    _LOG.log(logging.DEBUG if folder in (demo.GATES, demo.VISION_GATES) else logging.INFO, "gates: %s", best)
     return best.entry.label, folder
 
 

@@ -25,7 +25,7 @@ from ..core.fingerprint import differences, fingerprint
 from ..core.tensors import Tensor
 from ..core.types import Array
 from .known import Base
-from .names import BASES
+from .names import BASES, SHIPPED
 
 # who publishes copies of others' models, unchanged but for their float type or bits
 _COPIERS = ("mlx-community", "lmstudio-community", "unsloth")
@@ -63,9 +63,9 @@ class Subject:
         return norms_digest(self.norms())
 
     def may_be(self, base: Base) -> bool:
-        """Whether the shape is the base's. The demo, which anyone may make again, is known by name only."""
-        if base.name == "demo":
-            return "demo" in self.names
+        """Whether the shape is the base's. The demos, which anyone may make again, are known by name only."""
+        if base.name in SHIPPED:
+            return base.name in self.names
         told = {pair.partition("=")[0] for pair in self.shape.split()}
         return {"hidden_size", "num_hidden_layers"} <= told and not differences(self.shape, base.shape)
 

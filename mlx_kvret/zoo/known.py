@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import demo
 from ..core.fingerprint import FIELDS
-from .names import BASES, SMOLLM2
+from .names import BASES, DEMO, DEMO_VISION, SMOLLM2
 
 SHIPPED_FOLDER = Path(__file__).parent.parent / "gates_shipped"
 _MATHS = "reasoning traces in mathematics only; other texts may lose more"
@@ -64,7 +64,8 @@ _PHI3 = Base("microsoft/Phi-3-mini-128k-instruct", _shape(3072, 32, 32, 32, 96, 
 _VL_8B = Base("Qwen/Qwen3-VL-8B-Thinking", _shape(4096, 36, 32, 8, 128, 12288, "5e+06"))
 _VL_4B = Base("Qwen/Qwen3-VL-4B-Instruct", _shape(2560, 36, 32, 8, 128, 9728, "5e+06"))
 _SMOLLM2 = Base(BASES[SMOLLM2], _shape(576, 30, 9, 3, 64, 1536, "100000"), "a696f22fc49a86b5")
-_DEMO = Base(BASES["demo"], _shape(64, 3, 4, 2, 32, 128, "1e+06"))
+_DEMO_SHAPE = _shape(64, 3, 4, 2, 32, 128, "1e+06")
+_DEMO, _DEMO_VISION = Base(DEMO, _DEMO_SHAPE), Base(DEMO_VISION, _DEMO_SHAPE)
 
 RELEASED = (
     Entry(_QWEN3_1_7B, "ngocbh/TrimKV-Qwen3-1.7B-Math", _MATHS),
@@ -79,7 +80,8 @@ RELEASED = (
     Entry(_VL_4B, "ngocbh/DBTrimKV-Qwen3-VL-4B-Instruct", _IMAGES),
 )
 _SHIPPED = (
-    Entry(_DEMO, "demo", "stories in its own 198 words", demo.GATES),
+    Entry(_DEMO, DEMO, "stories in its own 198 words", demo.GATES),
+    Entry(_DEMO_VISION, DEMO_VISION, "albums of pictures and its own words", demo.VISION_GATES),
     Entry(_SMOLLM2, SMOLLM2, "English novels, manuals, and chats about them", SHIPPED_FOLDER / SMOLLM2),
 )
 

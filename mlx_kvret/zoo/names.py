@@ -12,8 +12,11 @@ from . import store
 
 DTYPES = ("float32", "bfloat16")
 SMOLLM2 = "smollm2"
+DEMO, DEMO_VISION = "demo", "demo-vision"
+# shipped with the package: their folders, by name
+SHIPPED = {DEMO: demo.MODEL, DEMO_VISION: demo.VISION_MODEL}
 # a name, and what its model is called in checkpoints and tables of gates
-BASES = {"demo": "demo", SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+BASES = {DEMO: DEMO, DEMO_VISION: DEMO_VISION, SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def model_folder(name: str) -> Path | None:
@@ -22,8 +25,8 @@ def model_folder(name: str) -> Path | None:
     Raises:
         ConfigError: it has not been fetched yet.
     """
-    if name == "demo":
-        return demo.MODEL
+    if name in SHIPPED:
+        return SHIPPED[name]
     if name != SMOLLM2:
         return None
     for dtype in sorted(DTYPES, key=lambda dtype: dtype != usual_dtype()):

@@ -59,7 +59,8 @@ CONFIGS = st.builds(
 def test_evict_keeps_what_the_core_keeps(config, seed, policy):
     rng, seen = np.random.default_rng(seed), 24
     layers = [entries(rng, 3, count, seen) for count in rng.integers(1, 13, size=LAYERS)]
-    left = evict(layers, parse_method(policy), config, seen, torch.zeros(3, seen, dtype=torch.bool))
+    unmarked = torch.zeros(3, seen, dtype=torch.bool)
+    left = evict(layers, parse_method(policy), config, seen, unmarked, unmarked)
     for text in range(3):
         position = flat(layers, text, "position")
         counts = [int(n) for e in layers for n in e.valid[text].sum(1)]
