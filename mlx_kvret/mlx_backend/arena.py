@@ -10,13 +10,14 @@ from weakref import WeakSet, ref
 
 import mlx.core as mx
 
+from ..core.bits import packings
 from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.eviction import heads_per_group
 from ..core.passes import Passes
 from ..core.slabs import Slabs
 from ..core.state import State
-from ..errors import CacheError, UnsupportedFeatureError
+from ..errors import CacheError
 from .observed import Observed, Piece, scored
 from .pool import Pool
 from .recent import Recent
@@ -57,12 +58,9 @@ class Arena:
         self.shape, self.config, self.owner = shape, config, owner
         self.gates, self.gate_layers = gates, gate_layers
         self.identity = ""
-        if config.kv_bits is not None:
-            raise UnsupportedFeatureError(
-                f"kv_bits={config.kv_bits!r} does not work with MLX; drop it and lower the budget instead"
-            )
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
-        self.pool = Pool(shape.heads // self.size, self.size, slabs)
+        forms = packings(config.kv_bits, shape.key_dim, shape.value_dim)
+        self.pool = Pool(shape.heads // self.size, self.size, slabs, forms)
         self.recent = Recent(shape.layers, max(1, config.buffer), slabs)
         self.slabs, self.rows = Slabs(slabs), WeakSet[Holder]()
         self.passes = Passes()
@@ -78,7 +76,7 @@ class Arena:
     @property
     def defer(self) -> int:
         """How many tokens' inputs may wait for their gate."""
-        return self.shape.deferred(self.config.budget, self.config.buffer)
+        return self.shape.deferred(self.config.budget, self.config.buffer, self.config.kv_bits)
 
     # ------------------------------------------------------------------ changes, whole or not at all
 
@@ -171,7 +169,7 @@ class Arena:
             self.put(State([(self, {"config": config}), (self.recent, vars(recent))]))
         if self.pool.capacity < other.pool.capacity:
             pool = copy.copy(self.pool)
-            pool.grow(other.pool.capacity, other.pool.keys, other.pool.values)
+            pool.grow_like(other.pool)
             self.put(State.becoming([(self.pool, pool)]))
 
     def like(self, slabs: int, config: EvictionConfig | None = None) -> Arena:

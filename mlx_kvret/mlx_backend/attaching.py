@@ -97,7 +97,8 @@ def attach_these(
         # a refusal leaves the model as it was
         if gates is not None:
             before.layout.check_gates(gates)
-        own_eviction(before.layout.shape, None if gates is None else gates.config, options or {})
+        own = own_eviction(before.layout.shape, None if gates is None else gates.config, options or {})
+        before.layout.check_bits(own.kv_bits)
     hooks.remove(model)
     # gates and options do not change what the hooks give
     hooks.install(model, gates, owner, options, compute=before is None)

@@ -40,7 +40,12 @@ def attend(
             queries, view.keys, view.values, scale=scale, mask=mask, sinks=sinks
         )
     types = {queries.dtype, view.keys.dtype, view.values.dtype}
-    if kernels.enabled() and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
+    plain = view.pool.forms is None
+    if (
+        plain
+        and kernels.enabled()
+        and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1])
+    ):
         single = [
             attend_with_kernels(queries[row : row + 1], one, scale, causal, sinks)
             for row, one in enumerate(view.rows())
@@ -101,14 +106,14 @@ def _attend(
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
     if width:
-        old = queries @ view.pool.keys[part.slots].swapaxes(-1, -2)
+        old = queries @ view.pool.keys_at(part.slots).swapaxes(-1, -2)
         old = old if part.real is None else mx.where(part.real[..., None, :], old, -mx.inf)
         scores = mx.concatenate([old, scores], axis=-1)
     if sinks is not None:
         scores = mx.concatenate([scores, sinks.astype(scores.dtype)], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
     recent = weights[..., width : width + length] @ values
-    return recent + weights[..., :width] @ view.pool.values[part.slots] if width else recent
+    return recent + weights[..., :width] @ view.pool.values_at(part.slots) if width else recent
 
 
 def _causal_bias(tokens: int, length: int, group: int) -> mx.array:

@@ -79,6 +79,8 @@ def retention_of(row: Row, tokens: int) -> mx.array:
     place = np.arange(start, start + tokens)
     layers = range(row.arena.shape.layers)
     keys = [row.window(layer)[0][0, :, :tokens] for layer in layers]
+    if row.config.policy == "knorm":
+        keys = [row.arena.pool.as_kept(one) for one in keys]
     return mx.stack([static_score(row.config, keys[layer], layer * heads, place) for layer in layers])
 
 
@@ -89,9 +91,8 @@ def _score(
     if row.config.policy == "learned":
         return retention_score(retention, position, row.seen, row.config.lookahead)
     if row.config.policy == "keydiff":
-        new = mx.stack([keys[0, :, :tokens] for keys, _ in newest])
-        old = pool.rows(pool.keys, row.slab)
-        keys = mx.concatenate([old, new.reshape(pool.groups, -1, new.shape[-1])], axis=1)
+        new = pool.as_kept(mx.stack([keys[0, :, :tokens] for keys, _ in newest]))
+        keys = mx.concatenate([pool.slab_keys(row.slab), new.reshape(pool.groups, -1, new.shape[-1])], axis=1)
         return keydiff_score(keys, head, row.arena.shape.heads)
     return retention
 

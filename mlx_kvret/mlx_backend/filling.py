@@ -22,19 +22,25 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
     tokens = snapshot.recent(max(1, row.config.buffer))
     keys, values = to_array(snapshot.keys), to_array(snapshot.values)
     new = snapshot.position >= snapshot.seen - tokens
-    index = mx.array(np.flatnonzero(new).astype(np.int32))
+    kept = np.flatnonzero(~new)
+    if snapshot.packed is None:
+        index = mx.array(kept.astype(np.int32))
+        old = keys[index], values[index]
+        index = mx.array(np.flatnonzero(new).astype(np.int32))
+        keys, values = keys[index], values[index]
+    else:
+        old = to_array(snapshot.packed.keys), to_array(snapshot.packed.values)
     window = (shape.layers, 1, shape.kv_heads, tokens)
     row.seen, row.length, row.pictures = snapshot.seen, tokens, snapshot.pictures
     if tokens:
-        new_keys = keys[index].reshape(*window, shape.key_dim)
-        new_values = values[index].reshape(*window, shape.value_dim)
+        new_keys = keys.reshape(*window, shape.key_dim)
+        new_values = values.reshape(*window, shape.value_dim)
         for layer in layers:
             arena.recent.append(layer, row.slab, 0, new_keys[layer], new_values[layer])
         if row.config.policy == "learned":
             log_beta = mx.array(snapshot.retention[new])
             row.pieces = known(log_beta.reshape(shape.layers, shape.kv_heads, tokens))
 
-    kept = np.flatnonzero(~new)
     head = snapshot.head[kept]
     group = head // pool.size
     counts = row.schedule.counts = np.bincount(group, minlength=pool.groups)
@@ -43,8 +49,7 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
         first = np.concatenate([[0], np.cumsum(counts)[:-1]])
         local = np.arange(len(kept)) - first[group]
         slots = mx.array((group * (pool.capacity * pool.size + 1) + local).astype(np.int32))
-        index = mx.array(kept.astype(np.int32))
-        pool.fill(slots, keys[index], values[index])
+        pool.fill(slots, *old)
         pool.admit(
             mx.zeros((pool.groups, pool.capacity * pool.size), mx.bool_),
             slots,

@@ -91,7 +91,8 @@ def stream_generate(
     """
     if useless := [name for name in CACHE_OPTIONS if options.pop(name, None) is not None]:
         raise UnsupportedFeatureError(
-            f"{', '.join(useless)} has no effect on a bounded cache; drop it and set budget, or pass cache"
+            f"{', '.join(useless)} has no effect on a bounded cache; drop it and set budget and kv_bits, or "
+            "pass cache"
         )
     known, elsewhere = _loop_options(draft_model is not None)
     eviction, options = split_eviction(options, cache is not None, known, elsewhere)

@@ -106,6 +106,7 @@ def _install(
         if gates is not None:
             layout.check_gates(gates)
         own = own_eviction(layout.shape, None if gates is None else gates.config, options or {})
+        layout.check_bits(own.kv_bits)
     except BaseException:
         _restore_attention(attentions, namespaces)
         raise

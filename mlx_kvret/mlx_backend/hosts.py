@@ -59,7 +59,8 @@ def refuse_bits(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         if kv_bits is not None and any(isinstance(part, BoundedKVCache) for part in _parts(prompt_cache)):
             raise UnsupportedFeatureError(
-                f"kv_bits={kv_bits} does not work with a bounded cache; drop it and lower the budget instead"
+                f"kv_bits={kv_bits} of mlx-lm's functions does not work with a bounded cache; give it to "
+                "mlx_kvret.attach, make_cache or generate, which store entries in few bits as they are kept"
             )
         stock(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
 

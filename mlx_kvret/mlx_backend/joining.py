@@ -74,7 +74,7 @@ def alone(row: Row) -> Row:
 def _copy_in(arena: Arena, slab: int, row: Row) -> None:
     pool = row.arena.pool.resized([row.slab], 1)
     if pool.capacity < arena.pool.capacity:
-        pool.grow(arena.pool.capacity, arena.pool.keys, arena.pool.values)
+        pool.grow_like(arena.pool)
     arena.take(slab, pool, row.arena.recent.resized([row.slab], 1), 0, _filled(row))
 
 
@@ -84,7 +84,7 @@ def _filled(row: Row) -> int:
 
 
 def _check(arena: Arena, row: Row) -> None:
-    for name in ("policy", "scope"):
+    for name in ("policy", "scope", "kv_bits"):
         ours, theirs = getattr(arena.config, name), getattr(row.config, name)
         if ours != theirs:
             raise UnsupportedFeatureError(

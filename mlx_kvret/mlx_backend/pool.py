@@ -11,10 +11,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from ..core.bits import Packing
 from ..core.types import Ints
 from . import kernels
 from .kernels import compaction_plan, score_select
 from .lookup import Lookup
+from .packing import pack, unpack
 
 _ARRAYS = ("keys", "values", "retention", "position", "owner")
 
@@ -24,12 +26,16 @@ class Pool:
 
     ``keys`` (slots, Dk), ``values`` (slots, Dv), ``retention`` (slots,) float32, ``position`` (slots,) int32
     and ``owner`` (slots,) int32, the flat head, or ``heads`` where the slot is free; slab s begins at slot
-    s·``room``. Attributes get new values and are never changed in place, so a shallow copy is a pool of
-    its own; MLX writes where the old values stand once nobody holds them.
+    s·``room``. With ``forms`` keys and values are rows of packed words, for floats of ``dtype``. Attributes
+    get new values and are never changed in place, so a shallow copy is a pool of its own; MLX writes where
+    the old values stand once nobody holds them.
     """
 
-    def __init__(self, groups: int, size: int, slabs: int = 1) -> None:
+    def __init__(
+        self, groups: int, size: int, slabs: int = 1, forms: tuple[Packing, Packing] | None = None
+    ) -> None:
         self.groups, self.size, self.heads, self.slabs = groups, size, groups * size, slabs
+        self.forms, self.dtype = forms, mx.float32
         self.capacity = 0
         self.keys = self.values = mx.zeros((slabs * groups, 0))
         self.retention = mx.zeros((slabs * groups,), mx.float32)
@@ -45,10 +51,28 @@ class Pool:
     # ------------------------------------------------------------------ room
 
     def grow(self, capacity: int, keys: mx.array, values: mx.array) -> None:
-        """Room for ``capacity`` tokens per head in every slab, in the types and widths of the arrays."""
+        """Room for ``capacity`` tokens per head in every slab, for floats of these types and widths."""
+        if self.capacity == 0:
+            self.dtype = keys.dtype
+        self._grow(capacity, self._row(keys, 0), self._row(values, 1))
+
+    def grow_like(self, other: Pool) -> None:
+        """As much room as another pool of the same forms has."""
+        if self.capacity == 0:
+            self.dtype = other.dtype
+        keys, values = ((a.shape[-1], a.dtype) for a in (other.keys, other.values))
+        self._grow(other.capacity, keys, values)
+
+    def _row(self, array: mx.array, which: int) -> tuple[int, mx.Dtype]:
+        """Width and type of what stands in a slot."""
+        if self.forms is None:
+            return array.shape[-1], array.dtype
+        return self.forms[which].words(array.dtype.size), mx.uint32
+
+    def _grow(self, capacity: int, keys: tuple[int, mx.Dtype], values: tuple[int, mx.Dtype]) -> None:
         groups, added = self.slabs * self.groups, (capacity - self.capacity) * self.size
         if self.capacity == 0:
-            self.keys, self.values = (mx.zeros((groups, a.shape[-1]), a.dtype) for a in (keys, values))
+            self.keys, self.values = (mx.zeros((groups, width), dtype) for width, dtype in (keys, values))
         for name in _ARRAYS:
             old = getattr(self, name).reshape(groups, self.capacity * self.size + 1, -1)
             fill = self.heads if name == "owner" else 0
@@ -61,8 +85,8 @@ class Pool:
 
     def resized(self, kept: list[int], count: int) -> Pool:
         """A pool of ``count`` slabs, those of ``kept`` first and then empty ones."""
-        made = Pool(self.groups, self.size, count)
-        made.capacity = self.capacity
+        made = Pool(self.groups, self.size, count, self.forms)
+        made.capacity, made.dtype = self.capacity, self.dtype
         for name in _ARRAYS:
             old = getattr(self, name)
             by_slab = old.reshape(self.slabs, self.room, *old.shape[1:])
@@ -157,9 +181,36 @@ class Pool:
         self.index(slab)
 
     def fill(self, slots: mx.array, keys: mx.array, values: mx.array) -> None:
-        """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place where MLX can."""
-        self.keys = _scattered(self.keys, slots, keys)
-        self.values = _scattered(self.values, slots, values)
+        """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place where MLX can.
+
+        This is where they are packed, once; what has been packed may be given as well.
+        """
+        self.keys = _scattered(self.keys, slots, self._packed(keys, 0))
+        self.values = _scattered(self.values, slots, self._packed(values, 1))
+
+    def keys_at(self, slots: mx.array) -> mx.array:
+        """Keys (..., Dk) as floats, a copy."""
+        return self._floats(self.keys[slots], 0)
+
+    def values_at(self, slots: mx.array) -> mx.array:
+        """Values (..., Dv) as floats, a copy."""
+        return self._floats(self.values[slots], 1)
+
+    def slab_keys(self, slab: int) -> mx.array:
+        """A slab's keys as floats (groups, C, Dk)."""
+        return self._floats(self.rows(self.keys, slab), 0)
+
+    def as_kept(self, keys: mx.array) -> mx.array:
+        """Keys (..., Dk) as they will be read once they are kept."""
+        return self._floats(self._packed(keys, 0), 0, keys.dtype)
+
+    def _packed(self, array: mx.array, which: int) -> mx.array:
+        if self.forms is None or array.dtype == mx.uint32:
+            return array
+        return pack(self.forms[which], array)
+
+    def _floats(self, rows: mx.array, which: int, dtype: mx.Dtype | None = None) -> mx.array:
+        return rows if self.forms is None else unpack(self.forms[which], rows, dtype or self.dtype)
 
     def index(self, *slabs: int) -> None:
         """List each head's slots anew, of some slabs or of all."""

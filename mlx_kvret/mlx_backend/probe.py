@@ -11,10 +11,12 @@ import mlx.nn as nn
 import mlx_lm.models.cache as mlx_cache
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from ..core.bits import KVBits
 from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.fitting import fit_gates
-from ..errors import ConfigError, ModelMismatchError, UnsupportedModelError
+from ..errors import ConfigError, ModelMismatchError, UnsupportedFeatureError, UnsupportedModelError
+from . import kernels
 from .bounded import Bounded
 from .cache import BoundedCache
 from .entry import BoundedCacheList, BoundedKVCache
@@ -47,6 +49,26 @@ class Layout:
         """Which gate belongs to which competing layer. Raises as :func:`fit_gates`."""
         return fit_gates(gates.config, self.shape, [index for index, _ in self.places], self.layers)
 
+    def check_bits(self, kv_bits: KVBits) -> None:
+        """Refuse few bits where no kernel reads them, or the model computes on the cached keys.
+
+        Raises:
+            UnsupportedFeatureError: says which.
+        """
+        if kv_bits is None:
+            return
+        if self.latent:
+            raise UnsupportedFeatureError(
+                f"kv_bits={kv_bits!r} does not work with latent attention (MLA), which computes on the "
+                "cached keys; leave kv_bits away and lower the budget instead"
+            )
+        sizes = self.shape.key_dim, self.shape.value_dim
+        if not set(sizes) <= set(kernels.HEAD_SIZES):
+            raise UnsupportedFeatureError(
+                f"kv_bits={kv_bits!r} does not work with heads of {sizes[0]} (keys) and {sizes[1]} (values) "
+                "elements, for which there is no kernel; leave kv_bits away and lower the budget instead"
+            )
+
     def bounded_cache(
         self, entries: list[Any], config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]
     ) -> BoundedCache:
@@ -58,7 +80,8 @@ class Layout:
         return BoundedCache(entries, shared, competing)
 
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
-        """An empty pool for this model."""
+        """An empty pool for this model. Raises as :meth:`check_bits`."""
+        self.check_bits(config.kv_bits)
         if config.policy != "learned" or gates is None:
             return Bounded.single(self.shape, config, owner)
         return Bounded.single(self.shape, config, owner, gates, self.check_gates(gates))

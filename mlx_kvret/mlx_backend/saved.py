@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..core.bits import packings
 from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.eviction import heads_per_group
 from ..core.options import whole
+from ..core.packed import Packed
 from ..core.pictures import from_array, to_array
 from ..core.reading import exactly, parse_json
 from ..core.snapshot import Snapshot
 from ..core.tensors import FLOATS, Tensor, checksum, verify
 from ..errors import CheckpointError, ConfigError
 from .compaction import retention_of
-from .gates import to_tensor
+from .gates import CODES, to_tensor
 
 if TYPE_CHECKING:
     from .bounded import Bounded
@@ -32,15 +34,8 @@ if TYPE_CHECKING:
 FORMAT = "kvret-prompt-cache 1"
 _RECENT, _POOL = ("keys", "values", "log_beta"), ("keys", "values", "retention", "position", "owner")
 _KEYS = {
-    "format",
-    "layer",
-    "owner",
-    "shape",
-    "eviction",
-    "seen",
-    "counts",
-    "capacity",
-    "checksum",
+    *("format", "layer", "owner", "shape", "eviction", "seen", "counts", "capacity", "checksum"),
+    "dtype",  # of packed entries' floats
     "pictures",
 }
 
@@ -93,6 +88,9 @@ def layer_state(shared: Bounded, layer: int) -> list[Any]:
     if row.pictures:
         # files of text stay as earlier releases read them
         header["pictures"] = to_array(row.pictures).tolist()
+    if row.config.kv_bits is not None:
+        known = arena.pool.capacity or not row.length
+        header["dtype"] = CODES[arena.pool.dtype if known else row.window(0)[0].dtype]
     new: list[Any] = [None, None, None]
     if row.length:
         log_beta = retention_of(row, row.length)[layer] if row.config.policy == "learned" else None
@@ -150,6 +148,10 @@ def snapshot_of(layers: list[Any], shape: CacheShape) -> Snapshot:
         np.concatenate([part[name] for part in (pool, *new)]) for name in ("head", "position", "retention")
     )
     order = np.lexsort((position, head))
+    packed, held, place = None, [pool, *new], order
+    if config.kv_bits is not None:
+        packed, held = _packed(pool, new, config, shape), new
+        place = np.argsort(np.concatenate([part["head"] for part in new]), kind="stable")
     counts = np.bincount(head, minlength=shape.heads).reshape(shape.layers, shape.kv_heads)
     try:
         pictures = from_array(np.array(header.get("pictures", []), np.int32).reshape(-1, 5), header["seen"])
@@ -163,10 +165,21 @@ def snapshot_of(layers: list[Any], shape: CacheShape) -> Snapshot:
         counts=counts.astype(np.int32),
         position=position[order].astype(np.int32),
         retention=retention[order].astype(np.float32),
-        keys=_joined([part["keys"] for part in (pool, *new)], order, shape.key_dim),
-        values=_joined([part["values"] for part in (pool, *new)], order, shape.value_dim),
+        keys=_joined([part["keys"] for part in held], place, shape.key_dim, header.get("dtype")),
+        values=_joined([part["values"] for part in held], place, shape.value_dim, header.get("dtype")),
+        packed=packed,
         pictures=pictures,
     )
+
+
+def _packed(
+    pool: dict[str, Any], new: list[dict[str, Any]], config: EvictionConfig, shape: CacheShape
+) -> Packed:
+    """The pool's rows, in the order of their heads and positions."""
+    order = np.lexsort((pool["position"], pool["head"]))
+    keys, values = (Tensor("U32", pool[name].bits[order]) for name in ("keys", "values"))
+    newest = len(new[0]["head"]) // shape.kv_heads
+    return Packed.of(keys, values, newest, config.kv_bits, (shape.key_dim, shape.value_dim))
 
 
 def _pooled(
@@ -176,7 +189,15 @@ def _pooled(
     size, capacity = heads_per_group(config, shape.layers, shape.kv_heads), header["capacity"]
     groups = shape.heads // size
     slots = groups * (capacity * size + 1)
-    widths = {"keys": shape.key_dim, "values": shape.value_dim} if capacity else {"keys": 0, "values": 0}
+    forms, floats = packings(config.kv_bits, shape.key_dim, shape.value_dim), header.get("dtype")
+    good = floats in FLOATS if forms is not None else floats is None
+    _require(good, f"its kv_bits are {config.kv_bits}, its dtype is {floats!r}")
+    widths = {"keys": shape.key_dim, "values": shape.value_dim}
+    itemsize = 4 if floats == "F32" else 2
+    if forms is not None:
+        widths = {name: form.words(itemsize) for name, form in zip(widths, forms, strict=True)}
+    widths = widths if capacity else dict.fromkeys(widths, 0)
+    entries: tuple[str, ...] = FLOATS if forms is None or not capacity else ("U32",)
     found = {}
     for name in _POOL:
         tensor = arrays.get(f"pool.{name}")
@@ -185,7 +206,7 @@ def _pooled(
             tensor is not None and tensor.shape == expected, f"its pool has no {name} of shape {expected}"
         )
         assert tensor is not None
-        types = ("I32",) if name in ("position", "owner") else ("F32",) if name == "retention" else FLOATS
+        types = ("I32",) if name in ("position", "owner") else ("F32",) if name == "retention" else entries
         _require(tensor.dtype in types, f"{name} of its pool is {tensor.dtype}, expected {', '.join(types)}")
         found[name] = tensor
     owner = found["owner"].bits.reshape(groups, -1)
@@ -195,12 +216,15 @@ def _pooled(
     _require(own.all() and not used[:, -1].any(), "an entry of its pool stands in another head's place")
     _require(exactly(header.get("counts"), used.sum(1).tolist()), "its pool holds other numbers of entries")
     flat = used.reshape(-1)
+    keys, values = (Tensor(found[name].dtype, found[name].bits[flat]) for name in ("keys", "values"))
+    if forms is not None and not capacity:
+        keys, values = (Tensor.of(np.zeros((0, form.words(itemsize))), "U32") for form in forms)
     return {
         "head": owner[used],
         "position": found["position"].bits[flat],
         "retention": found["retention"].bits[flat],
-        "keys": Tensor(found["keys"].dtype, found["keys"].bits[flat]),
-        "values": Tensor(found["values"].dtype, found["values"].bits[flat]),
+        "keys": keys,
+        "values": values,
     }
 
 
@@ -239,12 +263,14 @@ def _rows(tensor: Tensor | None, width: int) -> Tensor | None:
     return None if tensor is None else Tensor(tensor.dtype, tensor.bits.reshape(-1, width))
 
 
-def _joined(parts: list[Tensor | None], order: np.ndarray, width: int) -> Tensor:
+def _joined(parts: list[Tensor | None], order: np.ndarray, width: int, dtype: str | None) -> Tensor:
+    """In order; ``dtype`` is the type where packed entries have one."""
     filled = [part for part in parts if part is not None and len(part.bits)]
     types = sorted({part.dtype for part in filled})
     _require(len(types) < 2, f"its keys or values are of types {' and '.join(types)}")
+    _require(dtype is None or types in ([], [dtype]), f"its newest entries are {types}, its kept of {dtype}")
     if not filled:
-        return Tensor.of(np.zeros((0, width), np.float32))
+        return Tensor.of(np.zeros((0, width), np.float32), dtype or "F32")
     return Tensor(types[0], np.concatenate([part.bits for part in filled])[order])
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..core.packed import Packed
 from ..core.snapshot import Snapshot
+from ..core.tensors import Tensor
 from ..errors import CheckpointError, UnsupportedFeatureError
 from .cache import BoundedCache
 from .compaction import retention_of
@@ -39,6 +41,7 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
     row, pool = shared.row, shared.arena.pool.resized([shared.row.slab], 1)
     slots = _places(pool, row.length)
     keys, values = (_in_order(row, pool, name, slots) for name in ("keys", "values"))
+    packed = None if pool.forms is None else _packed(row, pool, slots)
     newest = retention_of(row, row.length).reshape(-1) if row.length else mx.zeros((0,))
     retention = mx.concatenate([pool.retention, newest])
     return Snapshot(
@@ -54,6 +57,7 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         extras={i: _window_state(c) for i, c in enumerate(cache) if not isinstance(c, BoundedKVCache)},
         notes=notes,
         pictures=row.pictures,
+        packed=packed,
     )
 
 
@@ -91,17 +95,34 @@ def _places(pool: Pool, tokens: int) -> np.ndarray:
 
 
 def _in_order(row: Row, pool: Pool, name: str, places: np.ndarray) -> mx.array:
+    """Keys or values of all entries, as floats; those of the window only where others are packed."""
     shape, held = row.arena.shape, getattr(pool, name)
+    width = shape.key_dim if name == "keys" else shape.value_dim
     if not row.seen:
         # nothing has told the arrays their width yet
-        return mx.zeros((0, shape.key_dim if name == "keys" else shape.value_dim))
-    parts = [held] if pool.capacity else [held[:, :0]]
-    if row.length:
-        windows = [row.window(layer)[name == "values"][0] for layer in range(shape.layers)]
-        parts.append(mx.concatenate([w.reshape(-1, w.shape[-1]) for w in windows]))
-        if not pool.capacity:
-            parts[0] = mx.zeros((len(held), parts[1].shape[1]), parts[1].dtype)
-    return mx.concatenate(parts)[mx.array(places)]
+        return mx.zeros((0, width))
+    packed = pool.forms is not None
+    if not row.length:
+        return mx.zeros((0, width), pool.dtype) if packed else held[mx.array(places)]
+    windows = [row.window(layer)[name == "values"][0] for layer in range(shape.layers)]
+    newest = mx.concatenate([w.reshape(-1, width) for w in windows])
+    if packed:
+        return newest
+    kept = held if pool.capacity else mx.zeros((len(held), width), newest.dtype)
+    return mx.concatenate([kept, newest])[mx.array(places)]
+
+
+def _packed(row: Row, pool: Pool, places: np.ndarray) -> Packed:
+    """Rows of the kept entries; the float type is that of :func:`_in_order`."""
+    shape = row.arena.shape
+    slots = mx.array(places[places < len(pool.position)])
+    if pool.capacity:
+        rows = [to_tensor(array[slots]) for array in (pool.keys, pool.values)]
+    else:
+        size = row.window(0)[0].dtype.size if row.length else 4
+        assert pool.forms is not None
+        rows = [Tensor.of(np.zeros((0, form.words(size))), "U32") for form in pool.forms]
+    return Packed.of(rows[0], rows[1], row.length, row.config.kv_bits, (shape.key_dim, shape.value_dim))
 
 
 def _window_state(entry: Any) -> dict[str, Any]:

@@ -67,4 +67,4 @@ class LayerView:
         Returns (count, width, Dk), (count, width, Dv) and a mask (count, width), None if all are real.
         """
         slots, real = self.pool.lookup.padded(self.head + first, count, width, self.slabs[0])
-        return self.pool.keys[slots], self.pool.values[slots], real
+        return self.pool.keys_at(slots), self.pool.values_at(slots), real

@@ -57,8 +57,8 @@ def by_head(
     out = []
     for head in range(view.kv_heads):
         slots = pool.lookup.table[int(offsets[head]) : int(offsets[head + 1])]
-        keys = mx.concatenate([pool.keys[None, None, slots], view.keys[:, head : head + 1]], axis=2)
-        values = mx.concatenate([pool.values[None, None, slots], view.values[:, head : head + 1]], axis=2)
+        keys = mx.concatenate([pool.keys_at(slots)[None, None], view.keys[:, head : head + 1]], axis=2)
+        values = mx.concatenate([pool.values_at(slots)[None, None], view.values[:, head : head + 1]], axis=2)
         own = slice(head * group, (head + 1) * group)
         # MLX aligns a causal mask with the end of the keys: all kept entries are visible
         out.append(
