@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint
@@ -27,7 +27,7 @@ from . import hooks, snapshots
 from .attaching import attach, attach_any, detach, make_cache
 from .cache import BoundedCache
 from .generation import generate, stop_tokens, stream_generate, vocabulary
-from .loading import checked_device, checked_dtype, load_model, read_gates, read_tokenizer
+from .loading import checked_device, checked_dtype, load_model, model_class, read_gates, read_tokenizer
 from .prefill import read_tokens, take_back
 from .probe import refusals
 from .sampling import processors_of, sampler_of
@@ -152,11 +152,11 @@ def add_stop_tokens(model: PreTrainedModel, tokenizer: Any, tokens: Sequence[int
 
 def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     """A model folder's config and what its bounded layers cache; no weights are read."""
-    model_config(folder)
+    network = model_class(model_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with refusals(config.model_type), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = network.from_config(config, trust_remote_code=False)
     except KVRetError:
         raise
     except Exception as error:  # model files take a config at its word

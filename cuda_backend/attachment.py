@@ -13,13 +13,14 @@ from mlx_kvret.core.config import EvictionConfig, GateConfig
 from mlx_kvret.core.fingerprint import identity
 
 from .gates import RetentionGates
+from .pictures import Eyes
 from .probe import Layout
 from .rope import Fixed
 
 
 @dataclass
 class Attachment:
-    """What is known of an attached model: its layout, its gates, and how it is detached."""
+    """What is known of an attached model: its layout, gates and eyes, and how it is detached."""
 
     layout: Layout
     gates: RetentionGates | None
@@ -27,6 +28,7 @@ class Attachment:
     eviction: EvictionConfig
     implementation: str
     rope: Fixed
+    eyes: Eyes | None = None
     handles: list[Any] = field(default_factory=list)
     _identity: str = ""
 

@@ -28,11 +28,12 @@ def naive_attend(
     scale: float,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
+    block: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of :func:`attend`, one sequence and KV head at a time, in float32."""
     rows, _, tokens, _ = queries.shape
     group, heads = queries.shape[1] // view.kv_heads, view.kv_heads
-    lengths, visible = view.lengths(), view.visible(tokens)
+    lengths, visible = view.lengths(), view.visible(tokens, block)
     new_keys, new_values = view.newest()
     out = queries.new_empty(*queries.shape[:3], new_values.shape[-1])
     for place in range(rows * heads):
@@ -59,16 +60,18 @@ def attend(
     scale: float,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
+    block: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); the newest tokens are theirs.
 
-    ``sinks`` (Hq,) are logits of a null entry. ``softcap`` c turns logits z into ``c·tanh(z / c)``.
+    ``sinks`` (Hq,) are logits of a null entry. ``softcap`` c turns logits z into ``c·tanh(z / c)``. ``block``
+    (R, T, T) tells which of the queries' own tokens are visible, as inside of a picture those behind are too.
     """
     lengths, device, (keys, values) = view.lengths(), queries.device, view.newest()
     rows, query_heads, tokens, _ = queries.shape
     shape = (rows * view.kv_heads, query_heads // view.kv_heads, tokens, -1)
     queries, keys, values = queries.reshape(shape), keys.flatten(0, 1), values.flatten(0, 1)
-    visible = view.visible(tokens)
+    visible = view.visible(tokens, block)
     if len(visible) > 1:
         visible = visible.repeat_interleave(view.kv_heads, 0)
     sinks = None if sinks is None else sinks.view(view.kv_heads, -1).repeat(rows, 1)

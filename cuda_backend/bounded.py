@@ -12,6 +12,7 @@ import torch
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.passes import Passes
+from mlx_kvret.core.pictures import forgotten
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CacheError, ConfigError, ModelMismatchError, UnsupportedFeatureError
@@ -134,7 +135,7 @@ class Bounded:
     def before(self) -> State:
         """What undoes a forward pass."""
         shared = {"rows": self.rows, "places": self.places, "reading": None}
-        names = ("seen", "length", "scored", "chunk")
+        names = ("seen", "length", "scored", "chunk", "pictures")
         rows = ((row, {name: getattr(row, name) for name in names}) for row in self.rows)
         return State([(self, shared), *rows])
 
@@ -151,7 +152,9 @@ class Bounded:
         for row in self.rows:
             length = row.length - min(count, row.seen)
             seen = row.seen - min(count, row.seen)
-            rows.append((row, {"seen": seen, "length": length, "scored": min(row.scored, length)}))
+            kept = forgotten(row.pictures, seen)
+            own = {"seen": seen, "length": length, "scored": min(row.scored, length), "pictures": kept}
+            rows.append((row, own))
         State([*rows, (self, {"places": self.places - count})]).put()
 
     @property

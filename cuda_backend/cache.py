@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from mlx_kvret.core.absent import Absent
 from mlx_kvret.core.passes import Passes
+from mlx_kvret.core.pictures import Pictures
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import ConfigError, ModelMismatchError, UnsupportedFeatureError
 
 from .bounded import Bounded
-from .layer import BoundedKVCache, running
+from .layer import BoundedKVCache, running, tensors
 from .modes import ordinary
+from .naming import cache_argument as cache_argument
+from .naming import cache_name as cache_name
 from .ring import Rings
+from .sight import Sight
 
 
 def _unbounded(cache: BoundedCache) -> bool:
@@ -50,6 +52,7 @@ class BoundedCache(Cache):
         # of sliding-window layers, where they are ahead of these
         self.rings: Rings | None = None
         self._identity, self._trial = "", False
+        self.sight = Sight(shared)
 
     @property
     def identity(self) -> str:
@@ -73,8 +76,10 @@ class BoundedCache(Cache):
             out = forward()
             if self._trial:
                 passes.undo()
-            elif self.shared is not None:
-                self.shared.commit()
+            else:
+                self.sight.commit()
+                if self.shared is not None:
+                    self.shared.commit()
             self._release()
             passes.commit()
             return out
@@ -90,7 +95,7 @@ class BoundedCache(Cache):
 
     def _before(self) -> State:
         """What undoes a pass."""
-        stock = State.of(self._stock())
+        stock = State.all([State.of(self._stock()), self.sight.before()])
         return stock if self.shared is None else State.all([stock, self.shared.before()])
 
     @property
@@ -107,6 +112,7 @@ class BoundedCache(Cache):
     def _release(self) -> None:
         """Forget what was fetched: a slice that is referred to would keep the memory of a whole chunk."""
         self.fetchers = {}
+        self.sight.release()
         for layer in self.layers:
             if isinstance(layer, BoundedKVCache):
                 layer.fetched = None
@@ -163,9 +169,10 @@ class BoundedCache(Cache):
                 f"cannot crop by {removed}: give minus the number of tokens to take back, at most {most}, "
                 "for older ones have been through a compaction; or make a new cache"
             )
-        passes = self.passes
+        passes, kept = self.passes, self.seen + min(removed, 0)
         try:
             passes.begin(self._before())
+            self.sight.forget(kept, -removed)
             for layer in self._stock():
                 layer.crop(removed)
             if self.shared is not None:
@@ -204,7 +211,7 @@ class BoundedCache(Cache):
     def seen(self) -> int:
         """Tokens seen so far; of a batch the most of any row, or the places of it, padding included."""
         self.passes.repair()
-        return int(self.competing[0].get_seq_length() if self.shared is None else self.shared.places)
+        return self.sight.places(self.competing)
 
     @property
     def entries(self) -> int:
@@ -221,7 +228,7 @@ class BoundedCache(Cache):
         if self.rings is not None:
             others = self.rings.nbytes
         else:
-            others = sum(t.nbytes for layer in self._others for t in _tensors(vars(layer)))
+            others = sum(t.nbytes for layer in self._others for t in tensors(vars(layer)))
         return others + (self.shared.nbytes if self.shared is not None else 0)
 
     def kept_positions(self, row: int = 0) -> list[list[Ints]]:
@@ -230,6 +237,11 @@ class BoundedCache(Cache):
             return self.shared.kept_positions(row)
         heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
         return [[np.arange(c.get_seq_length())] * n for c, n in zip(self.competing, heads, strict=True)]
+
+    @property
+    def pictures(self) -> list[Pictures]:
+        """The pictures among the tokens of each sequence."""
+        return self.sight.pictures(self.rows)
 
     # ------------------------------------------------------------------ rows
 
@@ -276,6 +288,7 @@ class BoundedCache(Cache):
         self._check_rows(keep)
         if self.shared is None:
             self.batch_select_indices(torch.tensor(list(keep)))
+            self.sight.pick(keep)
             return
         self.settle()
         stock = zip(self._stock(), self._picked(keep), strict=True)
@@ -380,21 +393,6 @@ class BoundedCache(Cache):
         layers = copy.deepcopy(self.layers, memo)
         # memo maps each old layer to its copy
         twin = BoundedCache(layers, None, copy.deepcopy(self.competing, memo))
+        twin.sight.like(self.sight)
         twin.identity = self.identity
         return twin
-
-
-def cache_name(model: nn.Module) -> str:
-    """How the model's forward calls its cache: ``cache`` since transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
-    """The cache under the name the model's forward knows."""
-    return {cache_name(model): cache}
-
-
-def _tensors(values: dict[str, Any]) -> list[torch.Tensor]:
-    """Tensors held by a stock layer, also those in its dictionaries of states."""
-    nested = [v for value in values.values() if isinstance(value, dict) for v in value.values()]
-    return [v for v in [*values.values(), *nested] if isinstance(v, torch.Tensor)]

@@ -18,6 +18,7 @@ from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
     causal_mask_function,
+    sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -29,7 +30,7 @@ from mlx_kvret.core.request import NO_GATES, eviction, own_eviction
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
-from . import hosts
+from . import hosts, pictures, positions
 from .attachment import Attachment, attachment
 from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, running
@@ -39,6 +40,7 @@ from .gates import RetentionGates
 from .memory import free_bytes
 from .modes import ordinary
 from .modules import attention_modules
+from .pictures import Eyes
 from .probe import layout_of, probe, stock_layers
 from .rope import Fixed, fix
 from .snapshots import reopen
@@ -59,27 +61,37 @@ def install(
         ConfigError: ``options`` cannot work.
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
+    eyes = Eyes.of(model)
     stock = model.config._attn_implementation
     hidden: dict[int, int] = {}
     handles = _observers(model, hidden)
     decoder, rope = model.get_decoder(), Fixed()
     for module in (decoder, model) if decoder is not model else (model,):
-        wrap(module, _check if module is model else None, _begin if module is decoder else None)
+        wrap(
+            module,
+            partial(_check, eyes) if module is model else None,
+            partial(_begin, eyes) if module is decoder else None,
+        )
     try:
         rope = fix(model, vars(model).get("_kvret_rope_length"))
         hooked = partial(model.set_attn_implementation, implementation(stock))
-        layout = probe(model, hooked, hidden)
+        if eyes is None:
+            layout = probe(model, hooked, hidden)
+        else:
+            positions.prepare(model, eyes)
+            with eyes.closed():
+                layout = probe(model, hooked, hidden)
         if gates is not None:
             gated = layout.check_gates(gates)
             gates.to(layout.device).stack(gated)
         own = own_eviction(layout.shape, None if gates is None else gates.config, options or {})
     except BaseException:
-        _unhook(model, handles, stock)
+        _unhook(model, handles, stock, eyes)
         rope.restore(model)
         raise
     if rope.mark:
         owner = owner | {"model": owner.get("model", "") + rope.mark}
-    made = Attachment(layout, gates, owner, own, stock, rope, handles)
+    made = Attachment(layout, gates, owner, own, stock, rope, eyes, handles)
     vars(model)["_kvret"] = made
     hosts.prepare(model, asked_cache)
     return made
@@ -89,7 +101,7 @@ def remove(model: PreTrainedModel) -> None:
     """Undo :func:`install`; a model without hooks stays as it is."""
     made = attachment(model)
     if made is not None:
-        _unhook(model, made.handles, made.implementation)
+        _unhook(model, made.handles, made.implementation, made.eyes)
         made.rope.restore(model)
         hosts.release(model)
         del vars(model)["_kvret"]
@@ -175,9 +187,11 @@ def reopened_cache(model: PreTrainedModel, snapshot: Snapshot) -> BoundedCache:
     return cache
 
 
-def _unhook(model: PreTrainedModel, handles: list[Any], stock: str) -> None:
+def _unhook(model: PreTrainedModel, handles: list[Any], stock: str, eyes: Eyes | None) -> None:
     for handle in handles:
         handle.remove()
+    if eyes is not None:
+        positions.release(model, eyes)
     for module in {id(module): module for module in (model, model.get_decoder())}.values():
         unwrap(module)
     model.set_attn_implementation(stock)
@@ -192,14 +206,16 @@ def _bounded(args: Any, kwargs: dict[str, Any]) -> BoundedCache | None:
     return found[0] if found else None
 
 
-def _check(model: nn.Module, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
+def _check(eyes: Eyes | None, model: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
     hosts.renamed(model, kwargs)
     made = attachment(model)
     if made is not None:
         check_identity(made.identity(model), cache.identity)
+    if eyes is not None:
+        pictures.note(model, eyes, cache, args, kwargs)
 
 
-def _begin(decoder: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
+def _begin(eyes: Eyes | None, decoder: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any]) -> None:
     hosts.renamed(decoder, kwargs)
     now = decoder.config._attn_implementation
     if cache.shared is not None and not str(now).startswith(NAME):
@@ -207,7 +223,8 @@ def _begin(decoder: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any])
             f"the model's attention was set to {now!r} after it was attached, which knows no bounded cache; "
             "attach it again"
         )
-    mask = kwargs.get("attention_mask")
+    arriving = cache.sight.arriving
+    mask = kwargs.get("attention_mask") if arriving is None else arriving.mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         raise UnsupportedFeatureError(
             "an attention mask other than (sequences, tokens) has no meaning once entries are evicted; drop "
@@ -216,7 +233,10 @@ def _begin(decoder: Any, cache: BoundedCache, args: Any, kwargs: dict[str, Any])
     ids = next(v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if v is not None)
     if cache.shared is not None:
         cache.shared.begin(ids.shape[0], ids.shape[1], mask)
-        _place(decoder, cache.shared, args, kwargs)
+        if eyes is None or eyes.counter is None:
+            _place(decoder, cache.shared, args, kwargs)
+    if eyes is not None:
+        positions.place(eyes, cache, ids.shape[0], ids.shape[1], kwargs)
 
 
 def _place(decoder: Any, shared: Bounded, args: Any, kwargs: dict[str, Any]) -> None:
@@ -286,7 +306,12 @@ def _attention(
             module, query, key, value, attention_mask, **options
         )
         return out
-    strange = attention_mask is not None or options.get("position_bias") is not None
+    cache = running.get()
+    # what _mask has made for the pass's own tokens
+    block = (
+        None if attention_mask is None or attention_mask is not cache.sight.block else attention_mask[:, 0]
+    )
+    strange = (attention_mask is not None and block is None) or options.get("position_bias") is not None
     if strange or options.get("sliding_window") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} changes its mask or its logits in a way that cannot follow evicted "
@@ -294,15 +319,24 @@ def _attention(
         )
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    made = owner.attend(query, scale, options.get("s_aux"), options.get("softcap"))
+    made = owner.attend(query, scale, options.get("s_aux"), options.get("softcap"), block)
     return made.transpose(1, 2).contiguous(), None
 
 
 def _mask(stock: str, **how: Any) -> Any:
-    """No mask for plain causal attention over a bounded cache, which knows its own padding."""
+    """No mask for plain causal attention over a bounded cache, which knows its own padding.
+
+    Where tokens of a picture see each other, a mask of the pass's own tokens, (R, 1, T, T).
+    """
     if current() is not None:
         return None
     cache = running.get()
-    if cache is not None and cache.shared is not None and how.get("mask_function") is causal_mask_function:
-        return None
+    if cache is not None and cache.shared is not None:
+        if how.get("mask_function") is causal_mask_function:
+            return None
+        if pictures.both_ways(how.get("mask_function")):
+            # all that is kept is visible
+            own = {"kv_length": how["q_length"], "kv_offset": how["q_offset"], "allow_is_causal_skip": False}
+            cache.sight.block = sdpa_mask(**how | own)
+            return cache.sight.block
     return ALL_MASK_ATTENTION_FUNCTIONS[stock](**how)

@@ -72,18 +72,21 @@ class BoundedKVCache(CacheLayerMixin):
         scale: float,
         sinks: torch.Tensor | None = None,
         softcap: float | None = None,
+        block: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the step's queries (R, Hq, T, D) over all this layer holds: (R, Hq, T, Dv).
 
-        Padding gets zeros.
+        Padding gets zeros. ``block`` (R, T, T) tells which of the step's tokens see each other, if not those
+        before them alone.
         """
         self.attended += queries.shape[2]
         views = self.reading.views(self.layer)
         if len(views) == 1 and self.reading.whole:
-            return attend(queries, views[0][2], scale, sinks, softcap)
+            return attend(queries, views[0][2], scale, sinks, softcap, block)
         out = queries.new_zeros(*queries.shape[:3], self.shared.shape.value_dim)
         for at, part, view in views:
-            out[at, :, part] = attend(queries[at, :, part], view, scale, sinks, softcap)
+            own = None if block is None else block[at, part, part]
+            out[at, :, part] = attend(queries[at, :, part], view, scale, sinks, softcap, own)
         return out
 
     @property
@@ -121,3 +124,9 @@ class BoundedKVCache(CacheLayerMixin):
 
     # tokens are taken back in all layers or in none: BoundedCache.crop
     crop, reorder_cache, offload, prefetch, reset = (Absent() for _ in range(5))
+
+
+def tensors(values: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors held by a stock layer, also those in its dictionaries of states."""
+    nested = [v for value in values.values() if isinstance(value, dict) for v in value.values()]
+    return [v for v in [*values.values(), *nested] if isinstance(v, torch.Tensor)]

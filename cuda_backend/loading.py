@@ -7,30 +7,35 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from mlx_kvret.converters.forms import load_any
 from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.loading import check_needless, reading_tokenizer, tried
 from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.core.options import of_type
+from mlx_kvret.core.vision import check_vision, has_vision
 from mlx_kvret.errors import CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
 from mlx_kvret.hub import resolve
 
 from .memory import out_of_memory
+from .processors import read_processor
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def read_tokenizer(
     folder: Path, trust_remote_code: bool = False, options: dict[str, Any] | None = None
 ) -> Any:
-    """A model folder's tokenizer; None where there is none."""
+    """A model folder's tokenizer, for a model that sees its processor; None where there is none."""
     if not any((folder / name).exists() for name in TOKENIZERS):
         check_needless(options, folder)
         return None
     given = {"trust_remote_code": trust_remote_code} | (options or {})
     with reading_tokenizer(folder):
+        if has_vision(model_config(folder)) and any((folder / name).exists() for name in PROCESSORS):
+            return read_processor(folder, given)
         return tried(AutoTokenizer.from_pretrained(folder, **given))
 
 
@@ -63,18 +68,28 @@ def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return dtype if dtype == "auto" else found  # type: ignore[return-value]
 
 
+def model_class(config: dict[str, Any]) -> Any:
+    """What opens a model with this config: one that sees as such, not as the language model within.
+
+    Raises:
+        UnsupportedModelError: it would answer wrongly.
+    """
+    check_vision(config.get("model_type"))
+    return AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+
+
 def load_model(folder: Path, **options: Any) -> PreTrainedModel:
     """transformers' loader with errors that say what to do; code in the folder is not run unless asked for.
 
     Raises:
         CheckpointError: the folder is damaged or incomplete.
-        UnsupportedModelError: transformers does not know the architecture.
+        UnsupportedModelError: transformers does not know the architecture, or it is refused by name.
         MissingDependencyError: the model needs a package that is not there.
     """
-    model_config(folder)
+    network_class = model_class(model_config(folder))
     try:
         options = {"trust_remote_code": False} | options
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = network_class.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         if out_of_memory(error):
             raise

@@ -23,7 +23,8 @@ class Reading:
         self, arena: Arena, rows: Sequence[Row], tokens: int, counts: Sequence[int], right: bool = False
     ) -> None:
         self.arena, self.rows, self.tokens, self.counts = arena, rows, tokens, counts
-        self._ends = [(0, n) if right else (tokens - n, tokens) for n in counts]
+        # where the real ones stand
+        self.ends = [(0, n) if right else (tokens - n, tokens) for n in counts]
         self.whole = all(n == tokens for n in counts)
         # gate inputs of many tokens are large, so that they are scored at once
         self._direct = arena.gates is not None and max(counts, default=0) > arena.defer
@@ -47,12 +48,12 @@ class Reading:
         made = cls(arena, rows, 1, [1] * len(rows))
         made.places = made.places or Places(arena.pool, cls.numbers(rows), arena.device)
         # a row's slab is free when nobody knows the row any more
-        made.rows, made.counts, made._ends, made._chunks = (), (), [], []
+        made.rows, made.counts, made.ends, made._chunks = (), (), [], []
         return made
 
     @staticmethod
     def numbers(rows: Sequence[Row]) -> torch.Tensor:
-        """Of a step of one token per row, as :class:`Places` has them, (5, R) on the host."""
+        """Of a step of one token per row, as :class:`Places` has them, (6, R) on the host."""
         return torch.tensor(
             [
                 [row.hold.index for row in rows],
@@ -60,6 +61,7 @@ class Reading:
                 [row.length + 1 for row in rows],
                 [row.waiting for row in rows],
                 [row.seen for row in rows],
+                [row.next for row in rows],
             ]
         )
 
@@ -96,7 +98,7 @@ class Reading:
         """log β of this layer's new tokens, in one call."""
         gates, index = self.arena.gates, self.arena.gate_layers[layer]
         assert gates is not None
-        real = [x[at, begin:end] for at, (begin, end) in enumerate(self._ends)]
+        real = [x[at, begin:end] for at, (begin, end) in enumerate(self.ends)]
         log_beta = gates.log_beta(index, (x if len(real) == 1 and self.whole else torch.cat(real)[None]))
         for (row, n, _), chunk, own in zip(
             self._each(), self._chunks, log_beta[0].split(list(self.counts)), strict=True
@@ -162,7 +164,7 @@ class Reading:
         ]
 
     def _each(self) -> zip[tuple[Row, int, tuple[int, int]]]:
-        return zip(self.rows, self.counts, self._ends, strict=True)
+        return zip(self.rows, self.counts, self.ends, strict=True)
 
     def positions(self, places: int) -> torch.Tensor | None:
         """Positions (R, T) of the tokens; None if all rows stand where their cache does, at ``places``."""

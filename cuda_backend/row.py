@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.core.pictures import Pictures, next_position
 from mlx_kvret.core.schedule import Schedule
 from mlx_kvret.core.slabs import Hold
 
@@ -31,7 +32,7 @@ class Row:
     """A sequence that has seen ``seen`` tokens, the last ``length`` of which are not in the pool.
 
     Of these the gates have scored the first ``scored``. They stand in the slab's window, or in ``chunk``.
-    ``lost`` says why the sequence cannot go on.
+    ``lost`` says why the sequence cannot go on, ``pictures`` which of its tokens are pictures.
     """
 
     def __init__(self, arena: Arena, config: EvictionConfig, hold: Hold) -> None:
@@ -40,6 +41,7 @@ class Row:
         self.seen = self.length = self.scored = 0
         self.chunk: Chunk | None = None
         self.lost = ""
+        self.pictures: Pictures = ()
 
     @classmethod
     def new(cls, arena: Arena, config: EvictionConfig) -> Row:
@@ -50,6 +52,11 @@ class Row:
     @property
     def slab(self) -> Slab:
         return self.arena.pool.slab(self.hold.index)
+
+    @property
+    def next(self) -> int:
+        """The rotary position of the token that comes next."""
+        return next_position(self.pictures, self.seen)
 
     @property
     def waiting(self) -> int:
@@ -89,7 +96,7 @@ class Row:
 
     def _told(self, twin: Row) -> Row:
         """``twin`` with this row's clock and counts."""
-        for name in ("schedule", "seen", "length", "scored", "chunk", "lost"):
+        for name in ("schedule", "seen", "length", "scored", "chunk", "lost", "pictures"):
             setattr(twin, name, getattr(self, name))
         return twin
 

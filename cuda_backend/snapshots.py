@@ -74,6 +74,7 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
             if not isinstance(layer, BoundedKVCache)
         },
         notes=notes,
+        pictures=row.pictures,
     )
 
 
@@ -113,6 +114,7 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
     position, head = (torch.from_numpy(a).to(device) for a in (snapshot.position, snapshot.head))
     new = position >= snapshot.seen - tokens
     row.seen, row.length, shared.places = snapshot.seen, tokens, snapshot.seen
+    row.pictures = snapshot.pictures
     if tokens:
         window = (shape.layers, 1, shape.kv_heads, tokens)
         stored = [a[new].view(*window, a.shape[1]) for a in (keys, values)]

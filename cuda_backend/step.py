@@ -202,7 +202,7 @@ class Body:
 
     def repeat(self, rows: list[Row], tokens: torch.Tensor) -> None:
         """Repeat the step for these rows, of which there may be fewer."""
-        now = [(row.hold.index, row.length, row.waiting, row.seen) for row in rows]
+        now = [(row.hold.index, row.length, row.waiting, row.seen, row.next) for row in rows]
         extra = len(self._tokens) - len(rows)
         if now != self._known:
             self._places.set(Reading.numbers([*rows, *rows[-1:] * extra]))
@@ -212,13 +212,13 @@ class Body:
         self._known = None
         self._recorder.repeat(self._work)
         waits = int(self._gated)
-        self._known = [(slab, length + 1, wait + waits, seen + 1) for slab, length, wait, seen in now]
+        self._known = [(at, n + 1, wait + waits, seen + 1, place + 1) for at, n, wait, seen, place in now]
 
     def _work(self) -> None:
         """What is recorded: the model's own pass, and then the numbers of the next step."""
 
         def forward() -> torch.Tensor:
-            out = self._model(self._tokens, position_ids=self._places.seen[:, None], **self._given)
+            out = self._model(self._tokens, position_ids=self._places.next[:, None], **self._given)
             logits: torch.Tensor = out.logits[:, -1]
             return logits
 

@@ -16,19 +16,19 @@ from .pool import Pool
 class Places:
     """Where a step of one token per row finds its numbers: rows stand in slabs and have clocks of their own.
 
-    ``slabs``, ``length`` before the step, ``after`` it, ``waiting`` (where its gate input goes) and ``seen``
-    are (R,) int64 on the device, parts of one array so that one copy renews them. ``most`` is the largest of
-    ``after``, which the host knows.
+    ``slabs``, ``length`` before the step, ``after`` it, ``waiting`` (where its gate input goes), ``seen`` and
+    ``next`` (its rotary position) are (R,) int64 on the device, parts of one array so that one copy renews
+    them. ``most`` is the largest of ``after``, which the host knows.
     """
 
     def __init__(self, pool: Pool, numbers: torch.Tensor, device: torch.device) -> None:
         self.pool = pool
         self._numbers = torch.zeros_like(numbers, device=device)
-        self.slabs, self.length, self.after, self.waiting, self.seen = self._numbers
+        self.slabs, self.length, self.after, self.waiting, self.seen, self.next = self._numbers
         self.set(numbers)
 
     def set(self, numbers: torch.Tensor) -> None:
-        """Renew the numbers (5, R), which the host knows, without waiting for the device."""
+        """Renew the numbers (6, R), which the host knows, without waiting for the device."""
         self.host_slabs, self.most = numbers[0].numpy(), int(numbers[2].max())
         for name in ("host_offsets", "visible"):
             vars(self).pop(name, None)
@@ -116,11 +116,16 @@ class LayerView:
         used = slice(0, self.rows.most)
         return self.keys[:, :, used][self.rows.slabs], self.values[:, :, used][self.rows.slabs]
 
-    def visible(self, tokens: int) -> torch.Tensor:
-        """Which of the newest tokens the last ``tokens`` see, (R or 1, tokens, r)."""
+    def visible(self, tokens: int, block: torch.Tensor | None = None) -> torch.Tensor:
+        """Which of the newest tokens the last ``tokens`` see, (R or 1, tokens, r).
+
+        ``block`` (R or 1, tokens, tokens) tells it of those themselves; they see what came before else.
+        """
         device = self.keys.device
         if self.rows is not None:
             return self.rows.visible
         length = self.keys.shape[2]
+        if block is not None:
+            return torch.nn.functional.pad(block, (length - tokens, 0), value=True)
         own = torch.arange(length - tokens, length, device=device)[:, None]
         return (torch.arange(length, device=device) <= own)[None]

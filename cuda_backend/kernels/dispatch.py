@@ -24,10 +24,12 @@ def attend(
     scale: float,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
+    block: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As :func:`cuda_backend.attention.naive_attend`."""
-    if not enabled(queries.device):
-        return attention.attend(queries, view, scale, sinks, softcap)
+    # kernels look back only
+    if block is not None or not enabled(queries.device):
+        return attention.attend(queries, view, scale, sinks, softcap, block)
     from .decode_attention import decode_attention
     from .prefill_attention import prefill_attention
 
