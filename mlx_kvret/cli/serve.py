@@ -70,6 +70,12 @@ NEEDED = ("starlette", "uvicorn", "pydantic")
     show_default=True,
     help="Seconds that requests may go on after SIGTERM or ctrl-C.",
 )
+@click.option(
+    "--page/--no-page",
+    default=True,
+    show_default=True,
+    help="A page at / to talk to the model and to see what it remembers.",
+)
 def command(**options: Any) -> None:
     """Serve a model to OpenAI's clients within a fixed KV memory.
 
@@ -116,6 +122,7 @@ def command(**options: Any) -> None:
             options["temp"],
             options["timeout"],
             options["drain"],
+            page=options["page"],
         )
         gates = options["gates"]
         model, tokenizer = load(
@@ -125,7 +132,8 @@ def command(**options: Any) -> None:
     note(str(planned), err=True)
 
     def ready(address: str) -> None:
-        note(f"{settings.model} at {address}/v1 (ctrl-C ends)", err=True)
+        page = f", a page to talk to it at {address}/" if settings.page else ""
+        note(f"{settings.model} at {address}/v1{page} (ctrl-C ends)", err=True)
 
     Serving(service, ready).run_until_told()
 

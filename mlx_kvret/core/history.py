@@ -162,7 +162,8 @@ class History:
         return made
 
     def _ages(self) -> Array:
-        return self.gone.astype(np.int64) - self._first()
+        found: Array = self.gone - self._first().astype(np.int32)
+        return found
 
     def _first(self) -> Ints:
         """The first compaction (n,) after each token was read."""

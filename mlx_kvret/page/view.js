@@ -2,7 +2,9 @@
 // Texts are only ever set as text, never read as HTML.
 "use strict";
 const kvret = (() => {
-  const KEPT = 0x7fffffff, LEVELS = 8;
+  const KEPT = 0x7fffffff;
+  // Shares up to which a shade reaches, doubling: a token that half of the heads hold is rare in a small budget.
+  const SHARES = [0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4], LEVELS = SHARES.length + 1;
 
   // ---------------------------------------------------------------- data
 
@@ -106,7 +108,7 @@ const kvret = (() => {
 
   const number = (count) => count.toLocaleString("en");
   const percent = (share) => `${share > 0 && share < 0.01 ? "<1" : Math.round(100 * share)} %`;
-  const level = (share) => Math.ceil(share * LEVELS);
+  const level = (share) => (share >= 1 ? LEVELS : SHARES.filter((limit) => limit < share).length);
 
   // ---------------------------------------------------------------- the view
 
@@ -284,7 +286,7 @@ const kvret = (() => {
       this.cells.forEach((cell, h) => {
         const said = `layer ${this.layer.options[Number(cell.dataset.layer) + 1].textContent}, `
           + `head ${cell.dataset.head}: ${number(held[h])} entries`;
-        cell.className = `l${level(held[h] / most)}`;
+        cell.className = `l${Math.ceil(LEVELS * held[h] / most)}`;
         cell.title = said;
         cell.setAttribute("aria-label", said);
       });
@@ -338,9 +340,9 @@ const kvret = (() => {
     }
 
     #legend() {
-      const shades = [...Array(LEVELS + 1).keys()].map((at) => element("span", {
-        className: `l${at}`, textContent: at === 0 ? "gone" : at === LEVELS ? "all heads" : "\u2007\u2007" }));
-      return element("p", { className: "legend" }, "kept by ", ...shades, " ",
+      const names = ["gone", ...SHARES.slice(1).map((share) => `≤${Math.floor(100 * share)}`), "<100", "all"];
+      const shades = names.map((name, at) => element("span", { className: `l${at}`, textContent: name }));
+      return element("p", { className: "legend" }, "kept by\u00a0", ...shades, "\u00a0% of heads",
         element("span", { className: "l4 lost", textContent: "lost some just now" }));
     }
   }

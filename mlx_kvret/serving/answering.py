@@ -73,7 +73,9 @@ class Answer(Response):
                 await told(found)(scope, receive, send)
                 return
             pieces.append(found)
-        await JSONResponse(self._reply.body(pieces))(scope, receive, send)
+        shown = pieces[-1].shown is not None
+        body = await asyncio.to_thread(self._reply.body, pieces) if shown else self._reply.body(pieces)
+        await JSONResponse(body)(scope, receive, send)
 
     async def _send_stream(
         self, news: asyncio.Queue[News], scope: Scope, receive: Receive, send: Send
@@ -95,11 +97,17 @@ class Answer(Response):
             elif isinstance(found, Refusal):
                 events.append(event(found.body))
             else:
-                events += self._reply.events(found)
+                events += await self._events(found)
                 if found.reason is not None:
                     events.append(DONE)
             last = isinstance(found, Refusal) or (found is not None and found.reason is not None)
             await send({"type": "http.response.body", "body": b"".join(events), "more_body": not last})
+
+    async def _events(self, piece: Piece) -> list[bytes]:
+        """Beside the loop where it takes long."""
+        if piece.shown is None:
+            return list(self._reply.events(piece))
+        return await asyncio.to_thread(lambda: list(self._reply.events(piece)))
 
 
 _START: Any = {

@@ -31,6 +31,7 @@ from .replies import ChatReply, CompletionReply, Reply
 from .requests import Asked, ChatRequest, CompletionRequest, parsed
 from .scheduler import Scheduler
 from .settings import Settings
+from .showing import history_of, routes, show
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,8 @@ class Service:
                 f"most {most:,} ({shape.nbytes(most, buffer):,} bytes)",
                 param="kv_budget",
             )
+        if asked.kv_history and not settings.page:
+            raise Refusal(400, "this server was started with --no-page; drop kv_history", param="kv_history")
         for name in asked.logit_bias or ():
             known = self.backend.vocabulary
             if not (name.isascii() and name.isdecimal()) or (known is not None and int(name[:12]) >= known):
@@ -130,7 +133,8 @@ class Service:
                 )
 
     def _answer(self, asked: Asked, prompt: Prompt, reply: Reply, splitter: Splitter) -> Response:
-        settings = self.settings
+        settings, most = self.settings, asked.limit or self.settings.max_tokens
+        history = history_of(self.backend, asked, prompt, most)
         drawing = Drawing(
             settings.temp if asked.temperature is None else asked.temperature,
             1.0 if asked.top_p is None else asked.top_p,
@@ -144,7 +148,7 @@ class Service:
             return Job(
                 prompt,
                 drawing,
-                asked.limit or settings.max_tokens,
+                most,
                 self.backend.ends,
                 splitter,
                 tell,
@@ -153,6 +157,8 @@ class Service:
                 asked.wanted_logprobs,
                 asked.kv_budget,
                 time.monotonic() + settings.timeout,
+                history,
+                show(self.backend, settings.model, self.decode, asked.kv_budget),
             )
 
         return Answer(self.worker, job, reply, bool(asked.stream))
@@ -199,15 +205,16 @@ class Service:
 
 def app_of(service: Service) -> Guard:
     """The application, guarded."""
-    routes = [
+    paths = [
         Route("/v1/chat/completions", _refusing(service.chat), methods=["POST"]),
         Route("/v1/completions", _refusing(service.completion), methods=["POST"]),
         Route("/v1/models", _refusing(service.models), methods=["GET"]),
         Route("/v1/models/{name:path}", _refusing(service.model), methods=["GET"]),
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
+        *(routes() if service.settings.page else ()),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http})
+    app = Starlette(routes=paths, exception_handlers={HTTPException: _http})
     return Guard(app, service.settings, service.scheduler.metrics.responses)
 
 

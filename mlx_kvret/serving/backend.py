@@ -20,6 +20,7 @@ class Backend(Protocol):
 
     Attributes:
         shape: of what the bounded layers cache.
+        layers: their places in the model.
         eviction: what every cache is made with, the server's budget in it.
         identity: the model and its gates, by content.
         vocabulary: how many token ids the model has.
@@ -28,6 +29,7 @@ class Backend(Protocol):
     """
 
     shape: CacheShape
+    layers: list[int]
     eviction: EvictionConfig
     identity: str
     vocabulary: int | None
@@ -58,8 +60,8 @@ class Backend(Protocol):
     def generator(self, rows: int) -> Any:
         """A batch generator for so many rows, where there are ``batches``."""
 
-    def single(self, found: Any) -> Any:
-        """The cache of a row that was removed from the generator, which holds on to nothing of it."""
+    def row(self, found: Any) -> Any:
+        """The cache of a row as the generator gives it out, which stands in its arrays."""
 
     def take(self, cache: Any) -> Snapshot:
         """What a cache holds, on the host."""

@@ -33,7 +33,11 @@ class Batched:
     def leave(self, row: int) -> Any:
         self._in.discard(row)
         found = self._generator.remove([row], return_prompt_caches=True)[row]
-        return self._backend.single(found)
+        # in arrays of its own: the generator's are for rows that decode
+        return self._backend.copy(self._backend.row(found))
+
+    def look(self, row: int) -> Any:
+        return self._backend.row(self._generator.extract_cache([row])[row])
 
     def reset(self) -> None:
         self._in.clear()

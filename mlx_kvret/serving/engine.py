@@ -28,6 +28,9 @@ class Engine(Protocol):
     def leave(self, row: int) -> Any:
         """Take a row out; its cache, which holds the prompt and every token that was given out."""
 
+    def look(self, row: int) -> Any:
+        """A row's cache, to be looked at before the next step."""
+
     def reset(self) -> None:
         """Drop all rows, after a step that failed."""
 
@@ -64,6 +67,9 @@ class OneByOne:
 
     def leave(self, row: int) -> Any:
         return self._rows.pop(row).cache
+
+    def look(self, row: int) -> Any:
+        return self._rows[row].cache
 
     def reset(self) -> None:
         self._rows.clear()

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .failures import Refusal
 from .settings import Settings
+from .showing import OPEN
 
 # what browsers may read without asking first
 _SAFE = ("GET", "HEAD")
@@ -71,6 +72,8 @@ class Guard:
                 code="origin_not_allowed",
             )
         if scope["method"] == "OPTIONS" or scope["path"] == "/health":
+            return
+        if settings.page and scope["method"] in _SAFE and scope["path"] in OPEN:
             return
         self._check_key(headers)
         if scope["method"] in _SAFE:

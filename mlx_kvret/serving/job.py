@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..core.detokenizer import Detokenizer
+from ..core.history import History
 from ..core.types import Array, Ints
 from .channels import Said, Splitter
 from .drawing import Drawing
@@ -62,12 +64,17 @@ class Usage:
 
 @dataclass
 class Piece:
-    """News of an answer. The last one has ``reason``, "stop" or "length", and ``usage``."""
+    """News of an answer.
+
+    The last one has ``reason``, "stop" or "length", ``usage`` and, if it was asked for, ``shown``, which
+    makes what a page shows of the cache; that takes a while, in any thread.
+    """
 
     said: Said
     likely: list[Likely] = field(default_factory=list)
     reason: str | None = None
     usage: Usage | None = None
+    shown: Callable[[], dict[str, Any]] | None = None
 
 
 @dataclass(eq=False)
@@ -80,6 +87,8 @@ class Job:
         top: how many of the likeliest tokens to tell, None for no probabilities.
         budget: of this request alone, None for the server's.
         until: the time (:func:`time.monotonic`) at which it is too late.
+        history: takes in what goes of the cache, if that was asked for; ``show`` makes of it, of all tokens
+            and of how many a snapshot had read what a page shows.
     """
 
     prompt: Prompt
@@ -93,6 +102,8 @@ class Job:
     top: int | None = None
     budget: int | None = None
     until: float = float("inf")
+    history: History | None = None
+    show: Callable[[History, list[int], int], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.cancelled = self.over = False
@@ -147,6 +158,19 @@ class Job:
         if not self.over:
             self.over = True
             self.tell(refusal)
+
+    def follow(self, cache: Callable[[], Any]) -> None:
+        """Take in what has gone of the cache since the last step."""
+        if self.history is not None:
+            self.history.follow(cache())
+
+    def close(self, piece: Piece, cache: Any) -> None:
+        """Put beside the last piece what the answer took, and what is left of its tokens."""
+        piece.usage = self.usage(cache)
+        if self.history is not None and self.show is not None:
+            self.history.follow(cache)
+            ids = [*self.prompt.ids.tolist(), *self.answer]
+            piece.shown = functools.partial(self.show, self.history, ids, self.cached)
 
     def usage(self, cache: Any) -> Usage:
         """What the answer took."""

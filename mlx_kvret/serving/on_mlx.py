@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_machine
 
-from ..core.snapshot import Snapshot
 from ..core.types import Array
 from ..mlx_backend import hooks, snapshots
+from ..mlx_backend.api import competing
 from ..mlx_backend.attaching import make_cache
 from ..mlx_backend.cache import BoundedCache
 from ..mlx_backend.generation import vocabulary
 from ..mlx_backend.memory import free_bytes
 from ..mlx_backend.sampling import alone
 from .channels import Calls, Plain, Said, Splitter
-from .drawing import Drawer, Drawing
+from .common import Common, Rooms
 
 
-class OnMLX:
+class OnMLX(Common):
     """As :class:`.backend.Backend`."""
 
     def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
-        self.model, self._options = model, options
-        first = make_cache(model, **options)
-        made = hooks.attachment(model)
-        assert made is not None and first.shared is not None
-        self.shape, self.eviction = made.layout.shape, first.shared.config
-        self.identity = first.identity
-        self.vocabulary = vocabulary(model)
-        # whether all layers' entries can stand in a batch
-        self.batches = all(hasattr(entry, "merge") for entry in first)
+        rooms = Rooms(
+            hooks, snapshots, make_cache, competing, vocabulary, BatchGenerator, alone, greedy, _batches
+        )
+        super().__init__(rooms, model, options)
         self.ends = frozenset(int(token) for token in tokenizer.eos_token_ids)
-
-    def new_cache(self, budget: int | None) -> BoundedCache:
-        own = {} if budget is None else {"budget": budget}
-        return make_cache(self.model, **(self._options | own))
-
-    def copy(self, cache: BoundedCache) -> BoundedCache:
-        # in arrays of its own, which go with it
-        return copy.deepcopy(cache)
 
     def read(self, cache: BoundedCache, ids: list[int]) -> None:
         self.model(mx.array([ids]), cache=cache)
@@ -53,31 +39,14 @@ class OnMLX:
         logits = self.model(token[None], cache=cache)[:, -1]
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
-    def chooser(self, asked: Drawing) -> Any:
-        if asked.greedy:
-            return greedy
-        if asked.plain:
-            return alone(asked.sampling)
-        draw = Drawer(asked)
-        return lambda logprobs: self.array(draw(self.host(logprobs[0])))
-
     def host(self, logprobs: mx.array) -> Array:
         return np.array(logprobs.astype(mx.float32))
 
     def array(self, token: int) -> mx.array:
         return mx.array([token])
 
-    def generator(self, rows: int) -> BatchGenerator:
-        return BatchGenerator(self.model, completion_batch_size=rows, prefill_batch_size=rows)
-
-    def single(self, found: Any) -> BoundedCache:
-        return copy.deepcopy(hooks.checked_cache(self.model, found[0]))
-
-    def take(self, cache: BoundedCache) -> Snapshot:
-        return snapshots.take(cache, {})
-
-    def reopen(self, snapshot: Snapshot) -> BoundedCache:
-        return hooks.reopened_cache(self.model, snapshot)
+    def row(self, found: Any) -> BoundedCache:
+        return hooks.checked_cache(self.model, found[0])
 
     def splitter(self, tokenizer: Any, ids: list[int], tools: list[dict[str, Any]] | None) -> Splitter:
         if not tokenizer.has_thinking and not tools and not tokenizer.response_transitions:
@@ -86,6 +55,10 @@ class OnMLX:
 
     def free_bytes(self) -> int | None:
         return free_bytes()
+
+
+def _batches(cache: BoundedCache) -> bool:
+    return all(hasattr(entry, "merge") for entry in cache)
 
 
 def greedy(logprobs: mx.array) -> mx.array:

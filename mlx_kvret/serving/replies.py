@@ -61,7 +61,8 @@ class Reply:
         last = pieces[-1]
         assert last.usage is not None
         choice = self.choice(said, likely, self.reason(last, said.calls))
-        return self._head(self.kind) | {"choices": [choice], "usage": usage_of(last.usage)}
+        found = self._head(self.kind) | {"choices": [choice], "usage": usage_of(last.usage)}
+        return found | ({} if last.shown is None else {"kv_history": last.shown()})
 
     def first(self) -> list[bytes]:
         """Events before any token."""
@@ -70,6 +71,8 @@ class Reply:
     def events(self, piece: Piece) -> Iterable[bytes]:
         """A piece as events of a stream."""
         yield from self.news(piece)
+        if piece.shown is not None:
+            yield self._chunk([], kv_history=piece.shown())
         if piece.usage is not None and self.usage:
             yield self._chunk([], usage=usage_of(piece.usage))
 

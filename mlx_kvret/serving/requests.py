@@ -100,6 +100,7 @@ class Asked(_Strict):
     # ours
     kv_budget: Annotated[int, Field(ge=1)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    kv_history: bool | None = None
 
     user: Bookkeeping
     metadata: Bookkeeping

@@ -116,10 +116,12 @@ class Scheduler:
             if job.cache is None:
                 self.reading.append(job)
                 return False
+            job.follow(lambda: job.cache)
             if job.unread > 0:
                 end = job.next_end(self.chunk)
                 self.backend.read(job.cache, job.prompt.ids[job.read : end].tolist())
                 job.read = end
+                job.follow(lambda: job.cache)
                 if end in job.prompt.marks:
                     cache = job.cache
                     key = job.prefix.key(end)
@@ -143,9 +145,11 @@ class Scheduler:
                 self.metrics.generated += 1
                 if piece.reason is not None:
                     cache = self.engine.leave(step.row)
-                    piece.usage = job.usage(cache)
+                    job.close(piece, cache)
                     del self.decoding[step.row]
                     answered.append((job, cache))
+                else:
+                    job.follow(functools.partial(self.engine.look, step.row))
                 job.news(piece)
         for job, cache in answered:
             self.metrics.ended(job.begun)

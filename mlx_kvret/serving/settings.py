@@ -32,6 +32,7 @@ class Settings:
             what it is sent.
         body: bytes a request may have.
         connections: clients at once.
+        page: whether there is a page at ``/``, and notes of what goes of a cache for those who ask.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Settings:
     write_time: float = 30.0
     body: int = MOST_BODY
     connections: int = 1000
+    page: bool = True
 
     def __post_init__(self) -> None:
         whole("port", self.port, 0, 65535)

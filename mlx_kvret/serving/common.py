@@ -1,0 +1,80 @@
+"""What serving does alike on every backend, with the rooms of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.snapshot import Snapshot
+from .drawing import Drawer, Drawing
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """A backend's own: modules and functions of the same names and meanings.
+
+    ``greedy`` takes the likeliest of log probabilities (1, V), ``alone`` draws for one row; ``batches`` tells
+    whether all layers of a cache can stand in a batch.
+    """
+
+    hooks: Any
+    snapshots: Any
+    make_cache: Callable[..., Any]
+    competing: Callable[[Any], tuple[Any, list[int]]]
+    vocabulary: Callable[[Any], int | None]
+    generator: Callable[..., Any]
+    alone: Callable[[Any], Any]
+    greedy: Callable[[Any], Any]
+    batches: Callable[[Any], bool]
+
+
+class Common:
+    """The half of :class:`.backend.Backend` that no array is needed for.
+
+    Args:
+        options: of every cache.
+    """
+
+    def __init__(self, rooms: Rooms, model: Any, options: dict[str, Any]) -> None:
+        self.rooms, self.model, self._options = rooms, model, options
+        first = self.new_cache(None)
+        self.shape, self.layers = rooms.competing(model)
+        self.eviction, self.identity = first.shared.config, first.identity
+        self.vocabulary, self.batches = rooms.vocabulary(model), rooms.batches(first)
+
+    def new_cache(self, budget: int | None) -> Any:
+        own = {} if budget is None else {"budget": budget}
+        return self.rooms.make_cache(self.model, **(self._options | own))
+
+    def copy(self, cache: Any) -> Any:
+        # in arrays of its own, which go with it
+        return copy.deepcopy(cache)
+
+    def row(self, found: Any) -> Any:
+        return found[0]
+
+    def chooser(self, asked: Drawing) -> Any:
+        if asked.greedy:
+            return self.rooms.greedy
+        if asked.plain:
+            return self.rooms.alone(asked.sampling)
+        draw = Drawer(asked)
+        return lambda logprobs: self.array(draw(self.host(logprobs[0])))
+
+    def host(self, logprobs: Any) -> Any:
+        raise NotImplementedError
+
+    def array(self, token: int) -> Any:
+        raise NotImplementedError
+
+    def generator(self, rows: int) -> Any:
+        return self.rooms.generator(self.model, completion_batch_size=rows, prefill_batch_size=rows)
+
+    def take(self, cache: Any) -> Snapshot:
+        found: Snapshot = self.rooms.snapshots.take(cache, {})
+        return found
+
+    def reopen(self, snapshot: Snapshot) -> Any:
+        return self.rooms.hooks.reopened_cache(self.model, snapshot)

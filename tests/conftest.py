@@ -1,0 +1,3 @@
+"""A browser for the tests that need one."""
+
+from page.browsing import browser as browser
