@@ -8,13 +8,13 @@ from typing import Protocol
 
 import torch
 
+from mlx_kvret.core.bits import packings
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import heads_per_group
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.slabs import Hold, Slabs
 from mlx_kvret.core.state import State
-from mlx_kvret.errors import UnsupportedFeatureError
 
 from .gates import RetentionGates
 from .pool import Pool
@@ -63,14 +63,11 @@ class Arena:
         self.shape, self.config, self.owner, self.device = shape, config, owner, device
         self.gates, self.gate_layers = gates, tuple(gate_layers or range(shape.layers))
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
-        if config.kv_bits is not None:
-            raise UnsupportedFeatureError(
-                f"kv_bits={config.kv_bits!r} does not work with torch; drop it and lower the budget instead"
-            )
         # g: as many tokens' gate inputs wait
-        self.defer = shape.deferred(config.budget, config.buffer)
+        self.defer = shape.deferred(config.budget, config.buffer, config.kv_bits)
         self.slabs = Slabs(1)
-        self.pool = Pool(1, shape.heads // self.size, self.size, device)
+        forms = packings(config.kv_bits, shape.key_dim, shape.value_dim)
+        self.pool = Pool(1, shape.heads // self.size, self.size, device, forms)
         self.recent = Recent(shape, 1, self.defer, device)
         self.passes, self.identity = Passes(), ""
         # whose pass is under way

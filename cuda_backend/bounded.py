@@ -243,7 +243,7 @@ class Bounded:
             raise ModelMismatchError(
                 "the rows belong to another model or other gates; make their cache for this one"
             )
-        for name in ("policy", "scope"):
+        for name in ("policy", "scope", "kv_bits"):
             found, expected = getattr(theirs.config, name), getattr(ours.config, name)
             if found != expected:
                 raise UnsupportedFeatureError(

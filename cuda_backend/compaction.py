@@ -150,6 +150,7 @@ def _score(row: Row, slab: Slab, candidates: list[torch.Tensor], tokens: int) ->
     if row.config.policy == "keydiff":
         layers = range(row.arena.shape.layers)
         new = torch.cat([row.newest(layer, 0, tokens)[0] for layer in layers])
-        new = new.reshape(slab.groups, -1, new.shape[-1])
-        return keydiff_score(torch.cat([slab.rows(slab.keys), new], 1), head, slab.heads)
+        new = slab.pool.as_kept(new).reshape(slab.groups, -1, new.shape[-1])
+        old = slab.pool.read(0, slab.rows(slab.keys))
+        return keydiff_score(torch.cat([old, new], 1), head, slab.heads)
     return retention

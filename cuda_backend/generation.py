@@ -64,7 +64,7 @@ class TokenIds:
 
 
 _MLX_ONLY = dict.fromkeys(
-    ("num_draft_tokens", "input_embeddings", "kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size",
+    ("num_draft_tokens", "input_embeddings", "kv_group_size", "quantized_kv_start", "max_kv_size",
      "prompt_cache"),
     "it is of mlx-lm",
 )  # fmt: skip

@@ -68,10 +68,10 @@ def _budget_advice(model: PreTrainedModel, cache: BoundedCache) -> str:
     if model.device.type != "cuda" or cache.shared is None:
         return "lower the budget"
     free, _ = torch.cuda.mem_get_info(model.device)
-    shape, rows = cache.shared.shape, max(1, cache.rows)
+    shape, rows, bits = cache.shared.shape, max(1, cache.rows), cache.shared.config.kv_bits
     # a compaction holds the pool once more while it grows
     room = (free + cache.nbytes) // (2 * rows)
     try:
-        return f"a budget of {tokens_within(room, shape, None)} tokens per head would fit"
+        return f"a budget of {tokens_within(room, shape, None, bits)} tokens per head would fit"
     except ConfigError:
         return "the model leaves no room for a cache; load it in fewer bits"

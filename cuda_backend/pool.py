@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mlx_kvret.core.bits import Packing
 from mlx_kvret.core.types import Ints
+
+from .packing import pack, unpack
 
 ARRAYS = ("keys", "values", "retention", "position", "owner")
 LISTS = ("table", "offsets")
@@ -23,8 +26,9 @@ LISTS = ("table", "offsets")
 class Pool:
     """Slots of ``slabs`` slabs of ``groups`` groups of ``size`` heads, ``capacity`` tokens per head in each.
 
-    With S slabs of n slots: ``keys`` (S, n, Dk), ``values`` (S, n, Dv), ``retention`` (S, n) float32,
-    ``position`` (S, n) int32 and ``owner`` (S, n) int32, the flat head, or ``heads`` where the slot is free.
+    With S slabs of n slots: ``keys`` (S, n, Dk) and ``values`` (S, n, Dv) in the float type of ``like``, or
+    rows of int32 words packed as ``forms`` say; ``retention`` (S, n) float32, ``position`` (S, n) int32 and
+    ``owner`` (S, n) int32, the flat head, or ``heads`` where the slot is free.
     Slots of a slab's flat head f are ``table[slab, offsets[slab, f]:offsets[slab, f + 1]]``, in any order.
     """
 
@@ -38,10 +42,20 @@ class Pool:
     # offsets on the host, by slab, where somebody has asked for them
     _hosts: list[Ints | None]
 
-    def __init__(self, slabs: int, groups: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        slabs: int,
+        groups: int,
+        size: int,
+        device: torch.device,
+        packings: tuple[Packing, Packing] | None = None,
+    ) -> None:
         self.groups, self.size, self.heads = groups, size, groups * size
         self.capacity = 0
+        self.forms: tuple[Packing | None, Packing | None] = packings or (None, None)
         empty = torch.zeros(slabs, groups, device=device)
+        # a key and a value of none, which tell types and widths
+        self.like = empty[:0], empty[:0]
         owner = torch.full((slabs, groups), self.heads, dtype=torch.int32, device=device)
         self._take([empty[..., None][..., :0]] * 2 + [empty, empty.int(), owner], 0)
 
@@ -67,7 +81,9 @@ class Pool:
         """Room for ``capacity`` tokens per head, in the types and widths of ``keys`` and ``values``."""
         arrays = [getattr(self, name) for name in ARRAYS]
         if self.capacity == 0:
-            arrays[:2] = (a.new_zeros(*self.owner.shape, a.shape[-1]) for a in (keys, values))
+            self.like = keys.new_empty(0, keys.shape[-1]), values.new_empty(0, values.shape[-1])
+            rows = (self.stored(which, a.new_zeros(1, a.shape[-1])) for which, a in enumerate(self.like))
+            arrays[:2] = (row.new_zeros(*self.owner.shape, row.shape[-1]) for row in rows)
         # all new arrays exist before an old one goes, so that being broken off changes nothing
         self._take([self._widened(a, capacity, a is self.owner) for a in arrays], capacity)
 
@@ -93,6 +109,21 @@ class Pool:
             array = getattr(self, name)
             array[target] = array[source]
         self._hosts[target] = self._hosts[source]
+
+    def stored(self, which: int, vectors: torch.Tensor) -> torch.Tensor:
+        """Keys (``which`` is 0) or values (1), (..., D), as rows of the pool; words are that already."""
+        form = self.forms[which]
+        return vectors if form is None or not vectors.is_floating_point() else pack(vectors, form)
+
+    def read(self, which: int, rows: torch.Tensor) -> torch.Tensor:
+        """What stands in rows of ``keys`` (``which`` is 0) or ``values`` (1), (..., D)."""
+        form = self.forms[which]
+        return rows if form is None else unpack(rows, form, self.like[which].dtype)
+
+    def as_kept(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys (..., Dk) as they will be read once they are kept."""
+        form = self.forms[0]
+        return keys if form is None else unpack(pack(keys, form), form, keys.dtype)
 
     def slab(self, index: int) -> Slab:
         """One slab, to be read and written in place."""
@@ -125,6 +156,7 @@ class Slab:
     def __init__(self, pool: Pool, index: int) -> None:
         self.pool, self.index = pool, index
         self.groups, self.size, self.heads, self.capacity = pool.groups, pool.size, pool.heads, pool.capacity
+        self.forms = pool.forms
         self.keys, self.values, self.retention, self.position, self.owner, self.table, self.offsets = (
             array[index] for array in pool.arrays()
         )
@@ -183,9 +215,11 @@ class Slab:
         self.pool.forget(self.index)
 
     def fill(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place."""
-        self.keys[slots] = keys
-        self.values[slots] = values
+        """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place.
+
+        This is where they are packed, once.
+        """
+        self.keys[slots], self.values[slots] = self.pool.stored(0, keys), self.pool.stored(1, values)
 
     def adopt(self, other: Slab) -> None:
         """Take over the entries of another pool's slab, which fit.

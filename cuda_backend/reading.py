@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .arena import Arena
+from .kernels.dispatch import append
 from .row import Chunk, Row, run_gates
 from .view import LayerView, Places
 
@@ -118,8 +119,7 @@ class Reading:
         recent, limit = self.arena.recent, self.arena.limit
         if self.places is not None:
             recent.reserve(self.places.most, limit, keys, values)
-            for wide, new in zip(recent.layer(layer), (keys, values), strict=True):
-                wide.transpose(1, 2).index_put_((self.places.slabs, self.places.length), new[:, :, 0])
+            append(keys, values, self.places.slabs, self.places.length, *recent.layer(layer))
             self.done[layer] = True
             return keys, values
         for at, (row, n, (begin, end)) in enumerate(self._each()):

@@ -83,7 +83,7 @@ class Row:
         twin = self._told(Row.new(arena, self.config))
         theirs = self.arena.pool
         if (capacity := min(theirs.capacity, self.schedule.most)) > arena.pool.capacity:
-            arena.pool.grow(capacity, theirs.keys, theirs.values)
+            arena.pool.grow(capacity, *theirs.like)
         twin.slab.adopt(self.slab)
         for layer in range(arena.shape.layers) if self.length else ():
             newest = self.newest(layer, 0, self.length)
@@ -128,9 +128,10 @@ class Row:
         start = self.seen - self.length
         position = torch.arange(start, start + tokens, device=self.arena.device)[None]
         heads = torch.arange(shape.heads, device=self.arena.device).view(shape.layers, -1)
+        kept = self.arena.pool.as_kept if self.config.policy == "knorm" else lambda keys: keys
         return torch.cat(
             [
-                static_score(self.config, self.newest(layer, 0, tokens)[0], head, position)
+                static_score(self.config, kept(self.newest(layer, 0, tokens)[0]), head, position)
                 for layer, head in enumerate(heads)
             ]
         )

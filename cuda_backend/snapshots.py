@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from mlx_kvret.core.bits import Packing
+from mlx_kvret.core.packed import Packed
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.errors import CheckpointError, UnsupportedFeatureError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .attachment import Attachment
     from .bounded import Bounded
     from .probe import Layout
+    from .row import Row
 
 
 def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
@@ -50,11 +53,12 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
             newest = (a[0].flatten(0, 1) for a in row.newest(layer, 0, tokens))
             spelled = heads[layer].repeat_interleave(tokens), place.repeat(shape.kv_heads)
             parts.append((*spelled, retention.flatten(), *newest))
-    if pool.capacity == 0:
-        # a pool without slots has no widths yet
-        dtype = parts[-1][3].dtype
-        widths = (pool.keys.new_empty(0, width, dtype=dtype) for width in (shape.key_dim, shape.value_dim))
-        parts[0] = (*parts[0][:3], next(widths), next(widths))
+    # a pool without slots has no widths yet
+    dtype = pool.pool.like[0].dtype if pool.capacity else parts[-1][3].dtype
+    none = (pool.retention.new_empty(0, n, dtype=dtype) for n in (shape.key_dim, shape.value_dim))
+    packed = None if row.config.kv_bits is None else _packed(row, dtype)
+    if packed is not None or pool.capacity == 0:
+        parts[0] = (*parts[0][:3], next(none), next(none))
     head, position, retention, keys, values = (torch.cat(column) for column in zip(*parts, strict=True))
     order = torch.from_numpy(np.lexsort((position.cpu().numpy(), head.cpu().numpy()))).to(device)
     counts = np.bincount(head.cpu().numpy(), minlength=shape.heads)
@@ -66,8 +70,9 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         counts=counts.reshape(shape.layers, shape.kv_heads).astype(np.int32),
         position=position[order].cpu().numpy().astype(np.int32),
         retention=retention[order].float().cpu().numpy(),
-        keys=stored(keys[order]),
-        values=stored(values[order]),
+        # the window's are in that order
+        keys=stored(keys[order] if packed is None else keys),
+        values=stored(values[order] if packed is None else values),
         extras={
             i: _window_state(layer, seen)
             for i, layer in enumerate(cache.layers)
@@ -75,7 +80,25 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         },
         notes=notes,
         pictures=row.pictures,
+        packed=packed,
     )
+
+
+def _packed(row: Row, dtype: torch.dtype) -> Packed:
+    """The pool's rows of words, in the order of their heads and positions."""
+    slab, shape = row.slab, row.arena.shape
+    used = (slab.owner < slab.heads).cpu().numpy()
+    owner, position = (a.cpu().numpy()[used] for a in (slab.owner, slab.position))
+    order = np.lexsort((position, owner))
+
+    def words(rows: torch.Tensor, form: Packing | None) -> Tensor:
+        assert form is not None
+        if not len(order):
+            return Tensor("U32", np.zeros((0, form.words(dtype.itemsize)), np.uint32))
+        return Tensor("U32", rows.cpu().numpy()[used][order].view(np.uint32))
+
+    keys, values = words(slab.keys, slab.forms[0]), words(slab.values, slab.forms[1])
+    return Packed.of(keys, values, row.length, row.config.kv_bits, (shape.key_dim, shape.value_dim))
 
 
 def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCache:
@@ -113,11 +136,16 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
     retention = torch.from_numpy(snapshot.retention).to(device)
     position, head = (torch.from_numpy(a).to(device) for a in (snapshot.position, snapshot.head))
     new = position >= snapshot.seen - tokens
+    if snapshot.packed is None:
+        old = keys[~new], values[~new]
+        keys, values = keys[new], values[new]
+    else:
+        old = _words(snapshot.packed.keys, device), _words(snapshot.packed.values, device)
     row.seen, row.length, shared.places = snapshot.seen, tokens, snapshot.seen
     row.pictures = snapshot.pictures
     if tokens:
         window = (shape.layers, 1, shape.kv_heads, tokens)
-        stored = [a[new].view(*window, a.shape[1]) for a in (keys, values)]
+        stored = [a.view(*window, a.shape[1]) for a in (keys, values)]
         arena.recent.reserve(tokens, arena.limit, stored[0][0], stored[1][0])
         for layer in range(shape.layers):
             for place, own in zip(row.newest(layer, 0, tokens), stored, strict=True):
@@ -137,8 +165,12 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
         slots = torch.from_numpy(group * (pool.capacity * pool.size + 1) + local).to(device)
         nothing = torch.zeros(pool.groups, pool.capacity * pool.size, dtype=torch.bool, device=device)
         everything = torch.ones(len(slots), dtype=torch.bool, device=device)
-        slab.fill(slots, keys[~new], values[~new])
+        slab.fill(slots, *old)
         slab.take(slab.admitted(nothing, slots, everything, retention[~new], position[~new], head[~new]))
+
+
+def _words(stored: Tensor, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(stored.bits.view(np.int32)).to(device)
 
 
 def _window_state(layer: Any, seen: int) -> dict[str, Tensor]:

@@ -234,7 +234,7 @@ def _make_room(model: PreTrainedModel, rows: list[Row]) -> None:
     if held is not None:
         keys, values = held.newest(0, 0, 1)
     else:
-        keys, values = (a[0, None, :1, None] for a in (pool.keys, pool.values))
+        keys, values = (a[None, None] for a in pool.like)
     full = max(own.schedule.most for own in rows)
     if pool.capacity < full:
         pool.grow(full, keys, values)

@@ -107,7 +107,8 @@ class LayerView:
         index = begin + torch.arange(width, device=device)
         real = index < end
         slots = pool.table.view(-1)[torch.minimum(index, last)] + base
-        return pool.keys.flatten(0, 1)[slots], pool.values.flatten(0, 1)[slots], real
+        keys, values = (a.flatten(0, 1)[slots] for a in (pool.keys, pool.values))
+        return pool.read(0, keys), pool.read(1, values), real
 
     def newest(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (R, H, r, D) of the newest tokens, of each row as many as of the longest."""

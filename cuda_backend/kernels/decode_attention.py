@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..view import LayerView
 from .softmax import accumulate, block_size, logits
+from .stored import load_stored, stored, strides
 
 # a piece's partial result must weigh little beside its entries
 PIECE_ENTRIES = 128
@@ -58,10 +59,12 @@ CHANGING = ["slab", "first_head", "length", "slots", "listed", "heads", "tokens"
 
 @triton.jit(do_not_specialize=CHANGING)
 def decode_attention_fwd_kernel(
-    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_slabs, p_length,
-    p_max, p_sum, p_out,
+    p_query, p_pool_key, p_pool_value, p_key_scales, p_value_scales, p_table, p_offsets, p_key, p_value,
+    p_slabs, p_length, p_max, p_sum, p_out,
     slab, first_head, length, slots, listed, heads, tokens, windows, window_size, pieces, scale, softcap,
     key_row, key_head, key_place, value_row, value_head, value_place,
+    KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ROWS: tl.constexpr,
@@ -117,8 +120,6 @@ def decode_attention_fwd_kernel(
         piece = part - windows * KV_HEADS
         base = slab * (heads + 1) + first_head
         p_table += slab * listed
-        p_pool_key += slab * slots * KEY
-        p_pool_value += slab * slots * VALUE
         first = tl.load(p_offsets + base)
         total = tl.load(p_offsets + base + KV_HEADS) - first
         size = (total + pieces - 1) // pieces
@@ -133,17 +134,14 @@ def decode_attention_fwd_kernel(
                 )
                 for start in range(low, high, BLOCK):
                     b_inside = start + r_entry < high
-                    slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0).to(tl.int64)[:, None]
-                    b_key = tl.load(
-                        p_pool_key + slot * KEY + r_key,
-                        mask=b_inside[:, None] & (r_key < KEY)[None, :],
-                        other=0.0,
+                    slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0) + slab * slots
+                    b_key = load_stored(
+                        p_pool_key, p_key_scales, slot, b_inside, KEY, KEY_ROW, KEY_BITS, KEY_GROUP, BLOCK_KEY
                     )
-                    b_value = tl.load(
-                        p_pool_value + slot * VALUE + r_value,
-                        mask=b_inside[:, None] & (r_value < VALUE)[None, :],
-                        other=0.0,
-                    )
+                    b_value = load_stored(
+                        p_pool_value, p_value_scales, slot, b_inside,
+                        VALUE, VALUE_ROW, VALUE_BITS, VALUE_GROUP, BLOCK_VALUE,
+                    )  # fmt: skip
                     b_seen = b_inside[None, :] & real[:, None]
                     b_logit = logits(b_query, b_key, scale, softcap, HAS_CAP)
                     b_max, b_sum, b_out = accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
@@ -235,14 +233,18 @@ def decode_attention(
     slabs, after = (view.rows.slabs, view.rows.after) if view.rows is not None else (None, None)
     split = {"heads": pool.heads, "tokens": tokens, "windows": windows, "window_size": part, "pieces": pieces}
     shapes = {"KV_HEADS": heads, "GROUP": group, "VALUE": value_dim, "ROWS": height, "BLOCK_VALUE": wide}
+    # what is unpacked stands in registers, of which this leaves enough
+    packed = pool.forms[0] is not None
     own = {"slab": view.slab, "first_head": view.first, "length": view.keys.shape[2]}
     decode_attention_fwd_kernel[(rows, windows * heads + pieces)](
-        queries, pool.keys, pool.values, pool.table, pool.offsets, view.keys, view.values,
-        slabs, after, top, total, parts,
-        **own, slots=pool.slots, listed=pool.table.shape[1], **split, scale=scale, softcap=softcap or 0.0,
-        **_strides("key", view.keys), **_strides("value", view.values),
-        **shapes, KEY=key_dim, BLOCK=block_size(view), BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
-        HAS_CAP=softcap is not None, HAS_ROWS=slabs is not None, num_warps=4 if height < 64 else 8,
+        queries, **stored(pool, view.keys, view.values), p_table=pool.table, p_offsets=pool.offsets,
+        p_key=view.keys, p_value=view.values, p_slabs=slabs, p_length=after,
+        p_max=top, p_sum=total, p_out=parts, **own, slots=pool.slots, listed=pool.table.shape[1],
+        **split, scale=scale, softcap=softcap or 0.0,
+        **strides("key", view.keys), **strides("value", view.values),
+        **shapes, KEY=key_dim, BLOCK=32 if packed else block_size(view),
+        BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
+        HAS_CAP=softcap is not None, HAS_ROWS=slabs is not None, num_warps=4 if packed and height < 64 else 8,
     )  # fmt: skip
     width = min(MERGED_WIDTH, wide)
     decode_attention_merge_kernel[(rows, heads, wide // width)](
@@ -251,10 +253,6 @@ def decode_attention(
         HAS_SINKS=sinks is not None, HAS_ROWS=slabs is not None,
     )  # fmt: skip
     return out
-
-
-def _strides(name: str, window: torch.Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": n for axis, n in zip(("row", "head", "place"), window.stride(), strict=False)}
 
 
 def piece_count(view: LayerView) -> int:

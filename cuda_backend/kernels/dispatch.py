@@ -64,9 +64,27 @@ def fill(
     if enabled(keys.device):
         from .moving import fill as move
 
-        move(keys, values, slots, survives, slab.keys, slab.values)
+        move(slab, slots, survives, keys, values)
     else:
         slab.fill(slots, keys.flatten(0, 2), values.flatten(0, 2))
+
+
+def append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slabs: torch.Tensor,
+    places: torch.Tensor,
+    window_keys: torch.Tensor,
+    window_values: torch.Tensor,
+) -> None:
+    """New keys and values (R, H, 1, D) go to ``places`` (R,) of ``slabs`` (R,) in windows (S, H, room, D)."""
+    if enabled(keys.device):
+        from .moving import append as move
+
+        move(keys, values, slabs, places, window_keys, window_values)
+        return
+    for wide, new in ((window_keys, keys), (window_values, values)):
+        wide.transpose(1, 2).index_put_((slabs, places), new[:, :, 0])
 
 
 def enabled(device: torch.device) -> bool:

@@ -12,12 +12,16 @@ import triton.language as tl
 
 from ..view import LayerView
 from .softmax import accumulate, block_size, logits
+from .stored import load_stored, stored, strides
 
 
 @triton.jit(do_not_specialize=["first_head", "length", "tokens"])
 def prefill_attention_fwd_kernel(
-    p_query, p_pool_key, p_pool_value, p_table, p_offsets, p_key, p_value, p_sinks, p_out,
-    first_head, length, tokens, scale, softcap, key_head, key_place, value_head, value_place,
+    p_query, p_pool_key, p_pool_value, p_key_scales, p_value_scales, p_table, p_offsets, p_key, p_value,
+    p_sinks, p_out, first_head, length, tokens, scale, softcap,
+    key_row, key_head, key_place, value_row, value_head, value_place,
+    KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -38,15 +42,14 @@ def prefill_attention_fwd_kernel(
     low, high = tl.load(p_offsets + flat), tl.load(p_offsets + flat + 1)
     for start in range(low, high, BLOCK):
         b_inside = start + r_entry < high
-        slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0).to(tl.int64)[:, None]
-        b_key = tl.load(
-            p_pool_key + slot * KEY + r_key, mask=b_inside[:, None] & (r_key < KEY)[None, :], other=0.0
+        slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0).to(tl.int64)
+        b_key = load_stored(
+            p_pool_key, p_key_scales, slot, b_inside, KEY, KEY_ROW, KEY_BITS, KEY_GROUP, BLOCK_KEY
         )
-        b_value = tl.load(
-            p_pool_value + slot * VALUE + r_value,
-            mask=b_inside[:, None] & (r_value < VALUE)[None, :],
-            other=0.0,
-        )
+        b_value = load_stored(
+            p_pool_value, p_value_scales, slot, b_inside,
+            VALUE, VALUE_ROW, VALUE_BITS, VALUE_GROUP, BLOCK_VALUE,
+        )  # fmt: skip
         b_logit = logits(b_query, b_key, scale, softcap, HAS_CAP)
         b_seen = b_inside[None, :] & real[:, None]
         b_max, b_sum, b_out = accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
@@ -91,12 +94,13 @@ def prefill_attention(
     queries, out = queries.contiguous(), queries.new_empty(*queries.shape[:3], value_dim)
     slab, block = view.pool.slab(view.slab), block_size(view)
     prefill_attention_fwd_kernel[(triton.cdiv(tokens, block), query_heads)](
-        queries, slab.keys, slab.values, slab.table, slab.offsets, view.keys, view.values,
-        sinks, out, view.first, view.keys.shape[2], tokens, scale, softcap or 0.0,
-        *view.keys.stride()[1:3], *view.values.stride()[1:3],
+        queries, **stored(slab, view.keys, view.values), p_table=slab.table, p_offsets=slab.offsets,
+        p_key=view.keys, p_value=view.values, p_sinks=sinks, p_out=out, first_head=view.first,
+        length=view.keys.shape[2], tokens=tokens, scale=scale, softcap=softcap or 0.0,
+        **strides("key", view.keys), **strides("value", view.values),
         KV_HEADS=heads, GROUP=query_heads // heads, KEY=key_dim, VALUE=value_dim, BLOCK=block,
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
+        HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None, num_warps=8,
     )  # fmt: skip
     return out

@@ -26,23 +26,33 @@ HIGH_BITS, LOW_BITS, HEAD_BITS = 40, 56, 24
 
 @triton.jit(do_not_specialize=["count", "shift"])
 def rank_histogram_kernel(
-    p_high, p_low, p_segment, p_prefix, p_counts, count, shift, IN_LOW: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Count the next digit of all candidates that share their segment's ``prefix``, in (segments, 256)."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_segment = tl.load(p_segment + place, mask=place < count, other=-1)
+    p_high, p_low, p_segment, p_prefix, p_counts, count, shift,
+    IN_LOW: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count the next digit of all candidates that share their segment's ``prefix``, in (segments, 256).
+
+    Candidates are (groups, ``count``). TOGETHER says that a group is a segment: then a program counts by
+    itself first, for the first digits of all candidates are few.
+    """
+    group, place = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = group.to(tl.int64) * count + place
+    b_segment = tl.load(p_segment + at, mask=place < count, other=-1)
     b_here = b_segment >= 0
-    b_high = tl.load(p_high + place, mask=b_here, other=0)
+    b_high = tl.load(p_high + at, mask=b_here, other=0)
     b_prefix = tl.load(p_prefix + b_segment * 2, mask=b_here, other=0)
     if IN_LOW:
-        b_word = tl.load(p_low + place, mask=b_here, other=0)
+        b_word = tl.load(p_low + at, mask=b_here, other=0)
         b_here = b_here & (b_high == b_prefix)
         b_prefix = tl.load(p_prefix + b_segment * 2 + 1, mask=b_here, other=0)
     else:
         b_word = b_high
     b_here = b_here & ((b_word >> (shift + 8)) == (b_prefix >> (shift + 8)))
     b_digit = ((b_word >> shift) & 255).to(tl.int32)
-    tl.atomic_add(p_counts + b_segment * 256 + b_digit, 1, mask=b_here)
+    if TOGETHER:
+        b_count = tl.histogram(b_digit, 256, mask=b_here)
+        tl.atomic_add(p_counts + group * 256 + tl.arange(0, 256), b_count, mask=b_count > 0)
+    else:
+        tl.atomic_add(p_counts + b_segment * 256 + b_digit, 1, mask=b_here)
 
 
 @triton.jit(do_not_specialize=["shift"])
@@ -65,23 +75,26 @@ def rank_digit_kernel(p_counts, p_prefix, p_wanted, shift, IN_LOW: tl.constexpr)
 
 
 def radix_select(
-    high: torch.Tensor, low: torch.Tensor, segment: torch.Tensor, wanted: torch.Tensor
+    high: torch.Tensor, low: torch.Tensor, segment: torch.Tensor, wanted: torch.Tensor, together: bool = False
 ) -> torch.Tensor:
-    """The ``wanted`` (segments,) largest numbers of each segment, as a mask (N,).
+    """The ``wanted`` (segments,) largest numbers of each segment, as a mask (groups, N).
 
-    ``high`` (N,) and ``low`` (N,) are int64 of 40 and 56 bits, ``segment`` (N,) int32, below 0 for none.
+    ``high`` and ``low`` (groups, N) are int64 of 40 and 56 bits, ``segment`` (groups, N) int32, below 0 for
+    none; ``together`` says that those of a group are in the segment of its number.
     """
-    count, segments = len(high), len(wanted)
+    (groups, count), segments = high.shape, len(wanted)
     prefix = torch.zeros(segments, 2, dtype=torch.int64, device=high.device)
     counts = torch.zeros(segments, 256, dtype=torch.int32, device=high.device)
     left = wanted.to(torch.int32).clone()
-    grid = (triton.cdiv(count, BLOCK),)
+    grid = (triton.cdiv(count, BLOCK), groups)
     for in_low, bits in ((False, HIGH_BITS), (True, LOW_BITS)):
         for shift in range(bits - 8, -1, -8):
-            rank_histogram_kernel[grid](high, low, segment, prefix, counts, count, shift, in_low, BLOCK)
+            rank_histogram_kernel[grid](
+                high, low, segment, prefix, counts, count, shift, in_low, together, BLOCK
+            )
             rank_digit_kernel[(segments,)](counts, prefix, left, shift, in_low)
     own = prefix[segment.clamp(min=0).long()]
-    above = (high > own[:, 0]) | ((high == own[:, 0]) & (low >= own[:, 1]))
+    above = (high > own[..., 0]) | ((high == own[..., 0]) & (low >= own[..., 1]))
     return above & (segment >= 0)
 
 
@@ -101,16 +114,14 @@ def select_triton(
     low = (position.long() << HEAD_BITS) + (2**HEAD_BITS - 1 - head.long())
     bits = ascending_bits(score)
 
-    def best(must: torch.Tensor, segment: torch.Tensor, segments: int, wanted: int) -> torch.Tensor:
-        high = (bits + (must.long() << 32)).flatten()
-        segment = torch.where(alive, segment, -1).to(torch.int32).flatten()
-        enough = torch.full((segments,), wanted, device=device)
-        return radix_select(high, low.flatten(), segment, enough).view_as(alive)
+    def best(must: torch.Tensor, segment: torch.Tensor, wanted: torch.Tensor, together: bool) -> torch.Tensor:
+        segment = torch.where(alive, segment, -1).to(torch.int32)
+        return radix_select(bits + (must.long() << 32), low, segment, wanted, together)
 
     if config.min_per_head:
-        must = must | best(must, head, heads, config.min_per_head)
+        must = must | best(must, head, torch.full((heads,), config.min_per_head, device=device), False)
     group = torch.arange(groups, device=device)[:, None].expand_as(head)
-    keep = best(must, group, groups, config.budget * size)
+    keep = best(must, group, torch.full((groups,), config.budget * size, device=device), True)
     if config.threshold is not None:
         keep = keep & (must | (score >= math.log(config.threshold)))
     return keep

@@ -1,8 +1,9 @@
-"""Every Triton kernel, in the interpreter, against its naive twin on memory poisoned with NaN."""
+"""Every Triton kernel, interpreted without a GPU, against its naive twin on memory poisoned with NaN."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,20 +16,34 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
+from mlx_kvret.core.bits import packings
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend.attention import attend, naive_attend
 from mlx_kvret.cuda_backend.kernels import decode_attention as decode
+from mlx_kvret.cuda_backend.kernels import dispatch, moving
 from mlx_kvret.cuda_backend.kernels.decode_attention import decode_attention
-from mlx_kvret.cuda_backend.kernels.moving import fill, naive_fill
 from mlx_kvret.cuda_backend.kernels.prefill_attention import prefill_attention
 from mlx_kvret.cuda_backend.kernels.select import select_triton
 from mlx_kvret.cuda_backend.pool import Pool, listing
 from mlx_kvret.cuda_backend.selection import select
 from mlx_kvret.cuda_backend.view import LayerView, Places
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# what is interpreted rounds to bfloat16 by cutting off
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
+
 pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs these in a process of their own"
+    not INTERPRETED and DEVICE.type == "cpu", reason="test_triton.py runs these in a process of their own"
 )
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
 
 CASES = [
     # rows, KV heads, query heads per KV head, query tokens, places in the window, key and value dim
@@ -42,31 +57,46 @@ CASES = [
 
 
 def random_view(
-    rows: int, heads: int, places: int, key_dim: int, value_dim: int, dtype: torch.dtype, capacity: int = 60
+    rows: int,
+    heads: int,
+    places: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    capacity: int = 60,
+    kv_bits: Any = None,
+    first: float | None = None,
 ) -> LayerView:
     """Layer 1 of 3 with ragged heads, some of them empty; what must not be read is NaN.
 
-    Rows stand in a pool with free slabs, in another order, and their windows have lengths of their own.
+    Rows stand in a pool with free slabs, in another order, and their windows have lengths of their own. The
+    first head has the share ``first`` of its layer's entries, if given, else any.
     """
     rng = np.random.default_rng(rows * 31 + heads)
     layers, slabs = 3, rows + 2
     size = layers * heads
-    pool = Pool(slabs, 1, size, torch.device("cpu"))
+    pool = Pool(slabs, 1, size, DEVICE, packings(kv_bits, key_dim, value_dim))
     shape = (slabs, heads, places + 7)
     keys, values = (torch.randn(*shape, dim).to(dtype) for dim in (key_dim, value_dim))
     pool.grow(capacity, keys, values)
     share = rng.dirichlet([0.3] * size, slabs) * 0.8
     # the layer's second head is empty
     share[:, heads + 1 : heads + 2] = 0
+    if first is not None:
+        share[:] = 0.1 / size
+        share[:, heads : 2 * heads] = [0.7 * first] + [0.7 * (1 - first) / (heads - 1)] * (heads - 1)
     for index, own in enumerate(share):
         slab = pool.slab(index)
         local = rng.choice(size + 1, len(slab.owner) - 1, p=[*own, 1 - own.sum()])
-        slab.owner[:-1] = torch.from_numpy(local)
+        slab.owner[:-1] = torch.from_numpy(local).to(DEVICE)
         table, offsets = listing(slab.owner, size, len(slab.table))
         slab.take({"table": table, "offsets": offsets})
-    used = (pool.owner < size)[..., None]
-    pool.keys = torch.where(used, torch.randn(*used.shape[:2], key_dim).to(dtype), torch.nan)
-    pool.values = torch.where(used, torch.randn(*used.shape[:2], value_dim).to(dtype), torch.nan)
+    used = pool.owner < size
+    for which, (array, dim) in enumerate(((pool.keys, key_dim), (pool.values, value_dim))):
+        stored = pool.stored(which, torch.randn(*used.shape, dim).to(dtype))
+        # NaN in any type, as scales too
+        array.view(torch.uint8).fill_(255)
+        array[used] = stored[used]
     if rows == 1:
         return LayerView(pool, 1, 1, keys[1:2, :, :places], values[1:2, :, :places])
     which, lengths = rng.permutation(slabs)[:rows], rng.integers(0, places, rows)
@@ -74,8 +104,8 @@ def random_view(
         if slab in which:
             length = lengths[list(which).index(slab)]
         keys[slab, :, length + 1 :], values[slab, :, length + 1 :] = torch.nan, torch.nan
-    numbers = torch.from_numpy(np.stack([which, lengths, lengths + 1, lengths, lengths + 99]))
-    return LayerView(pool, 0, 1, keys, values, Places(pool, numbers, torch.device("cpu")))
+    numbers = torch.from_numpy(np.stack([which, lengths, lengths + 1, lengths, lengths + 99, lengths + 99]))
+    return LayerView(pool, 0, 1, keys, values, Places(pool, numbers, DEVICE))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -111,6 +141,33 @@ def test_attention_in_half_precision() -> None:
         torch.testing.assert_close(attend(queries, sound, 0.2), expected, rtol=2e-3, atol=2e-3)
         for kernel in (partial(decode_attention, pieces=5), *prefill):
             torch.testing.assert_close(kernel(queries, view, 0.2), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kv_bits", [8, "k8v4", 4])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 3), (3, 1)])
+def test_attention_over_packed_entries_equals_its_twin(kv_bits: Any, rows: int, tokens: int) -> None:
+    view = random_view(rows, 2, 20, 64, 96, torch.float32, 20, kv_bits)
+    queries = torch.randn(rows, 4, tokens, 64)
+    sound = replace(view, keys=view.keys.nan_to_num(), values=view.values.nan_to_num())
+    expected = naive_attend(queries, sound, 0.3)
+    assert expected.isfinite().all()
+    out = decode_attention(queries, view, 0.3, pieces=3)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend(queries, sound, 0.3), expected, rtol=1e-5, atol=1e-5)
+    if rows == 1:
+        out = prefill_attention(queries, view, 0.3)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_head_of_a_hundred_times_its_neighbours_entries(kv_bits: Any) -> None:
+    view = random_view(2, 3, 10, 32, 32, torch.float32, 150, kv_bits, 100 / 102)
+    queries = torch.randn(2, 3, 1, 32)
+    lengths = view.lengths().reshape(2, 3)
+    assert (lengths[:, 0] > 50 * lengths[:, 1:].mean(1)).all()
+    sound = replace(view, keys=view.keys.nan_to_num(), values=view.values.nan_to_num())
+    out = decode_attention(queries, view, 0.3, pieces=7)
+    torch.testing.assert_close(out, naive_attend(queries, sound, 0.3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
@@ -150,7 +207,7 @@ def test_selection_equals_its_twin(data: st.DataObject) -> None:
     score = values[rng.integers(0, len(values), (groups, count))]
     cells = np.stack([rng.permutation(80 * size)[:count] for _ in range(groups)])
     head = np.where(rng.random((groups, count)) < 0.2, 6, cells % size + np.arange(groups)[:, None] * size)
-    arrays = torch.from_numpy(score), torch.from_numpy(cells // size), torch.from_numpy(head)
+    arrays = [torch.from_numpy(a).to(DEVICE) for a in (score, cells // size, head)]
     rest = torch.full((groups, 1), 80), config, size, 6
     assert torch.equal(select_triton(*arrays, *rest), select(*arrays, *rest))
 
@@ -165,21 +222,57 @@ def test_selection_of_many_candidates() -> None:
     assert kept.sum() == 800 and torch.equal(kept, select(*arrays, *rest))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_filling_holes_equals_its_twin(share: float) -> None:
-    keys, values = torch.randn(2, 3, 9, 24)[:, :, :7], torch.randn(2, 3, 7, 40).half()
-    keep = torch.rand(42) < share
-    slots = torch.randperm(60)[:42]
-    pools = [(torch.full((60, 24), torch.nan), torch.full((60, 40), torch.nan).half()) for _ in range(2)]
-    fill(keys, values, slots, keep, *pools[0])
-    naive_fill(keys, values, slots, keep, *pools[1])
-    for ours, expected in zip(*pools, strict=True):
+BITS: list[Any] = [None, 8, "k8v4", 4]
+
+
+@pytest.mark.parametrize("kv_bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_filling_holes_equals_its_twin(
+    kv_bits: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # four entries at a time
+    monkeypatch.setattr(moving, "TILE", 4 * 128)
+    key_dim, value_dim = (24, 40) if kv_bits is None else (64, 96)
+    keys, values = (
+        torch.randn(2, 3, 9, key_dim)[:, :, :7].to(dtype),
+        torch.randn(2, 3, 7, value_dim).to(dtype),
+    )
+    # a constant, zeros, a large element, numbers far from 0 and near each other, and steps that are ties
+    keys[0, 0, :5] = torch.tensor([0.7, 0.0, -0.0, 1e4, 3e-9]).to(dtype)[:, None]
+    keys[0, 1, 0, 5], keys[0, 1, 1] = 900.0, 1000 + torch.arange(key_dim) / 8
+    values[1, 2, 6] = torch.arange(value_dim) / 2 - 7
+    slots, keep = torch.randperm(43)[:42], torch.rand(42) < 0.6
+    keep[:12] = True
+    slabs = []
+    for _ in range(2):
+        pool = Pool(2, 1, 1, DEVICE, packings(kv_bits, key_dim, value_dim))
+        pool.grow(43, keys, values)
+        for rows in (pool.keys, pool.values):
+            rows.view(torch.uint8).fill_(255)
+        slabs.append(pool.slab(1))
+    moving.fill(slabs[0], slots, keep, keys, values)
+    slabs[1].fill(slots[keep], keys.flatten(0, 2)[keep], values.flatten(0, 2)[keep])
+    for name in ("keys", "values"):
+        ours, expected = (getattr(slab.pool, name).view(torch.uint8) for slab in slabs)
+        assert torch.equal(ours, expected)
+
+
+def test_appending_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving, "TILE", 4 * 64)
+    rows, heads = 5, 3
+    keys, values = torch.randn(rows, 1, heads, 24).transpose(1, 2), torch.randn(rows, heads, 1, 40)
+    slabs, places = torch.randperm(8)[:rows], torch.arange(rows) * 2
+    windows = [
+        (torch.full((8, heads, 11, 24), torch.nan), torch.full((8, heads, 11, 40), torch.nan)) for _ in "ab"
+    ]
+    moving.append(keys, values, slabs, places, *windows[0])
+    dispatch.append(keys, values, slabs, places, *windows[1])
+    for ours, expected in zip(*windows, strict=True):
+        assert ours.isfinite().any()
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_model_on_kernels_equals_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_kvret.cuda_backend.kernels import dispatch
-
     from .tiny import attached, new_cache, run
 
     model, _ = attached("qwen3")

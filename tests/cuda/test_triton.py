@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,86 +14,68 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
-from mlx_kvret.cuda_backend.kernels import decode_attention, moving, prefill_attention, select  # noqa: E402
+from mlx_kvret.cuda_backend.kernels import decode_attention  # noqa: E402
 
+from .launches import LIMIT, MODELS, Shape, launches, noted  # noqa: E402
 from .test_kernels import random_view  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
 )
 
-ENTRIES = ["p_query", "p_pool_key", "p_pool_value", "p_key", "p_value", "p_sinks"]
-TYPES = dict.fromkeys(ENTRIES, "*bf16") | {
-    "p_table": "*i32", "p_offsets": "*i32", "p_slabs": "*i64", "p_length": "*i64", "p_max": "*fp32",
-    "p_sum": "*fp32", "p_part": "*fp32", "p_high": "*i64", "p_low": "*i64", "p_segment": "*i32",
-    "p_prefix": "*i64", "p_counts": "*i32", "p_wanted": "*i32", "p_slots": "*i64", "p_keep": "*i1",
-    "scale": "fp32", "softcap": "fp32",
-}  # fmt: skip
-# the shapes of Qwen3-4B
-SHAPES = {
-    "KV_HEADS": 8, "GROUP": 4, "KEY": 128, "VALUE": 128, "WIDTH": 32,
-    "ROWS": 16, "BLOCK": 64, "BLOCK_KEY": 128, "BLOCK_VALUE": 128, "IN_LOW": True,
-}  # fmt: skip
-CASES: list[tuple[Any, dict[str, Any]]] = [
-    (decode_attention.decode_attention_fwd_kernel, {"p_out": "*fp32"}),
-    (decode_attention.decode_attention_merge_kernel, {"p_out": "*bf16"}),
-    (prefill_attention.prefill_attention_fwd_kernel, {"p_out": "*bf16"}),
-    (select.rank_histogram_kernel, {}),
-    (select.rank_digit_kernel, {}),
-    (moving.fill_kernel, {}),
-]
+BITS: list[Any] = [None, 8, "k8v4", 4]
 
 
-@pytest.mark.parametrize(("capability", "flag"), [(80, True), (90, False)])
-@pytest.mark.parametrize(("kernel", "types"), CASES, ids=[case[0].__name__ for case in CASES])
-def test_kernels_compile_for_gpus(kernel: Any, types: dict[str, str], capability: int, flag: bool) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {n: SHAPES.get(n, flag) for n in kernel.arg_names if n.isupper()}
-    signature = {n: (TYPES | types).get(n, "i32") for n in kernel.arg_names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert made.asm["cubin"]
-    assert made.metadata.shared <= (163 if capability == 80 else 227) * 1024
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kv_bits", BITS)
+def test_kernels_compile_for_gpus(kv_bits: Any, capability: int) -> None:
+    made = launches(Shape(kv_heads=2, group=2, dim=32), kv_bits)
+    names = {launch.name for launch in made}
+    assert len(names) == 7 and len(made) == 11
+    for launch in made:
+        # what depends on bits has an argument for scales
+        if kv_bits is None or dict(launch.constants).get("KEY_BITS", 16) != 16:
+            assert launch.compiled(capability).shared <= LIMIT[capability]
 
 
-def test_a_pool_that_grows_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[Any]] = {}
+@pytest.mark.parametrize("kv_bits", BITS)
+def test_decoding_spills_no_registers(kv_bits: Any) -> None:
+    decode = next(one for one in launches(MODELS["Qwen3-4B"], kv_bits) if "fwd" in one.name)
+    made = decode.compiled(90)
+    assert made.spills == (0, 0) and made.shared <= LIMIT[80]
 
-    class Recorded:
-        """Notes what a call would be compiled for."""
 
-        def __init__(self, kernel: Any) -> None:
-            self._kernel = kernel
+def test_entries_move_sixteen_bytes_at_a_time() -> None:
+    found = [
+        one for one in launches(MODELS["Qwen3-4B"], None) if one.name in ("append_kernel", "fill_kernel")
+    ]
+    assert len(found) == 2
+    for launch in found:
+        moves = re.findall(
+            r"(?:ld|st)\.global\S*?\.(v4\.b32|b16|v2\.b16|b32|v2\.b32)\b", launch.compiled(90).ptx
+        )
+        # slots and places are read one by one
+        assert moves.count("v4.b32") == 4 and "b16" not in moves and "v2.b16" not in moves, (
+            launch.name,
+            moves,
+        )
 
-        def __getitem__(self, grid: Any) -> Any:
-            return self._called
 
-        def _called(self, *args: Any, **options: Any) -> None:
-            given = dict(zip(self._kernel.arg_names, args, strict=False)) | options
-            free = {param.name for param in self._kernel.params if param.do_not_specialize}
-            traits = {
-                name: (value == 1, value % 16 == 0)
-                if type(value) is int and not name.isupper()
-                else getattr(value, "dtype", value)
-                for name, value in given.items()
-                if name not in free
-            }
-            seen.setdefault(self._kernel.__name__, []).append(traits)
-
-    for name in ("decode_attention_fwd_kernel", "decode_attention_merge_kernel"):
-        monkeypatch.setattr(decode_attention, name, Recorded(getattr(decode_attention, name)))
+def test_a_pool_that_grows_compiles_nothing_again() -> None:
+    found: dict[str, set[Any]] = {}
     # pools of any size, and any number of tokens; layers, too, only differ in what is not looked at
     for capacity, tokens in ((16, 1), (60, 2), (500, 3), (1024, 1)):
         view = random_view(1, 2, 40, 16, 16, torch.float32, capacity)
-        decode_attention.decode_attention(torch.randn(1, 4, tokens, 16), view, 0.3)
-    assert len(seen) == 2 and all(len(made) == 4 for made in seen.values())
-    assert all(traits == made[0] for made in seen.values() for traits in made)
+        with noted(decode_attention) as made:
+            decode_attention.decode_attention(torch.randn(1, 4, tokens, 16), view, 0.3)
+        for launch in made:
+            found.setdefault(launch.name, set()).add((launch.types, launch.even, launch.constants))
+    assert len(found) == 2 and all(len(variants) == 1 for variants in found.values())
 
 
 def test_kernels_equal_their_twins() -> None:
     command = [sys.executable, "-m", "pytest", "-rs", str(Path(__file__).with_name("test_kernels.py"))]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    # on a GPU they run as they are
+    how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=os.environ | how, capture_output=True, text=True)
     assert run.returncode == 0 and "SKIPPED" not in run.stdout, run.stdout
