@@ -18,10 +18,12 @@ from kernels import traffic  # noqa: E402
 
 from mlx_kvret.core.budget import CacheShape  # noqa: E402
 from mlx_kvret.core.config import GateConfig  # noqa: E402
+from mlx_kvret.mlx_backend.kernels.decode_attention import pieces  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "metal_traffic.md"
 BITS = 4.5  # per weight: 4 bits, and a scale and a bias for each 64 weights
 GATE_WIDTH = 512
+SIZES = (128, 256, 512, 1024, 2048, 4096)
 HALF = 2
 
 
@@ -73,6 +75,50 @@ def decoding(budget: int) -> Iterator[str]:
                 f"| {name} | {case} | {seen.threadgroups} | {seen.entries:.3f} | {seen.loaded:.3f} | "
                 f"{seen.stored:.3f} | {seen.spread:.1%} | {seen.memory:,} |"
             )
+
+
+def few_bits(budget: int) -> Iterator[str]:
+    """One layer, one token, heads 100:1: relative to the entries as they are stored."""
+    yield "| model | bits | bytes of an entry | K and V | all loaded | stored | memory |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, model in MODELS.items():
+        for bits in (None, 8, "k8v4", 4):
+            lengths = uneven(model.kv_heads, budget)
+            seen = traffic.decode(lengths, budget // 16, model.group, model.head_dim, bits=bits)
+            yield (
+                f"| {name} | {bits or 16} | {model.cache.kept_bytes(bits)} | {seen.entries:.3f} | "
+                f"{seen.loaded:.3f} | {seen.stored:.3f} | {seen.memory:,} |"
+            )
+
+
+def batch(budget: int) -> Iterator[str]:
+    """One layer of Qwen3-4B, one token of each row, heads 100:1 in every other row."""
+    yield "| rows | bits | threadgroups | K and V | all loaded | stored |"
+    yield "|---|---|---|---|---|---|"
+    model = MODELS["Qwen3-4B"]
+    for rows in (1, 2, 4, 8, 16):
+        for bits in (None, 8, "k8v4", 4):
+            kinds = uneven(model.kv_heads, budget // 4), [budget // 4] * model.kv_heads
+            lengths, recent = [kinds[row % 2] for row in range(rows)], [1 + row * 3 for row in range(rows)]
+            seen = traffic.rows(lengths, recent, model.group, model.head_dim, bits=bits)
+            yield (
+                f"| {rows} | {bits or 16} | {seen.threadgroups} | {seen.entries:.3f} | {seen.loaded:.3f} | "
+                f"{seen.stored:.3f} |"
+            )
+
+
+def threadgroups(budget: int) -> Iterator[str]:
+    """Of one launch of decode attention, for one row and for 8; a buffer of M/8."""
+    yield "| model | bits | " + " | ".join(f"M = {most:,}" for most in SIZES) + " |"
+    yield "|---|---|" + "---|" * len(SIZES)
+    for name, model in MODELS.items():
+        for bits in (None, "k8v4"):
+            shape, cells = model.cache, []
+            for most in SIZES:
+                kept, newest = most * shape.kept_bytes(bits), most // 8 * shape.entry_bytes
+                one, eight = (pieces((kept + newest) * shape.kv_heads, rows) * rows for rows in (1, 8))
+                cells.append(f"{one}, {eight}")
+            yield f"| {name} | {bits or 16} | " + " | ".join(cells) + " |"
 
 
 def reading(budget: int) -> Iterator[str]:
@@ -130,6 +176,9 @@ def report(budget: int) -> Iterator[str]:
     yield "Bytes are relative to the keys and values of the layer's entries; 1.0 is one read of each."
     for title, table in {
         "Decoding a token": decoding,
+        "Few bits": few_bits,
+        "Rows of a batch": batch,
+        "Threadgroups": threadgroups,
         "Reading a chunk": reading,
         "A compaction": compacting,
         "Gates": gates,

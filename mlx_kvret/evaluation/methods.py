@@ -35,6 +35,7 @@ _TYPES = {
     "threshold": float,
     "policy_seed": int,
     "picture_share": float,
+    "kv_bits": str,
 }
 
 
@@ -154,6 +155,8 @@ def parse_method(text: str) -> Method:
     method = Method(text, policy, tuple(sorted(options.items())))
     if policy == "full" and options:
         raise ConfigError(f"method {text!r}: the full cache has no options")
+    if policy in REFERENCES and "kv_bits" in options:
+        raise ConfigError(f"method {text!r}: policies that look at attention store no bits; drop kv_bits")
     if policy != "full":
         # a contradiction is told now, not after hours
         method.eviction(1 << 20, 0)

@@ -40,17 +40,8 @@ def attend(
             queries, view.keys, view.values, scale=scale, mask=mask, sinks=sinks
         )
     types = {queries.dtype, view.keys.dtype, view.values.dtype}
-    plain = view.pool.forms is None
-    if (
-        plain
-        and kernels.enabled()
-        and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1])
-    ):
-        single = [
-            attend_with_kernels(queries[row : row + 1], one, scale, causal, sinks)
-            for row, one in enumerate(view.rows())
-        ]
-        return single[0] if len(single) == 1 else mx.concatenate(single)
+    if kernels.enabled() and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
+        return attend_with_kernels(queries, view, scale, causal, sinks)
     if tokens > MANY:
         return by_head(queries, view, scale, causal, sinks)
     return attend_reference(queries, view, scale, causal, sinks)

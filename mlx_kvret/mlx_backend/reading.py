@@ -52,6 +52,7 @@ class Reading:
         self._starts = [row.length for _, row, _ in self.active]
         self._places: tuple[mx.array, mx.array] | None = None
         self._bias: mx.array | None = None
+        self._batch: mx.array | None = None
         self._offsets: dict[bool, mx.array] = {}
 
     # ------------------------------------------------------------------ what the layers bring
@@ -111,15 +112,20 @@ class Reading:
         pool, recent, slabs = self.arena.pool, self.arena.recent, tuple(self._slabs)
         if self.wide is not None:
             return LayerView(pool, layer, *self._wide(0, layer), slabs[:1])
+        whole = recent.whole(layer)
+        if self._batch is None:
+            self._batch = mx.array([(s, s, n) for s, n in zip(slabs, self.ends, strict=True)], mx.int32)
+        placed: dict[str, Any] = {"windows": whole, "batch": self._batch}
         if len(slabs) == 1:
-            return LayerView(pool, layer, *recent.window(layer, slabs[0], self.end), slabs)
+            return LayerView(pool, layer, *recent.window(layer, slabs[0], self.end), slabs, **placed)
+        # gathered only if somebody looks at it
         pair = recent.windows(layer, self._slabs, self.end)
         if len(set(self.ends)) == 1:
-            return LayerView(pool, layer, *pair, slabs)
+            return LayerView(pool, layer, *pair, slabs, **placed)
         if self._bias is None:
             real = mx.arange(self.end) < mx.array(self.ends)[:, None]
             self._bias = mx.where(real, 0.0, -mx.inf)[:, None, None]
-        return LayerView(pool, layer, *pair, slabs, tuple(self.ends), self._bias)
+        return LayerView(pool, layer, *pair, slabs, tuple(self.ends), self._bias, **placed)
 
     def attend(
         self,

@@ -53,16 +53,20 @@ class Recent:
 
     def window(self, layer: int, slab: int, length: int) -> Pair:
         """A slab's newest tokens: keys and values (1, H, length, D)."""
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None and values is not None
+        keys, values = self.whole(layer)
         if self.slabs == 1:
             return keys[:, :, :length], values[:, :, :length]
         return keys[slab : slab + 1, :, :length], values[slab : slab + 1, :, :length]
 
-    def windows(self, layer: int, slabs: list[int], length: int) -> Pair:
-        """Of several slabs, (R, H, length, D), filled or not."""
+    def whole(self, layer: int) -> Pair:
+        """Of all slabs, (slabs, H, room, D), filled or not."""
         keys, values = self.keys[layer], self.values[layer]
         assert keys is not None and values is not None
+        return keys, values
+
+    def windows(self, layer: int, slabs: list[int], length: int) -> Pair:
+        """Of several slabs, (R, H, length, D), filled or not."""
+        keys, values = self.whole(layer)
         first, last = slabs[0], slabs[-1] + 1
         if slabs == list(range(first, last)):
             return keys[first:last, :, :length], values[first:last, :, :length]

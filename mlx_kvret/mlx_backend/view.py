@@ -17,7 +17,9 @@ class LayerView:
     """Rows of ``slabs`` of the pool, and their newest tokens (R, H, r, D).
 
     Rows with fewer than r have ``lengths`` (R,) of them, and ``bias`` (R, 1, 1, r) is -inf where there is
-    nothing; both are None where all have r.
+    nothing; both are None where all have r. Kernels read a batch's tokens where they stand: ``windows`` are
+    those of all slabs, (slabs, H, ≥ r, D), and ``batch`` (R, 3) int32 has each row's slab, its place among
+    the windows, and its tokens there.
     """
 
     pool: Pool
@@ -27,6 +29,16 @@ class LayerView:
     slabs: tuple[int, ...] = (0,)
     lengths: tuple[int, ...] | None = None
     bias: mx.array | None = None
+    windows: tuple[mx.array, mx.array] | None = None
+    batch: mx.array | None = None
+
+    def placed(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Windows' keys and values, and ``batch``, worked out if it was not given."""
+        if self.windows is not None and self.batch is not None:
+            return *self.windows, self.batch
+        lengths = self.lengths or (self.keys.shape[2],) * len(self.slabs)
+        rows = [(slab, row, n) for row, (slab, n) in enumerate(zip(self.slabs, lengths, strict=True))]
+        return self.keys, self.values, mx.array(rows, mx.int32)
 
     @property
     def pair(self) -> tuple[mx.array, mx.array]:

@@ -9,10 +9,10 @@ from metal_host import assert_close, check
 from mlx_kvret.mlx_backend.attention import attend_reference
 from mlx_kvret.mlx_backend.kernels import HEAD_SIZES, TYPES
 from mlx_kvret.mlx_backend.kernels.attention import attend
-from mlx_kvret.mlx_backend.kernels.prefill_attention import by_head, tiled
+from mlx_kvret.mlx_backend.kernels.prefill_attention import LARGEST, by_head, prefill_attention, tiled
 from mlx_kvret.mlx_backend.view import LayerView
 
-from .cases import uniform, view_with
+from .cases import as_floats, batch_with, uniform, view_with
 
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 RAGGED = [21, 0, 1, 6]
@@ -21,15 +21,10 @@ HARMLESS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 def exact(queries, view, scale, causal=True, sinks=None):
     """The twin, with all arithmetic in float32, rounded once."""
-    pool, names = view.pool, ("keys", "values")
-    held = [getattr(pool, name) for name in names]
-    for name in names:
-        setattr(pool, name, getattr(pool, name).astype(mx.float32))
-    wide = LayerView(pool, view.layer, view.keys.astype(mx.float32), view.values.astype(mx.float32))
-    out = attend_reference(queries.astype(mx.float32), wide, scale, causal, sinks)
-    for name, array in zip(names, held, strict=True):
-        setattr(pool, name, array)
-    return out.astype(queries.dtype)
+    windows = (a.astype(mx.float32) for a in view.pair)
+    bias = view.bias
+    wide = LayerView(as_floats(view.pool), view.layer, *windows, view.slabs, view.lengths, bias)
+    return attend_reference(queries.astype(mx.float32), wide, scale, causal, sinks).astype(queries.dtype)
 
 
 def compare(queries, view, *options, kernel=attend, passes=("asan", "tsan", "run")):
@@ -43,13 +38,15 @@ def compare(queries, view, *options, kernel=attend, passes=("asan", "tsan", "run
 
 
 def queries_for(view, group, tokens, dtype=mx.float32):
-    return uniform(1, view.kv_heads * group, tokens, view.keys.shape[-1], dtype=dtype)
+    return uniform(len(view.slabs), view.kv_heads * group, tokens, view.keys.shape[-1], dtype=dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 11], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_every_size_and_type(size, dtype, tokens):
+    if tokens > 1 and size > LARGEST:
+        pytest.skip("MLX's own attention takes these, in several launches")
     view = view_with(RAGGED, tokens + 2, size, size, dtype)
     options = (True, None)
     kernel = attend if tokens == 1 else tiled
@@ -116,6 +113,62 @@ def test_inputs_that_are_not_contiguous(tokens):
     compare(queries, view, True, None, kernel=attend if tokens < 9 else tiled)
 
 
+@pytest.mark.parametrize("bits", [8, "k8v4", 4])
+@pytest.mark.parametrize("size", [size for size in HEAD_SIZES if size % 32 == 0])
+def test_packed_entries(size, bits):
+    index = HEAD_SIZES.index(size) + (8, "k8v4", 4).index(bits)
+    dtype = TYPES[index % len(TYPES)]
+    for tokens, kernel in ((1, attend), (11, tiled)):
+        if kernel is attend or size <= LARGEST:
+            view = view_with(RAGGED, tokens + 2, size, size, dtype, bits=bits)
+            passes = ("asan", "tsan", "run") if size == 32 or (size, bits) == (96, "k8v4") else ("run",)
+            queries = queries_for(view, 2, tokens, dtype)
+            compare(queries, view, True, None, kernel=kernel, passes=passes)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_packed_values_of_another_size(dtype):
+    view = view_with([40, 0, 7, 90], 3, 192, 128, dtype, bits="k8v4")
+    compare(queries_for(view, 4, 1, dtype), view, True, uniform(16, dtype=dtype), passes=("run",))
+
+
+def test_packed_entries_by_mlx_s_own_attention():
+    view = view_with(RAGGED, 14, 512, 512, bits=8)
+    queries, options = queries_for(view, 2, 12), (512**-0.5, True, None)
+    assert_close(prefill_attention(queries, view, *options), exact(queries, view, *options), 1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "recent"),
+    [
+        ([[21, 0], [0, 0], [1, 300]], [3, 1, 9]),
+        ([[300, 3], [3, 3]], [1, 1]),
+        ([[5, 9]], [4]),
+        ([[0, 0]] * 4, [2, 1, 3, 1]),
+        ([[7, 1]] * 16, list(range(1, 17))),
+    ],
+    ids=["ragged", "100:1", "one", "nothing kept", "16 rows"],
+)
+def test_rows_of_a_batch(lengths, recent, placed, bits):
+    view = batch_with(lengths, recent, 32, bits=bits, placed=placed)
+    thorough = len(lengths) == 3 and placed
+    passes = ("asan", "tsan", "run") if thorough else ("run",)
+    compare(queries_for(view, 2, 1), view, True, None, passes=passes)
+    if not placed:
+        compare(queries_for(view, 2, 1), view, True, uniform(4), passes=("run",))
+
+
+@pytest.mark.parametrize(("size", "group"), [(64, 20), (128, 1), (128, 3), (128, 8), (128, 20)])
+def test_query_rows_are_shared_out(group, size):
+    view = view_with([40, 0, 70], 3, size, size, mx.float16)
+    passes = ("tsan", "run") if group == 8 else ("run",)
+    compare(queries_for(view, group, 1, mx.float16), view, True, None, passes=passes)
+    view = batch_with([[20, 3], [0, 50]], [2, 5], size, mx.float16, bits=8)
+    compare(queries_for(view, group, 1, mx.float16), view, True, None, passes=("run",))
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 def test_prefill_by_mlx_s_own_attention(sinks):
     view = view_with(RAGGED, 14, 64, 64)
@@ -128,10 +181,11 @@ def test_prefill_by_mlx_s_own_attention(sinks):
     lengths=st.lists(st.integers(0, 30), min_size=3, max_size=3),
     recent=st.integers(1, 9),
     piece=st.integers(1, 60),
+    bits=st.sampled_from([None, 8, "k8v4", 4]),
     seed=st.integers(0, 99),
 )
-def test_any_lengths_in_any_pieces(monkeypatch, lengths, recent, piece, seed):
+def test_any_lengths_in_any_pieces(monkeypatch, lengths, recent, piece, bits, seed):
     monkeypatch.setattr("mlx_kvret.mlx_backend.kernels.decode_attention.PIECE_BYTES", piece * 256)
     mx.random.seed(seed)
-    view = view_with(lengths, recent, 32, 32)
+    view = view_with(lengths, recent, 32, 32, bits=bits)
     compare(queries_for(view, 2, 1), view, passes=("run",))

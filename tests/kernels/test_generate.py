@@ -35,8 +35,10 @@ def run(prompt, **options):
         {"budget": 12, "buffer": 5, "scope": "head", "sinks": 2, "window": 3},
         {"budget": 12, "buffer": 5, "scope": "layer", "min_per_head": 2, "threshold": 1e-3},
         {"budget": 12, "policy": "knorm"},
+        {"budget": 16, "buffer": 4, "kv_bits": "k8v4"},
+        {"budget": 12, "policy": "keydiff", "kv_bits": 8},
     ],
-    ids=["global", "head", "layer", "knorm"],
+    ids=["global", "head", "layer", "knorm", "k8v4", "keydiff in 8 bits"],
 )
 def test_the_demo_model_generates_the_same(path, options):
     prompt = np.random.default_rng(1).integers(2, 198, 90).tolist()
@@ -49,6 +51,23 @@ def test_the_demo_model_generates_the_same(path, options):
     for layer, layer_again in zip(kept, kept_again, strict=True):
         for head, head_again in zip(layer, layer_again, strict=True):
             assert (head == head_again).all()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_rows_of_a_batch_generate_the_same(path, bits):
+    model, tokenizer = mlx_kvret.load("demo")
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(2, 198, n).tolist() for n in (50, 9, 33)]
+
+    def texts():
+        options = {"budget": 12, "buffer": 4, "kv_bits": bits, "max_tokens": 12}
+        return mlx_kvret.generate_batch(model, tokenizer, prompts, **options)
+
+    path("reference")
+    expected = texts()
+    path("metal")
+    with installed():
+        assert texts() == expected
 
 
 class Over(Exception):

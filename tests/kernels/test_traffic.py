@@ -6,7 +6,7 @@ from metal_host import EMULATED
 
 from mlx_kvret.mlx_backend.kernels import decode_attention
 
-from .traffic import compaction, decode, prefill
+from .traffic import compaction, decode, prefill, rows
 
 PIECE_BYTES = decode_attention.PIECE_BYTES
 pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulator counts; here the kernels run")
@@ -28,6 +28,37 @@ def test_decoding_reads_each_entry_once(lengths, group, tokens):
     assert seen.entries == 1.0
     assert seen.spread < 0.1
     assert seen.memory <= MOST_MEMORY
+
+
+@pytest.mark.parametrize("bits", [8, "k8v4", 4])
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_packed_entries_are_read_once_as_they_are_stored(size, bits):
+    seen = decode([900, 9, 0, 50], recent=5, group=8, size=size, bits=bits)
+    assert seen.threadgroups > 3
+    assert seen.entries == 1.0
+
+
+@pytest.mark.parametrize("bits", [None, 8, "k8v4", 4])
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_rows_of_a_batch_are_read_once_in_one_launch(count, bits):
+    lengths = [[300, 3] if row % 2 else [3, 3] for row in range(count)]
+    seen = rows(lengths, [1 + row % 5 for row in range(count)], group=4, size=64, bits=bits)
+    assert seen.threadgroups % count == 0
+    assert seen.entries == 1.0
+
+
+def test_prefill_reads_packed_entries_as_they_are_stored():
+    seen, blocks = prefill([200, 9], 8, 4, 64, bits="k8v4")
+    assert blocks == 1 and 1.0 <= seen.entries <= 1.05
+
+
+def test_threadgroups_of_a_launch(monkeypatch):
+    """Qwen3-4B: 8 KV heads of 128 in 16 bits, whose entries take 512 bytes."""
+    monkeypatch.setattr("mlx_kvret.mlx_backend.kernels.decode_attention.PIECE_BYTES", PIECE_BYTES)
+    found = [decode_attention.pieces(budget * 9 // 8 * 8 * 512) for budget in (128, 256, 512, 1024, 4096)]
+    assert found == [32, 32, 36, 72, 128]
+    assert [decode_attention.pieces(10**7, rows) * rows for rows in (1, 2, 8, 16)] == [128] * 4
+    assert decode_attention.pieces(100) == decode_attention.pieces(10**9, 200) == 1
 
 
 def test_all_that_decoding_moves_is_little_more_than_the_entries(monkeypatch):

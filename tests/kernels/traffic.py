@@ -10,17 +10,17 @@ from mlx_kvret.mlx_backend.kernels import compaction_plan, score_select
 from mlx_kvret.mlx_backend.kernels.attention import attend
 from mlx_kvret.mlx_backend.kernels.prefill_attention import ROWS, tiled
 
-from .cases import uniform, view_with
+from .cases import batch_with, uniform, view_with
 
 ENTRIES = ("keys", "values", "recent_keys", "recent_values")
 
 
 @dataclass
 class Attention:
-    """One layer's attention. Bytes are relative to what its entries' keys and values take.
+    """One layer's attention. Bytes are relative to what its entries' keys and values take as stored.
 
-    ``entries``: of keys and values, every access of every thread. ``loaded``, ``stored``: of all buffers,
-    each byte once per threadgroup. ``spread``: most over least entries' bytes of a threadgroup, less 1.
+    ``entries``: of keys and values, each byte once per threadgroup that reads it. ``loaded``, ``stored``: the
+    same of all buffers. ``spread``: most over least entries' bytes of a threadgroup, less 1.
     """
 
     threadgroups: int
@@ -36,7 +36,7 @@ class Attention:
         work = main.work(*ENTRIES)
         return cls(
             len(work),
-            traffic.total("loaded", *ENTRIES) / least,
+            traffic.total("loaded_per_threadgroup", *ENTRIES) / least,
             traffic.total("loaded_per_threadgroup") / least,
             traffic.total("stored_per_threadgroup") / least,
             work.max() / work.min() - 1,
@@ -44,23 +44,39 @@ class Attention:
         )
 
 
-def layer(lengths, recent, group, tokens, size, dtype):
+def stored(pool):
+    """Bytes of a kept entry's key and value."""
+    return sum(a.shape[1] * a.dtype.size for a in (pool.keys, pool.values))
+
+
+def layer(lengths, recent, group, tokens, size, dtype, bits=None):
     """A view, its queries and the bytes of its keys and values."""
-    view = view_with(lengths, recent, size, size, dtype, layer=0, layers=1)
+    view = view_with(lengths, recent, size, size, dtype, layer=0, layers=1, bits=bits)
     queries = uniform(1, len(lengths) * group, tokens, size, dtype=dtype)
-    return view, queries, (sum(lengths) + len(lengths) * recent) * 2 * size * dtype.size
+    newest = len(lengths) * recent * 2 * size * dtype.size
+    return view, queries, sum(lengths) * stored(view.pool) + newest
 
 
-def decode(lengths, recent, group, size, tokens=1, dtype=mx.float16):
+def decode(lengths, recent, group, size, tokens=1, dtype=mx.float16, bits=None):
     """Attention of one step."""
-    view, queries, least = layer(lengths, recent, group, tokens, size, dtype)
+    view, queries, least = layer(lengths, recent, group, tokens, size, dtype, bits)
     traffic = metal_host.count(lambda: attend(queries, view, size**-0.5))
     return Attention.of(traffic, "decode_attention", least)
 
 
-def prefill(lengths, tokens, group, size, dtype=mx.float16):
+def rows(lengths, recent, group, size, dtype=mx.float16, bits=None):
+    """Attention of one step of a batch, in one launch; ``lengths`` (R, H), ``recent`` (R,)."""
+    view = batch_with(lengths, recent, size, dtype, bits)
+    queries = uniform(len(lengths), len(lengths[0]) * group, 1, size, dtype=dtype)
+    newest = len(lengths[0]) * sum(recent) * 2 * size * dtype.size
+    least = sum(map(sum, lengths)) * stored(view.pool) + newest
+    traffic = metal_host.count(lambda: attend(queries, view, size**-0.5))
+    return Attention.of(traffic, "decode_attention", least)
+
+
+def prefill(lengths, tokens, group, size, dtype=mx.float16, bits=None):
     """Attention of a chunk by the kernel, and the blocks of query rows for which it reads entries anew."""
-    view, queries, least = layer(lengths, tokens, group, tokens, size, dtype)
+    view, queries, least = layer(lengths, tokens, group, tokens, size, dtype, bits)
     traffic = metal_host.count(lambda: tiled(queries, view, size**-0.5, True, None))
     return Attention.of(traffic, "prefill_attention", least), -(-group * tokens // ROWS)
 

@@ -17,7 +17,7 @@ from ...errors import ConfigError
 
 VARIABLE = "MLX_KVRET_KERNELS"
 CHOICES = ("auto", "metal", "reference")
-HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
+HEAD_SIZES = (32, 64, 72, 80, 96, 112, 128, 192, 256, 512)
 TYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 

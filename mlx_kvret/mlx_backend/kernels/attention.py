@@ -23,6 +23,11 @@ def attend(
     """As :func:`..attention.attend`."""
     _, query_heads, tokens, key_dim = queries.shape
     rows = query_heads // view.kv_heads * tokens
-    few = tokens <= MAX_TOKENS and fits(rows, key_dim, view.values.shape[3])
-    chosen = decode_attention if few else prefill_attention
-    return chosen(queries, view, scale, causal, sinks)
+    if tokens <= MAX_TOKENS and fits(rows, key_dim, view.values.shape[3]):
+        return decode_attention(queries, view, scale, causal, sinks)
+    # each row has its own lengths, which come to the host once for a whole chunk
+    single = [
+        prefill_attention(queries[row : row + 1], one, scale, causal, sinks)
+        for row, one in enumerate(view.rows())
+    ]
+    return single[0] if len(single) == 1 else mx.concatenate(single)

@@ -9,7 +9,7 @@ const int tokens = queries_shape[2], group = queries_shape[1] / heads, all_rows 
 const int begin = offsets[layer[0] + head], kept = offsets[layer[0] + head + 1] - begin;
 const device T* head_keys = recent_keys + head * recent_keys_strides[1];
 const device T* head_values = recent_values + head * recent_values_strides[1];
-const float scale = scaling[0];
+const float scale = scaling[0] * LOG2E;
 
 // where a lane stands in a block
 const int y = int((lane / 4 & 4) + lane / 2 % 4), x = int((lane / 4 & 2) * 2 + lane % 2 * 2);
@@ -46,10 +46,15 @@ for (int tile = 0; tile < entries; tile += N) {
     const int entry = tile + j;
     const bool pooled = entry < kept, there = entry < entries;
     const size_t slot = pooled && there ? table[begin + entry] : 0;
-    const device T* k = pooled ? keys + slot * D : head_keys + (entry - kept) * recent_keys_strides[2];
-    const device T* v = pooled ? values + slot * V : head_values + (entry - kept) * recent_values_strides[2];
-    copy_row<D>(tg_keys + j * (D + PAD), k, lane, pooled ? 1 : recent_keys_strides[3], there);
-    copy_row<V>(tg_values + j * (V + PAD), v, lane, pooled ? 1 : recent_values_strides[3], there);
+    if (pooled) {
+      copy_kept<D, KB, KG, T>(tg_keys + j * (D + PAD), (const device T*)keys, slot, lane, there);
+      copy_kept<V, VB, VG, T>(tg_values + j * (V + PAD), (const device T*)values, slot, lane, there);
+    } else {
+      const device T* k = head_keys + (entry - kept) * recent_keys_strides[2];
+      const device T* v = head_values + (entry - kept) * recent_values_strides[2];
+      copy_row<D>(tg_keys + j * (D + PAD), k, lane, recent_keys_strides[3], there);
+      copy_row<V>(tg_values + j * (V + PAD), v, lane, recent_values_strides[3], there);
+    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -71,13 +76,13 @@ for (int tile = 0; tile < entries; tile += N) {
   // four lanes share a row
   new_top = max(new_top, simd_shuffle_xor(new_top, 1));
   new_top = max(new_top, simd_shuffle_xor(new_top, 8));
-  const float old = fast::exp(top - new_top);
+  const float old = fast::exp2(top - new_top);
   top = new_top;
   sum *= old;
   UNROLL for (int c = 0; c < C; c++) {
     UNROLL for (int k = 0; k < 2; k++) {
       const bool seen = tile + c * 8 + x + k < visible;
-      const float p = seen ? fast::exp(weight[c].thread_elements()[k] - top) : 0.0f;
+      const float p = seen ? fast::exp2(weight[c].thread_elements()[k] - top) : 0.0f;
       weight[c].thread_elements()[k] = p;
       sum += p;
     }
@@ -98,10 +103,10 @@ sum += simd_shuffle_xor(sum, 1);
 sum += simd_shuffle_xor(sum, 8);
 float share = 1.0f;
 if (SINKS) {
-  const float sink = float(sinks[query_head * sinks_strides[0]]);
+  const float sink = float(sinks[query_head * sinks_strides[0]]) * LOG2E;
   const float new_top = max(top, sink);
-  share = fast::exp(top - new_top);
-  sum = sum * share + fast::exp(sink - new_top);
+  share = fast::exp2(top - new_top);
+  sum = sum * share + fast::exp2(sink - new_top);
 }
 if (real) {
   UNROLL for (int f = 0; f < F; f++) {

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from .decode_attention import stored
 from .launch import Kernel, constant
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ ROWS = SIMDGROUPS * 8
 TILE_BYTES = 16384
 # head sizes that MLX's own attention computes without writing its scores to memory
 FUSED = (64, 80, 128)
+# larger ones do not fit into the kernel's registers
+LARGEST = 256
 
 _attend = Kernel(
     "prefill_attention",
@@ -38,7 +41,8 @@ def prefill_attention(
 ) -> mx.array:
     """As :func:`..attention.attend`, for any number of tokens, without a mask and without padding."""
     key_dim, value_dim = queries.shape[3], view.values.shape[3]
-    if key_dim == value_dim and key_dim in FUSED:
+    fused = key_dim == value_dim and key_dim in FUSED and view.pool.forms is None
+    if fused or max(key_dim, value_dim) > LARGEST:
         return by_head(queries, view, scale, causal, sinks)
     return tiled(queries, view, scale, causal, sinks)
 
@@ -46,7 +50,7 @@ def prefill_attention(
 def by_head(
     queries: mx.array, view: LayerView, scale: float, causal: bool, sinks: mx.array | None
 ) -> mx.array:
-    """MLX's own attention, one KV head after the other at its own length.
+    """MLX's own attention, one KV head after the other at its own length, as floats.
 
     Copying the kept entries together costs 3 passes over them, against one for every 32 query rows in
     attention itself. Lengths come to the host, once for a whole chunk.
@@ -102,5 +106,6 @@ def tiled(
         S=SIMDGROUPS,
         CAUSAL=causal,
         SINKS=sinks is not None,
+        **stored(pool),
     )
     return attended
