@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,10 +14,16 @@ from mlx_kvret.errors import UnsupportedFeatureError
 
 from .kernels.dispatch import enabled
 
+_here = threading.local()
 Work = Callable[[], None]
 
 _ASKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
 _ASKS |= {"aten::_unique2", "aten::unique_dim", "aten::repeat_interleave"}
+
+
+def watched() -> bool:
+    """Whether work is looked at operation by operation in this thread, which nothing compiled shows."""
+    return bool(getattr(_here, "watched", False))
 
 
 class Recorder(Protocol):
@@ -83,6 +90,14 @@ class Watched(TorchDispatchMode):
     Raises:
         UnsupportedFeatureError: names the operation.
     """
+
+    def __enter__(self) -> Any:
+        _here.watched = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        _here.watched = False
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from mlx_kvret.core.state import State
 
 from . import recording
 from .cache import BoundedCache, BoundedKVCache, cache_argument
+from .compiling import CompiledCache, compiled, wanted
 from .fixed import FixedCache, FixedLayer
 from .modes import ordinary
 from .reading import Reading
@@ -82,6 +84,7 @@ class FixedStep:
         self._bodies: dict[int, Body] = {}
         self._held: list[Any] = []
         self._rings = Rings([])
+        self._compile = wanted(model)
         self.failed = False
         self.captures = 0
 
@@ -134,12 +137,20 @@ class FixedStep:
         # rows of sliding windows stand in rings side by side; of all others the last one fills the bucket
         size = len(rows) if stock else next(n for n in BUCKETS if n >= len(rows))
         if (body := self._bodies.get(size)) is None:
-            filled = [*rows, *rows[-1:] * (size - len(rows))]
-            body = Body(self._model, self._cache, Reading.fixed(arena, filled), self._rings, self._make())
-            body.record(filled)
+            body = self._recorded([*rows, *rows[-1:] * (size - len(rows))])
             self._bodies[size] = body
             self.captures += 1
         return body
+
+    def _recorded(self, rows: list[Row]) -> Body:
+        """A new recording, of compiled layers where that is wanted and works."""
+        if self._compile:
+            try:
+                return Body(self._model, self._cache, rows, self._rings, self._make(), compile=True)
+            except Exception as error:
+                self._compile = False
+                _warn("steps are not compiled, because compiling", error)
+        return Body(self._model, self._cache, rows, self._rings, self._make())
 
     def _places(self) -> list[Any]:
         """Everything that a recorded step has the address of, and the settings that it was made for."""
@@ -165,40 +176,33 @@ class FixedStep:
     def _give_up(self, error: Exception) -> None:
         self.failed = True
         self.release()
-        reason = str(error).partition("\n")[0]
-        warnings.warn(
-            "decoding goes on in plain passes, which are slower, because recording or repeating a step "
-            f"failed: {type(error).__name__}: {reason}",
-            stacklevel=3,
-        )
+        _warn("decoding goes on in plain passes, which are slower, because recording or repeating a step", error)
 
 
 class Body:
-    """The fixed memory of a step of R rows, and the recorder that repeats it."""
+    """The fixed memory of a step of R ``rows``, recorded, and the recorder that repeats it."""
 
     def __init__(
-        self, model: PreTrainedModel, cache: BoundedCache, reading: Reading, rings: Rings, recorder: Recorder
-    ) -> None:
+        self, model: PreTrainedModel, cache: BoundedCache, rows: list[Row], rings: Rings, recorder: Recorder,
+        compile: bool = False,
+    ) -> None:  # fmt: skip
+        reading = Reading.fixed(rows[0].arena, rows)
         assert reading.places is not None
         self._model, self._recorder, self._places = model, recorder, reading.places
+        self._compile = compile
         self._gated = reading.arena.gates is not None
         windows = iter(rings.layers)
-        self._cache = FixedCache(
-            reading,
-            [
-                FixedLayer(reading, layer.layer) if isinstance(layer, BoundedKVCache) else next(windows)
-                for layer in cache.layers
-            ],
-        )
+        layers = [
+            FixedLayer(reading, layer.layer) if isinstance(layer, BoundedKVCache) else next(windows)
+            for layer in cache.layers
+        ]
+        self._cache = CompiledCache(reading, layers) if compile else FixedCache(reading, layers)
         self._given = cache_argument(model, self._cache)
         self._tokens = torch.zeros(len(self._places.seen), 1, dtype=torch.long, device=reading.arena.device)
         self.logits: torch.Tensor
         # what the numbers on the device are, of each row
         self._known: list[tuple[int, ...]] | None = None
-
-    def record(self, rows: list[Row]) -> None:
-        """Record the step; ``rows`` are as many as it has."""
-        self._recorder.record(self._work, lambda: self._places.set(Reading.numbers(rows)))
+        recorder.record(self._work, lambda: self._places.set(Reading.numbers(rows)))
 
     def repeat(self, rows: list[Row], tokens: torch.Tensor) -> None:
         """Repeat the step for these rows, of which there may be fewer."""
@@ -222,7 +226,8 @@ class Body:
             logits: torch.Tensor = out.logits[:, -1]
             return logits
 
-        self.logits = self._cache.run(forward)
+        with compiled(self._model) if self._compile and not recording.watched() else nullcontext():
+            self.logits = self._cache.run(forward)
         self._places.move_on()
 
 
@@ -243,6 +248,11 @@ def _make_room(model: PreTrainedModel, rows: list[Row]) -> None:
         recent.reserve_inputs(next(model.parameters()).dtype)
         recent.reserve_scores(limit, limit)
     assert row.chunk is None
+
+
+def _warn(what: str, error: Exception) -> None:
+    reason = str(error).partition("\n")[0]
+    warnings.warn(f"{what} failed: {type(error).__name__}: {reason}", stacklevel=4)
 
 
 def _same(left: list[Any], right: list[Any]) -> bool:
