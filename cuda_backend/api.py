@@ -26,6 +26,7 @@ from mlx_kvret.zoo import auto
 from . import hooks, snapshots
 from .attaching import attach, attach_any, detach, make_cache
 from .cache import BoundedCache
+from .compiling import want
 from .generation import generate, stop_tokens, stream_generate, vocabulary
 from .loading import checked_device, checked_dtype, load_model, model_class, read_gates, read_tokenizer
 from .prefill import read_tokens, take_back
@@ -69,6 +70,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     rope_length: int | None = None,
+    compile: bool | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
     **unknown: Any,
@@ -80,6 +82,8 @@ def load(
         dtype: of the model: ``"auto"`` (as it was saved), ``"bfloat16"``, ``torch.float16``, ...
         rope_length: tokens expected in all, for models whose RoPE depends on the length; their full length
             unless given.
+        compile: fuse what lies between the attentions of a decoding step by torch.compile, on a GPU with
+            Triton; takes a minute at the first answer. Where it fails steps go on without, with a warning.
         attn_implementation, device_map, quantization_config: as transformers' ``from_pretrained`` has them.
     """
     check_loading(load, locals(), unknown, _MLX_ONLY)
@@ -98,6 +102,8 @@ def load(
     network: Any = load_model(folder, trust_remote_code=trust_remote_code, **given)
     if device_map is None:
         network.to(where)
+    if compile:
+        want(network, network.device)
     if rope_length is not None:
         vars(network)["_kvret_rope_length"] = rope_length
     tokenizer = read_tokenizer(folder, trust_remote_code, tokenizer_config)

@@ -1,8 +1,8 @@
 """A model's layers compiled for recorded steps: what lies between attentions becomes a few kernels.
 
-Norms, rotations, activations and casts of a layer are about as many small kernels as its products; compiled by
-torch they are fused. Attention stays what it is: one operation of its own that a compiler does not look into. As
-layers differ in nothing else, one is compiled for all of a kind. On by ``mlx_kvret.load(..., compile=True)``.
+Norms, rotations, activations and casts of a layer are many small kernels; compiled by torch they are fused.
+Attention stays what it is: one operation of its own that a compiler does not look into. As layers differ in
+nothing else, one is compiled for all of a kind. On by ``mlx_kvret.load(..., compile=True)``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mlx_kvret.errors import UnsupportedFeatureError
+from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
 
 from .fixed import FixedCache, FixedLayer, current
+from .kernels.dispatch import enabled
 from .modules import attention_modules
 from .reading import Reading
 from .ring import Ring
@@ -27,8 +28,14 @@ BACKEND = "inductor"
 _WANTED = "_kvret_compile"
 
 
-def want(model: nn.Module) -> None:
-    """Have recorded steps of a model compiled."""
+def want(model: nn.Module, device: torch.device) -> None:
+    """Have recorded steps of a model compiled.
+
+    Raises:
+        ConfigError: none are recorded on that device.
+    """
+    if not enabled(device):
+        raise ConfigError(f"compile=True compiles recorded steps, of which {device} has none; drop it")
     vars(model)[_WANTED] = True
 
 
@@ -70,7 +77,7 @@ class CompiledCache(FixedCache):
 
     # what is below is compiled, and must not tell one layer from another
 
-    def observe(self, layer_idx: int, x: torch.Tensor) -> None:
+    def observe(self, module: Any, x: torch.Tensor) -> None:
         self.x = x
 
     def update(
@@ -120,10 +127,14 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     """
     layers = _layers(model)
     before = [vars(layer).get("forward") for layer in layers]
+    # a step of each number of rows, and layers of several kinds, are compiled from the same code
+    limit = torch._dynamo.config.patch(recompile_limit=64)
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": BACKEND}
     try:
         for layer in layers:
-            vars(layer)["forward"] = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=BACKEND)
-        yield
+            vars(layer)["forward"] = torch.compile(layer.forward, **how)
+        with limit:
+            yield
     finally:
         for layer, own in zip(layers, before, strict=True):
             if own is None:
@@ -138,5 +149,5 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     attention = list(attention_modules(model).values())
     layers = list(getattr(decoder, "layers", ()))
     if [sum(own in list(layer.modules()) for own in attention) for layer in layers] != [1] * len(attention):
-        raise UnsupportedFeatureError("the model's layers have not one attention each, and cannot be compiled")
+        raise UnsupportedFeatureError("the model's layers do not have one attention each")
     return layers

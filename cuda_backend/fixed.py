@@ -93,9 +93,9 @@ class FixedCache(Cache):
         """What masks begin with, which a step has none of."""
         return 0
 
-    def observe(self, layer_idx: int, x: torch.Tensor) -> None:
-        """Take in a layer's attention input (R, 1, hidden)."""
-        self._parts[layer_idx].observe(x)
+    def observe(self, module: Any, x: torch.Tensor) -> None:
+        """Take in the input (R, 1, hidden) of an attention module."""
+        self._parts[module.layer_idx].observe(x)
 
     def owner_of(self, keys: torch.Tensor) -> Any:
         """The layer whose :meth:`update` returned exactly this tensor, or None; several may attend to it."""

@@ -171,8 +171,8 @@ def _observers(model: PreTrainedModel, hidden: dict[int, int]) -> list[Any]:
         name = model.config.model_type
         raise UnsupportedModelError(f"{name} models have no attention with a KV cache; nothing to bound")
     return [
-        module.register_forward_pre_hook(partial(_observe, layer, hidden), with_kwargs=True)
-        for layer, module in modules.items()
+        module.register_forward_pre_hook(partial(_observe, hidden), with_kwargs=True)
+        for module in modules.values()
     ]
 
 
@@ -256,14 +256,14 @@ def _place(decoder: Any, shared: Bounded, args: Any, kwargs: dict[str, Any]) -> 
         )
 
 
-def _observe(
-    layer: int, hidden: dict[int, int], module: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> None:
+def _observe(hidden: dict[int, int], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    hidden[layer] = x.shape[-1]
     if (step := current()) is not None:
-        step.observe(layer, x)
+        # where this is compiled, one layer must not be told from another
+        step.observe(module, x)
         return
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    hidden[layer] = x.shape[-1]
     cache = _bounded(args, kwargs)
     entry = cache.layers[layer] if cache is not None else None
     if isinstance(entry, BoundedKVCache):

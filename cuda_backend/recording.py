@@ -69,6 +69,8 @@ class Called:
 
     def record(self, work: Work, prepare: Work) -> None:
         prepare()
+        work()
+        prepare()
         with Watched():
             work()
 

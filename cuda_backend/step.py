@@ -120,7 +120,6 @@ class FixedStep:
         """The step for so many rows, recorded again if anything it reads or writes has moved."""
         shared, stock = self._cache.shared, self._cache.stock
         assert shared is not None
-        arena = shared.arena
         for row in rows:
             row.own()
         if not _same(self._held, self._places()):
@@ -176,7 +175,7 @@ class FixedStep:
     def _give_up(self, error: Exception) -> None:
         self.failed = True
         self.release()
-        _warn("decoding goes on in plain passes, which are slower, because recording or repeating a step", error)
+        _warn("decoding goes on in plain passes, which are slower, because recording a step", error)
 
 
 class Body:
@@ -251,7 +250,8 @@ def _make_room(model: PreTrainedModel, rows: list[Row]) -> None:
 
 
 def _warn(what: str, error: Exception) -> None:
-    reason = str(error).partition("\n")[0]
+    first, second, *_ = [*str(error).split("\n"), ""]
+    reason = f"{first} {second}" if first.endswith(":") else first
     warnings.warn(f"{what} failed: {type(error).__name__}: {reason}", stacklevel=4)
 
 

@@ -20,6 +20,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "model_config": ((dict,), "a dictionary of entries of config.json"),
     "lazy": ((bool,), "true or false"),
     "strict": ((bool,), "true or false"),
+    "compile": ((bool,), "true or false"),
 }
 
 

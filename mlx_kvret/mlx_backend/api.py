@@ -52,6 +52,7 @@ _TORCH_ONLY = {
     "dtype": "MLX computes in the type a model was saved in; convert it with `mlx_lm.convert --dtype`",
     "attn_implementation": "it is of transformers",
     "device_map": "it is of transformers",
+    "compile": "it is of torch",
     "quantization_config": "it is of transformers; convert the model with `mlx_lm.convert -q`",
 }
 

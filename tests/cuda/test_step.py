@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from rounding import assert_near
+from torch._dynamo.testing import CompileCounter
 
 import mlx_kvret
-from mlx_kvret.cuda_backend import recording
+from mlx_kvret.cuda_backend import compiling, recording
 from mlx_kvret.cuda_backend.recording import Called
 from mlx_kvret.cuda_backend.step import FixedStep, PlainStep, decoder_step
-from mlx_kvret.errors import CacheError
+from mlx_kvret.errors import CacheError, ConfigError
 
 from .tiny import attached, new_cache, run
 
@@ -255,3 +256,37 @@ def test_everybody_decodes_in_recorded_steps(monkeypatch: pytest.MonkeyPatch, fa
         assert answers() == expected
     # one recording for each answer, and for each number of rows
     assert (len(made) >= 4 if together else len(made) == 4) and not plain
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("qwen3", 1), ("gemma3_text", 2)])
+def test_layers_are_compiled_one_for_all(monkeypatch: pytest.MonkeyPatch, family: str, graphs: int) -> None:
+    # what inductor makes of the graphs needs a compiler for this machine, and minutes
+    monkeypatch.setattr(compiling, "BACKEND", CompileCounter())
+    model, _ = attached(family)
+    vars(model)["_kvret_compile"] = True
+    caches = [new_cache(model, budget=10, buffer=4) for _ in range(2)]
+    for cache in caches:
+        run(model, IDS[:2, :20], cache)
+    step = fixed_step(model, caches[0])
+    compare(model, caches, step, IDS[:2], 20, 40)
+    # without a break, and no layer of a kind anew
+    assert compiling.BACKEND.frame_count == graphs and not step.failed and step.captures == 1
+    assert all("forward" not in vars(layer) for layer in model.get_decoder().layers)
+
+
+def test_what_cannot_be_compiled_decodes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(compiling, "BACKEND", broken)
+    model, _ = attached("qwen3")
+    vars(model)["_kvret_compile"] = True
+    caches = [new_cache(model, budget=10, buffer=4) for _ in range(2)]
+    for cache in caches:
+        run(model, IDS[:1, :20], cache)
+    step = fixed_step(model, caches[0])
+    with pytest.warns(UserWarning, match="because compiling failed: .* no compiler here") as told:
+        compare(model, caches, step, IDS[:1], 20, 40)
+    assert len(told) == 1 and step.captures == 1 and not step.failed
+    with pytest.raises(ConfigError, match="recorded steps, of which cpu has none"):
+        mlx_kvret.load("demo", backend="torch", compile=True)
