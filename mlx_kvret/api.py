@@ -36,7 +36,8 @@ def load(
             ``device``, ``dtype``, ``quantization_config``, ... on torch; see ``load`` in its ``backend``.
 
     Returns:
-        ``(model, tokenizer)``; the tokenizer is None if the folder has none: prompts are then token ids.
+        ``(model, tokenizer)``; the tokenizer is None if the folder has none: prompts are then token ids. Of a
+        vision-language model it is the processor, which has the tokenizer.
 
     Raises:
         ConfigError, CheckpointError, ModelMismatchError, UnsupportedModelError, MissingDependencyError.
@@ -96,8 +97,12 @@ def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
     """The text a model goes on with after a prompt, however long, within a fixed KV budget.
 
     Args:
+        tokenizer: what :func:`load` returns beside the model; of a vision-language model its processor.
         prompt: text; token ids as a list, or an array of numpy, torch or MLX, (n,) or (1, n); what
-            ``apply_chat_template`` returns; or messages, which are read through the chat template.
+            ``apply_chat_template`` returns; or messages, which are read through the chat template. Parts of
+            messages may be pictures (:mod:`~mlx_kvret.core.picture_prompts`).
+        images: pictures beside a text or messages, of a vision-language model: files, data URLs, images of
+            PIL or arrays. A text has them where it says ``<image>``, or first.
         budget, buffer and eviction options: as of :func:`make_cache`.
         max_tokens: the most tokens to generate (256).
         cache: a cache to go on with, whose tokens come before the prompt; instead of ``budget`` and the like.

@@ -11,6 +11,7 @@ from typing import Any
 from .api import backend_of
 from .core.detokenizer import Detokenizer
 from .core.options import MAX_SEED, short, whole
+from .core.picture_prompts import spoken_by
 from .core.prompts import prompt_ids
 from .core.request import check_generation, check_max_tokens, split_eviction
 from .core.sampling import SAMPLING, Sampling, split_sampling
@@ -71,7 +72,7 @@ def stream_batch(
         ConfigError: no list, or not one value for each prompt; else as :func:`mlx_kvret.generate`.
     """
     room = importlib.import_module(f"{backend_of(model).__package__}.batching")
-    asked = _prompts(prompts)
+    asked, tokenizer = _prompts(prompts), spoken_by(tokenizer)
     whole("rows", rows, 1)
     drawn, rest = split_sampling(options)
     seeds = _seeds(drawn, seed, len(asked))

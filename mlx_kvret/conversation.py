@@ -70,7 +70,7 @@ class Transcript:
     """
 
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
-        self.template = Template(tokenizer)
+        self.template = tokenizer if isinstance(tokenizer, Template) else Template(tokenizer)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.context: list[int] = []
         # said, or begun by a turn that was broken off, and not in the cache yet

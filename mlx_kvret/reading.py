@@ -15,10 +15,12 @@ from . import api
 from .batching import stream_batch
 from .conversation import BETWEEN, Transcript, Turn
 from .core.options import of_type, whole
+from .core.picture_prompts import spoken_by
 from .core.prompts import has_chat_template, prompt_ids
 from .core.sampling import SAMPLING
 from .errors import CacheError, ConfigError, UnsupportedFeatureError
 from .noted import note, notes_of
+from .picture_template import SeeingTemplate
 from .texts import read_text
 
 # beside the cache of a text that was read as it is
@@ -37,6 +39,7 @@ def read(
     *,
     system: str | None = None,
     raw: bool = False,
+    images: Sequence[Any] = (),
     prefill_step_size: int = 2048,
     prompt_progress_callback: Progress | None = None,
     **options: Any,
@@ -50,6 +53,8 @@ def read(
         text: text, or the path of a file in UTF-8; several are read one after another, a blank line between.
         system: system message, where the model's chat template takes one.
         raw: read the text as it is, not as the beginning of a message in the chat template.
+        images: pictures of a vision-language model, in any form that :func:`mlx_kvret.generate` takes; they
+            stand where the text says ``<image>``, or first.
         prefill_step_size: tokens read in one forward pass.
         prompt_progress_callback: called with tokens read and tokens in all; what it raises ends the reading.
         options: ``budget`` and the others of :func:`mlx_kvret.make_cache`.
@@ -62,7 +67,16 @@ def read(
     of_type("text", text, (str, Path, list, tuple), "text, the Path of a file, or a list of these")
     parts = [text] if isinstance(text, (str, Path)) else text
     whole_text = joined([read_text(str(part)) if isinstance(part, Path) else part for part in parts])
-    reading = Reading.begun(model, tokenizer, api.make_cache(model, **options), system, raw)
+    template = None
+    if len(images):
+        if raw or not has_chat_template(spoken_by(tokenizer)):
+            raise ConfigError(
+                "pictures are read through the chat template; leave raw out, or generate with them"
+            )
+        template = SeeingTemplate(spoken_by(tokenizer), model, spoken_by(tokenizer), api.backend_of(model))
+        whole_text = template.show(images, whole_text)
+    cache = api.make_cache(model, **options)
+    reading = Reading.begun(model, spoken_by(tokenizer), cache, system, raw, template)
     reading.read(whole_text, prefill_step_size, prompt_progress_callback)
     return reading.cache
 
@@ -94,7 +108,7 @@ def answer(
     for place, question in enumerate(listed, 1):
         if not isinstance(question, str) or not question.strip():
             raise ConfigError(f"question {place} is {question!r}; give at least one word")
-    reading = Reading.of(model, tokenizer, cache, notes_of(cache))
+    reading = Reading.of(model, spoken_by(tokenizer), cache, notes_of(cache))
     return [answer.text for answer in reading.answers(listed, rows, **options)]
 
 
@@ -195,13 +209,15 @@ class Reading:
         assert self.transcript is not None
         before = self.cache.seen
         try:
-            self._read(turn.new, step, progress)
+            template = self.transcript.template
+            new = template.prompt(turn.new) if isinstance(template, SeeingTemplate) else turn.new
+            self._read(new, step, progress)
         finally:
             self.transcript.account(turn, self.cache.seen - before, [], "", False)
             note(self.cache, self.notes())
         return len(turn.new)
 
-    def _read(self, ids: list[int], step: int, progress: Progress | None) -> None:
+    def _read(self, ids: Any, step: int, progress: Progress | None) -> None:
         api.backend_of(self.model).read_tokens(self.model, self.cache, ids, step, progress)
 
     def ask(self, question: str, **options: Any) -> Iterator[Any]:

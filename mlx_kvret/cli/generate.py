@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..core.images import open_picture
 from ..core.options import whole
 from ..errors import ConfigError
 from ..texts import read_text
@@ -27,13 +29,23 @@ from .session import (
 )
 
 # what goes with one prompt alone
-MANY_WITHOUT = ("prompt", "file", "cache", "prefill_response", "draft_model", "num_draft_tokens", "verbose")
+MANY_WITHOUT = (
+    "prompt",
+    "file",
+    "image",
+    "cache",
+    "prefill_response",
+    "draft_model",
+    "num_draft_tokens",
+    "verbose",
+)
 
 
 @click.command("generate")
 @shared.model_options
 @click.option("--prompt", "-p", help="The prompt, '-' for stdin; after --file: what to ask about the file.")
 @click.option("--file", help="Text to read first; '-' is stdin, 'demo' the demo's story of 4,096 tokens.")
+@shared.image_option
 @click.option("--prompts", help="Answer many prompts side by side: a file of JSON lines, see below.")
 @click.option("--rows", type=int, help="How many of them at a time.  [default: 8]")
 @click.option("--cache", help="Go on with a reading or a chat that was saved in this file.")
@@ -72,6 +84,7 @@ def command(context: click.Context, **options: Any) -> None:
       mlx-kvret generate --model demo --file demo --prompt "recall Stella" --budget 64 --policy recent
       mlx-kvret generate --model mlx-community/Qwen3-4B-4bit --gates ./gates --file book.txt \\
           --prompt "Who is the murderer?" --budget 256MB
+      mlx-kvret generate --model ./qwen3-vl --image receipt.png --prompt "What did it cost?" --policy keydiff
       cat notes.txt | mlx-kvret generate --model ./model --gates ./gates --file -
       mlx-kvret generate --model ./model --prompts questions.jsonl > answers.jsonl
 
@@ -92,12 +105,14 @@ def command(context: click.Context, **options: Any) -> None:
     evict, verbose = shared.eviction(options), options.pop("verbose")
     draft, proposed = options.pop("draft_model"), options.pop("num_draft_tokens")
     check_draft(draft, proposed, options["backend"])
+    images = [open_picture(file, f"--image {file}") for file in options.pop("image")]
     model, tokenizer = load(options)
+    pictures = Pictures(model, required(tokenizer), images)
     if saved is None:
-        prompt, answer = read_prompt(required(tokenizer), text, options)
+        prompt, answer = read_prompt(pictures, text, options)
         cache = make_cache(model, **evict)
     else:
-        cache, prompt, answer = go_on(model, required(tokenizer), saved, text, options)
+        cache, prompt, answer = go_on(pictures, saved, text, options)
     loop: dict[str, Any] = draft_of(tokenizer, draft, proposed) | sampling(model, tokenizer, options)
     last = None
     with progress() as tell:
@@ -141,7 +156,27 @@ def check_draft(draft: str | None, tokens: int | None, backend: str) -> None:
         )
 
 
-def read_prompt(tokenizer: Any, text: str, options: dict[str, Any]) -> tuple[str | list[int], str]:
+class Pictures:
+    """The pictures that go with the prompt of a model."""
+
+    def __init__(self, model: Any, tokenizer: Any, images: list[Any]) -> None:
+        self.model, self.tokenizer, self.images = model, tokenizer, images
+
+    def seeing(self, template: Any) -> Any:
+        """The template as one that takes pictures, where there are some."""
+        from ..api import backend_of
+        from ..picture_template import SeeingTemplate
+
+        if not self.images:
+            return template
+        return SeeingTemplate(template, self.model, self.tokenizer, backend_of(self.model))
+
+    def asked(self, template: Any, text: str, plan: Callable[[str], list[int]]) -> Any:
+        """The prompt that a text is planned as, with the pictures."""
+        return template.prompt(plan(template.show(self.images, text))) if self.images else plan(text)
+
+
+def read_prompt(pictures: Pictures, text: str, options: dict[str, Any]) -> tuple[Any, str]:
     """What the model reads, and what its answer begins with; takes their options out.
 
     Raises:
@@ -150,21 +185,31 @@ def read_prompt(tokenizer: Any, text: str, options: dict[str, Any]) -> tuple[str
     from ..conversation import Transcript
 
     answer = options.pop("prefill_response")
-    template = chosen_template(tokenizer, options, answer)
+    template = chosen_template(pictures.tokenizer, options, answer)
     system = options.pop("system_prompt")
-    return (text, "") if template is None else (Transcript(template, system).plan(text).new, answer or "")
+    if template is None:
+        if pictures.images:
+            raise ConfigError(
+                "--image needs the model's chat template; drop --ignore-chat-template, or --image"
+            )
+        return text, ""
+    template = pictures.seeing(template)
+    transcript = Transcript(template, system)
+    return pictures.asked(template, text, lambda asked: transcript.plan(asked).new), answer or ""
 
 
-def go_on(
-    model: Any, tokenizer: Any, saved: str, text: str, options: dict[str, Any]
-) -> tuple[Any, list[int], str]:
+def go_on(pictures: Pictures, saved: str, text: str, options: dict[str, Any]) -> tuple[Any, Any, str]:
     """A cache that was saved, what is read next, and what the answer begins with; takes their options out."""
     from ..reading import Reading
 
     answer = options.pop("prefill_response")
-    template = chosen_template(tokenizer, options, answer)
-    reading = Reading.opened(model, tokenizer, Path(saved).expanduser(), template)
-    return reading.cache, reading.question_ids(text), answer or ""
+    template = chosen_template(pictures.tokenizer, options, answer)
+    template = template if template is None else pictures.seeing(template)
+    path = Path(saved).expanduser()
+    reading = Reading.opened(pictures.model, pictures.tokenizer, path, template)
+    if pictures.images and reading.transcript is None:
+        raise ConfigError(f"--image needs a chat, and {saved} is a text that was read as it is; drop --image")
+    return reading.cache, pictures.asked(template, text, reading.question_ids), answer or ""
 
 
 def prompt_text(prompt: str | None, file: str | None) -> str:

@@ -20,7 +20,6 @@ REFUSED = {
     "--quantized-kv-start": _BITS,
     "--prompt-cache-file": "give --cache, a file of `mlx-kvret read` or of /save in a chat; mlx-lm's own "
     "files are read from Python, by its load_prompt_cache for an attached model",
-    "--image": "models read text only here",
     "--use-default-chat-template": "neither mlx_lm.generate nor transformers has a default template; put a "
     "chat_template.jinja into the model's folder",
     "--quantize-activations": "its layers do not run on CPUs and were not tried with a bounded cache; from "

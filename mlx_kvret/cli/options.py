@@ -170,6 +170,13 @@ def reading_options(function: F) -> F:
     return function
 
 
+def image_option(function: F) -> F:
+    """``--image``, as of mlx-lm: every word up to the next option."""
+    text = "Picture for a vision-language model, a file; repeatable. They come first, or where the text says "
+    text += "<image>."
+    return click.option("--image", multiple=True, cls=Several, help=text)(function)
+
+
 def ignore_template_option(function: F) -> F:
     """``--ignore-chat-template``."""
     text = "Take the text as it is, without the model's chat template."

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..core.options import short
+from ..core.picture_prompts import spoken_by
 from ..core.plain import spoken
 from ..core.prompts import has_chat_template
 from ..core.sampling import SAMPLING, Sampling
@@ -21,7 +22,7 @@ from .screen import note
 
 
 def load(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer as a command's options say, which are taken out."""
+    """Model and tokenizer as a command's options say, which are taken out; it knows its processor, if any."""
     check_sampling(options)
     with leaving_at_once():
         from ..api import load
@@ -34,6 +35,7 @@ def load(options: dict[str, Any]) -> tuple[Any, Any]:
             backend=options.pop("backend"),
             **{name: value for name, value in named.items() if value},
         )
+    tokenizer = None if tokenizer is None else spoken_by(tokenizer)
     add_stops(model, tokenizer, options.pop("extra_eos_token", ()))
     return model, tokenizer
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,18 @@ import click
 
 from ..conversation import Transcript, Turn
 from ..core.detokenizer import Detokenizer
+from ..core.images import open_picture
 from ..core.plan import size
 from ..errors import CacheError, ConfigError
+from ..picture_template import SeeingTemplate
 from ..reading import Reading, copied
 from ..texts import read_text
+from .ending import stoppable
 from .screen import note, progress, show, speech
 
 COMMANDS = {
     "/read FILE": "read a text file, to ask about it",
+    "/image FILE": "have a picture go with the next message, before it or where it says <image>",
     "/continue": "go on with an answer that was cut short",
     "/retry": "ask the last message again",
     "/undo": "forget the last message and its answer, or the last file",
@@ -45,7 +47,7 @@ class Last:
 
     ``cache`` and ``transcript`` are copies from before. ``base`` is the transcript in which ``turn`` was
     planned; ``said`` and ``answer`` are the tokens and the text of the answer so far, ``ended`` whether it
-    ended by itself. ``text`` is None for a file.
+    ended by itself. ``text`` is None for a file; ``images`` went with it.
     """
 
     cache: Any
@@ -56,6 +58,7 @@ class Last:
     said: list[int] = field(default_factory=list)
     answer: str = ""
     ended: bool = False
+    images: list[Any] = field(default_factory=list)
 
 
 class Conversation:
@@ -81,6 +84,8 @@ class Conversation:
         self.cache = make_cache(self.model, **self.eviction)
         self.last: Last | None = None
         self.spoken: Any = None
+        # pictures that go with the next message
+        self.images: list[Any] = []
 
     def take(self, text: str, options: dict[str, Any]) -> bool:
         """What was typed: one of our commands, or text for the model. False ends the conversation."""
@@ -100,8 +105,33 @@ class Conversation:
             ConfigError: the chat template refuses the turn; the conversation is as before.
             CacheError: the cache has read something else than the conversation.
         """
-        self.last = self._begin(text, Transcript.plan)
+        images, self.images = self.images, []
+        try:
+            self.last = self._begin(text, lambda transcript, said: transcript.plan(self._shown(said, images)))
+        except BaseException:
+            self.images = images
+            raise
+        self.last.images = images
         self._speak(self.last.turn.new, options)
+
+    def _shown(self, text: str, images: list[Any]) -> str:
+        """A message with the marks of its pictures."""
+        return self.template.show(images, text) if isinstance(self.template, SeeingTemplate) else text
+
+    def picture(self, path: Path) -> None:
+        """Have a picture go with the next message.
+
+        Raises:
+            ConfigError: it cannot be read, or the model takes none.
+        """
+        from ..api import backend_of
+
+        image = open_picture(path, "the picture")
+        if not isinstance(self.template, SeeingTemplate):
+            self.template = SeeingTemplate(self.template, self.model, self.tokenizer, backend_of(self.model))
+            self.transcript.template = self.template
+        self.images.append(image)
+        note(f"[a picture of {image.width} x {image.height}; it goes with the next message]")
 
     def retry(self, options: dict[str, Any]) -> None:
         """Ask the last message again.
@@ -111,7 +141,7 @@ class Conversation:
         """
         if self.last is None or self.last.text is None:
             raise ConfigError("there is no message to ask again; say it anew")
-        text = self.last.text
+        text, self.images = self.last.text, self.last.images
         self.undo()
         self.turn(text, options)
 
@@ -147,6 +177,11 @@ class Conversation:
             # the last token has been through a compaction: the whole turn is read once more
             self.cache, behind = copied(last.cache), len(last.turn.new) + len(last.said)
         self._speak([*last.turn.new, *last.said][-behind:], options)
+
+    def _prompt(self, ids: list[int], last: Last) -> Any:
+        """What is read: the ids alone, or with the pictures that are among them."""
+        whole = last.images and len(ids) > len(last.said)
+        return self.template.prompt(ids) if whole else ids
 
     def read(self, path: Path, step: int) -> None:
         """Read a text file, which the next message joins.
@@ -203,7 +238,12 @@ class Conversation:
                     raise Stopped
 
             stream: Any = stream_generate(
-                self.model, self.tokenizer, ids, cache=self.cache, prompt_progress_callback=advance, **options
+                self.model,
+                self.tokenizer,
+                self._prompt(ids, last),
+                cache=self.cache,
+                prompt_progress_callback=advance,
+                **options,
             )
             try:
                 for response in stream:
@@ -224,6 +264,12 @@ class Conversation:
                 self.transcript = last.base.copy()
                 grown = self.cache.seen - last.cache.seen
                 self.transcript.account(last.turn, grown, last.said, last.answer, last.ended)
+        if response is None and last.images:
+            # a half that was read could not be told from the whole
+            self.undo()
+            self.images = last.images
+            note("[stopped; the message is taken back, and its pictures go with the next one]")
+            return
         if response is None:
             note(f"[stopped after {self.cache.seen - read} of {len(ids)} tokens were read]")
             return
@@ -267,6 +313,8 @@ class Conversation:
             self.retry(options)
         elif name == "/continue":
             self.go_on(options)
+        elif name == "/image":
+            self.picture(path)
         elif name == "/read":
             self.read(path, options.get("prefill_step_size", 2048))
         elif name == "/save":
@@ -345,21 +393,3 @@ class Conversation:
 def settings(cache: Any) -> dict[str, Any]:
     """The eviction options a cache was made with."""
     return {"policy": "full"} if cache.shared is None else dict(cache.shared.config.to_dict())
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks for a stop after the current token, so that the cache stays whole; yields the question."""
-    asked = False
-
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

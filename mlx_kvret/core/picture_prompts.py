@@ -37,8 +37,35 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
+def spoken_by(processor: Any) -> Any:
+    """A processor's tokenizer as all that handles text wants it: with the processor's chat template.
+
+    The tokenizer knows its processor from then on (:func:`processor_of`), so that it can be given alone.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is not processor:
+        vars(tokenizer)["_kvret_processor"] = processor
+        if not getattr(tokenizer, "chat_template", None):
+            tokenizer.chat_template = getattr(processor, "chat_template", None)
+    return tokenizer
+
+
+def processor_of(tokenizer: Any) -> Any:
+    """The processor that a tokenizer belongs to, as far as it is known; else what was given."""
+    return getattr(tokenizer, "__dict__", {}).get("_kvret_processor", tokenizer)
+
+
+def is_processed(prompt: Any) -> bool:
+    """Whether a prompt is what a processor made of text and pictures: ids, pixels and what goes with them."""
+    return (
+        isinstance(prompt, Mapping) and "input_ids" in prompt and any("pixel" in str(name) for name in prompt)
+    )
+
+
 def has_pictures(prompt: Any, images: Any = None) -> bool:
     """Whether a prompt, or what stands beside it, has any picture."""
+    if is_processed(prompt):
+        return True
     if images is not None and (not isinstance(images, Sequence) or isinstance(images, str) or len(images)):
         return True
     return _is_messages(prompt) and any(

@@ -14,6 +14,7 @@ from ..core.checkpoint import GateCheckpoint
 from ..core.installed import missing
 from ..core.loading import check_loading
 from ..core.model_folder import model_config as stored_config
+from ..core.picture_prompts import Asked
 from ..core.sampling import Sampling, drawing
 from ..core.snapshot import read_snapshot, write_snapshot
 from ..core.vision import has_vision
@@ -29,6 +30,7 @@ from .loading import TOKENIZERS, load_network, read_gates, read_tokenizer
 from .loading_vision import load_seeing, read_processor
 from .prefill import read_tokens, take_back
 from .sampling import processors_of, sampler_of
+from .seeing import processed as of_text
 from .seeing import reader_of
 from .vision import is_vision
 
@@ -155,6 +157,14 @@ def cache_shape(folder: Path) -> tuple[dict[str, Any], CacheShape]:
     else:
         model, config = load_network(folder, lazy=True)
     return config, hooks.install(model, None, {}, compute=False).layout.shape
+
+
+def processed(model: nn.Module, processor: Any, text: str, pictures: Sequence[Any]) -> dict[str, Any]:
+    """What a vision-language model's processor makes of a rendered text, its begin token in it, and pictures.
+
+    A prompt of :func:`generate`: ``input_ids`` (1, T), pixels and what goes with them.
+    """
+    return of_text(model, processor, Asked(text, list(pictures)), first=False).as_mapping()
 
 
 def sampling(model: nn.Module, asked: Sampling) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.config import MOST_TOKENS
 from ..core.detokenizer import Detokenizer
-from ..core.picture_prompts import has_pictures, tokenizer_of
+from ..core.picture_prompts import has_pictures, spoken_by
 from ..core.prompts import check_ids, prompt_ids
 from ..core.request import check_generation, check_max_tokens, figures, split_eviction
 from ..core.sampling import SAMPLING, drawing, split_sampling
@@ -28,7 +28,7 @@ from .attaching import make_cache
 from .cache import BoundedCache
 from .loops import Text
 from .sampling import behind, processors_of, sampler_of
-from .seeing import Prepared, Seen, Speaker, prepared, reader_of
+from .seeing import Prepared, Seen, Speaker, check_no_pictures, prepared, reader_of
 from .vision import can_see, is_vision, speaking
 
 CACHE_OPTIONS = ("kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
@@ -107,7 +107,8 @@ def stream_generate(
         check_ids(ids, vocabulary(model))
     else:
         picture_prompt = None
-        ids = prompt_ids(_templated(tokenizer), prompt, cache.seen == 0, vocabulary(model))
+        ids = prompt_ids(spoken_by(tokenizer), prompt, cache.seen == 0, vocabulary(model))
+        check_no_pictures(model, ids)
     more = options.get("logits_processors")
     options |= drawing(asked, vocabulary(model), sampler_of, processors_of, more)
     held: list[Any] = cache
@@ -140,14 +141,6 @@ def _check_pictures(model: nn.Module, draft_model: nn.Module | None) -> None:
         )
     if draft_model is not None:
         raise UnsupportedFeatureError("a draft model reads no pictures; drop draft_model, or the pictures")
-
-
-def _templated(processor: Any) -> Any:
-    """What reads text and messages without pictures: a processor's tokenizer, with its chat template."""
-    tokenizer = tokenizer_of(processor)
-    if tokenizer is not processor and not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = getattr(processor, "chat_template", None)
-    return tokenizer
 
 
 def _seeing(

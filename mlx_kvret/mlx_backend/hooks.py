@@ -144,6 +144,7 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
     if config.policy == "learned" and made.gates is None:
         raise ConfigError(NO_GATES)
     check_fits(made.layout.shape, config, free_bytes())
+    _dispatch(made.namespaces)
     cache = made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
     cache.identity = made.identity(model)
     return cache

@@ -14,7 +14,7 @@ from typing import Any
 import mlx_lm
 
 from ..errors import CacheError, MissingDependencyError, UnsupportedFeatureError
-from . import loops
+from . import loops, vlm_hosts
 from .dispatch import User, give_back, take_over
 from .entry import BoundedCacheList, BoundedKVCache
 from .saved import Loaded
@@ -122,12 +122,14 @@ def prepare(user: User) -> None:
         )
     for name, replacement in REPLACED.items():
         take_over(GENERATION, name, replacement, user)
+    vlm_hosts.prepare(user)
 
 
 def release(user: User) -> None:
     """Undo :func:`prepare`."""
     for name in REPLACED:
         give_back(GENERATION, name, user)
+    vlm_hosts.release(user)
 
 
 def _parts(cache: list[Any]) -> list[Any]:

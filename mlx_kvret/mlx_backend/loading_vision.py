@@ -14,6 +14,7 @@ import mlx.nn as nn
 from ..core.installed import command_for, missing
 from ..core.loading import reading_tokenizer
 from ..core.model_folder import CONFIG_FILE
+from ..core.picture_prompts import spoken_by
 from ..core.vision import check_vision
 from ..errors import CheckpointError, KVRetError, MissingDependencyError, UnsupportedModelError
 
@@ -76,6 +77,7 @@ def read_processor(
         own = load_image_processor(folder, **given)
     if own is not None:
         processor.image_processor = own
+    spoken_by(processor)
     return processor
 
 

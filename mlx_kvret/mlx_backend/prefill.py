@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,17 +15,20 @@ from .cache import BoundedCache
 from .entry import BoundedKVCache
 from .forward import leaves
 from .generation import vocabulary
+from .seeing import Seen, check_no_pictures, taken
 from .vision import speaking
 
 
 def read_tokens(
     model: nn.Module,
     cache: BoundedCache,
-    ids: Sequence[int],
+    ids: Sequence[int] | Mapping[str, Any],
     step: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Read token ids, ``step`` at a time; ``progress`` is told how many of how many are read.
+
+    With pictures they come as what a processor made of text and pictures.
 
     Each step is read or, whatever ends it, not; ``cache.seen`` tells how many were.
 
@@ -33,7 +37,18 @@ def read_tokens(
         OutOfMemoryError, CacheError, ModelMismatchError: as the model's own calls.
     """
     cache = hooks.checked_cache(model, cache)
+    if isinstance(ids, Mapping):
+        prompt = taken(ids)
+        check_ids(prompt.tokens, vocabulary(model))
+        seen = Seen(model, prompt)
+        seen.read(cache, step, progress)
+        seen.finish(cache)
+        cache.settle()
+        if progress is not None:
+            progress(len(prompt.tokens), len(prompt.tokens))
+        return
     check_ids(ids, vocabulary(model))
+    check_no_pictures(model, ids)
     reader = speaking(model)
     for start in range(0, len(ids), step):
         if progress is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..core.picture_prompts import Asked, asked, tokenizer_of
+from ..core.picture_prompts import Asked, asked, is_processed, processor_of, tokenizer_of
 from ..core.pictures import chunk_ends, runs
 from ..errors import ConfigError, KVRetError
 from .cache import BoundedCache
-from .vision import family, logits_of, speaking, tokens_of_pictures
+from .vision import can_see, family, logits_of, speaking, tokens_of_pictures
 
 Progress = Callable[[int, int], None]
 
@@ -24,12 +24,12 @@ def reader_of(model: nn.Module, processor: Any) -> Any:
     """A processor's tokenizer as mlx-lm's loops want it, with the end tokens that the model's config has."""
     if isinstance(processor, TokenizerWrapper) or processor is None:
         return processor
-    known = vars(processor).get("_kvret_reader")
+    tokenizer = tokenizer_of(processor)
+    known = vars(tokenizer).get("_kvret_reader")
     if known is None:
-        tokenizer = tokenizer_of(processor)
         stops = getattr(getattr(tokenizer, "stopping_criteria", None), "eos_token_ids", None)
         known = TokenizerWrapper(tokenizer, eos_token_ids=sorted(set(stops)) if stops else None)
-        vars(processor)["_kvret_reader"] = known
+        vars(tokenizer)["_kvret_reader"] = known
     return known
 
 
@@ -45,6 +45,10 @@ class Prepared:
     def tokens(self) -> list[int]:
         return [int(one) for one in np.array(self.ids[0])]
 
+    def as_mapping(self) -> dict[str, Any]:
+        """What :func:`taken` takes back."""
+        return {"input_ids": self.ids, "pixel_values": self.pixels, **self.given}
+
 
 def prepared(model: nn.Module, processor: Any, prompt: Any, images: Any, first: bool) -> Prepared:
     """A prompt with pictures, in any form of :mod:`..core.picture_prompts`, as the processor makes it.
@@ -52,6 +56,11 @@ def prepared(model: nn.Module, processor: Any, prompt: Any, images: Any, first: 
     Raises:
         ConfigError: a prompt that cannot work, or one that the processor refuses.
     """
+    if is_processed(prompt):
+        if images is not None:
+            raise ConfigError("the prompt holds pixels already; drop images")
+        return taken(prompt)
+    processor = processor_of(processor)
     if not hasattr(processor, "tokenizer"):
         raise ConfigError(
             f"pictures need the model's processor, and this is a {type(processor).__name__}; give what "
@@ -94,6 +103,50 @@ def processed(model: nn.Module, processor: Any, found: Asked, first: bool) -> Pr
             "or the processor is not the model's"
         )
     return prompt
+
+
+def taken(made: Mapping[str, Any]) -> Prepared:
+    """What a processor made of one prompt, in arrays of any make.
+
+    Raises:
+        ConfigError: it is of several prompts, or is no array.
+    """
+    found = {str(name): _array(name, value) for name, value in made.items() if value is not None}
+    ids = found.pop("input_ids")
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[0] != 1:
+        raise ConfigError(
+            f"the prompt has input_ids of shape {tuple(ids.shape)}; one text is generated at a time, give "
+            "one row"
+        )
+    mask = found.pop("attention_mask", None)
+    if mask is not None and not mask.all().item():
+        raise ConfigError("the prompt's attention_mask hides some of its tokens; give the tokens that count")
+    return Prepared(ids, found.pop("pixel_values", None), found)
+
+
+def _array(name: Any, value: Any) -> Any:
+    if isinstance(value, mx.array):
+        return value
+    try:
+        found = np.asarray(value)
+        return mx.array(found if found.dtype != np.float64 else found.astype(np.float32))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"the prompt's {name} cannot be read as an array ({error}); give arrays") from error
+
+
+def check_no_pictures(model: nn.Module, ids: Sequence[int]) -> None:
+    """Refuse tokens of pictures where there are no pictures.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    eyes = tokens_of_pictures(model) if can_see(model) else frozenset()
+    if count := sum(one in eyes for one in ids):
+        raise ConfigError(
+            f"the prompt holds {count} tokens that stand for pictures, and there are none; give images, or "
+            "what the processor makes of text and pictures"
+        )
 
 
 class Seen:
