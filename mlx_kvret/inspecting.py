@@ -13,6 +13,7 @@ from .core.detokenizer import token_texts
 from .core.files import whole_file
 from .core.history import History, described
 from .core.options import of_type, whole
+from .core.picture_prompts import spoken_by
 from .core.prompts import has_chat_template, prompt_ids
 from .core.request import EVICTION
 from .core.sampling import SAMPLING
@@ -83,6 +84,7 @@ def inspect(
         raise ConfigError(f"{', '.join(useless)} has no effect without a prompt; drop it, or give one")
     known = tuple(options) if prompt is None else EVICTION
     eviction = {name: options.pop(name) for name in known if name in options}
+    tokenizer = spoken_by(tokenizer)
     ids = _ids(tokenizer, text, prompt, system, raw)
     return look(
         model, tokenizer, ids, api.make_cache(model, **eviction), prompt is not None, title,

@@ -13,7 +13,7 @@ from ..core.plan import size
 from ..core.sampling import SAMPLING
 from ..errors import ConfigError
 from . import options as shared
-from .generate import prompt_text, read_prompt
+from .generate import Pictures, prompt_text, read_prompt
 from .read import check_target
 from .screen import note, progress
 from .session import chosen_template, load, required, sampling, say
@@ -91,7 +91,8 @@ def _ids(model: Any, tokenizer: Any, text: str, asks: bool, options: dict[str, A
     from ..core.prompts import prompt_ids
 
     if asks:
-        given, _ = read_prompt(tokenizer, text, options | {"prefill_response": None})
+        alone = Pictures(model, tokenizer, [])
+        given, _ = read_prompt(alone, text, options | {"prefill_response": None})
         return given if isinstance(given, list) else prompt_ids(tokenizer, given, True)
     template = chosen_template(tokenizer, options)
     system = options.pop("system_prompt")
