@@ -40,11 +40,16 @@ def attend(
             queries, view.keys, view.values, scale=scale, mask=mask, sinks=sinks
         )
     types = {queries.dtype, view.keys.dtype, view.values.dtype}
-    if kernels.enabled() and kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
-        return attend_with_kernels(queries, view, scale, causal, sinks)
-    if tokens > MANY:
-        return by_head(queries, view, scale, causal, sinks)
-    return attend_reference(queries, view, scale, causal, sinks)
+    chosen = by_head if tokens > MANY else attend_reference
+
+    def plain() -> mx.array:
+        return chosen(queries, view, scale, causal, sinks)
+
+    if not kernels.enabled():
+        return plain()
+    if not kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
+        return plain()
+    return kernels.either(lambda: attend_with_kernels(queries, view, scale, causal, sinks), plain)
 
 
 def attend_reference(

@@ -139,10 +139,10 @@ class Pool:
         ``keep`` (groups, C) marks entries that stay, ``survives`` (groups, N) newcomers; returns (groups, N)
         slot ids, int32.
         """
-        if kernels.enabled():
-            local = compaction_plan.destinations(keep, survives)
-        else:
-            local = self.destinations_reference(keep, survives)
+        local = kernels.either(
+            lambda: compaction_plan.destinations(keep, survives),
+            lambda: self.destinations_reference(keep, survives),
+        )
         return local + slab * self.room if slab else local
 
     def destinations_reference(self, keep: mx.array, survives: mx.array) -> mx.array:
@@ -214,20 +214,27 @@ class Pool:
 
     def index(self, *slabs: int) -> None:
         """List each head's slots anew, of some slabs or of all."""
-        used, counted = self.groups * self.capacity * self.size, self.heads <= score_select.MAX_HEADS
+        used = self.groups * self.capacity * self.size
         if not (slabs and self.capacity):
             self.lookup = Lookup.empty(self.slabs, self.heads, used)
         for slab in slabs or range(self.slabs) if self.capacity else ():
             owner = self.slab(self.owner, slab)
-            if kernels.enabled() and counted:
-                counts = score_select.head_counts(owner, self.heads)
-            else:
-                counts = mx.zeros((self.heads + 1,), mx.int32).at[owner].add(1)
+            counts = self._counts(owner)
             offsets = mx.concatenate([mx.zeros((1,), mx.int32), mx.cumsum(counts[:-1])]).astype(mx.int32)
             table = mx.argsort(owner)[:used].astype(mx.int32)
             if slab:
                 offsets, table = offsets + slab * used, table + slab * self.room
             self.lookup = self.lookup.replaced(slab, table, offsets)
+
+    def _counts(self, owner: mx.array) -> mx.array:
+        """Entries of each head and, last, of none (heads + 1,)."""
+
+        def plain() -> mx.array:
+            return mx.zeros((self.heads + 1,), mx.int32).at[owner].add(1)
+
+        if self.heads > score_select.MAX_HEADS:
+            return plain()
+        return kernels.either(lambda: score_select.head_counts(owner, self.heads), plain)
 
     def _with(self, array: mx.array, slab: int, part: mx.array) -> mx.array:
         """An array over slots with the part that belongs to a slab replaced."""

@@ -6,6 +6,7 @@ Candidates stand in rows, one row per group of competing heads. Nothing here wai
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,9 +21,10 @@ from .kernels import score_select
 
 def retention_score(log_beta: mx.array, position: mx.array, seen: int, lookahead: int = 1) -> mx.array:
     """As :func:`mlx_kvret.core.retention.retention_score`; any shape, float32."""
-    if kernels.enabled():
-        return score_select.retention_score(log_beta, position, seen, lookahead)
-    return retention_score_reference(log_beta, position, seen, lookahead)
+    given = log_beta, position, seen, lookahead
+    return kernels.either(
+        lambda: score_select.retention_score(*given), lambda: retention_score_reference(*given)
+    )
 
 
 def retention_score_reference(
@@ -87,14 +89,18 @@ def select(
     if config.min_per_head:
         order = _order(score, must, head < heads, position, head, seen, heads)
         must = must | (_rank_in_head(order, head, heads) < config.min_per_head)
-    chosen = score_select.select if kernels.enabled() else select_reference
     lowest = -math.inf if config.threshold is None else math.log(config.threshold)
     wanted = config.budget * size
     if config.scope != "modality":
-        return chosen(score, must, position, head, wanted, seen, heads, lowest)
+        return _first(score, must, position, head, wanted, seen, heads, lowest)
     first = must | _within_quotas(score, must, position, head, seen, heads, config, pictures)
-    keep = chosen(score, first, position, head, wanted, seen, heads, -math.inf)
+    keep = _first(score, first, position, head, wanted, seen, heads, -math.inf)
     return keep & (must | (score >= lowest)) if config.threshold is not None else keep
+
+
+def _first(*given: Any) -> mx.array:
+    """:func:`select_reference`, by kernels where there are any."""
+    return kernels.either(lambda: score_select.select(*given), lambda: select_reference(*given))
 
 
 def select_reference(

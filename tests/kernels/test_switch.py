@@ -81,6 +81,45 @@ def test_a_kernel_that_cannot_be_built_says_which(monkeypatch):
         score_select.head_counts(mx.zeros((20,), mx.int32), 5)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(
+            "Thread group size (1024) is greater than the maximum allowed threads per threadgroup (640)"
+        ),
+        RuntimeError("[metal::Device] Unable to build metal library from source\nerror: no such type"),
+    ],
+    ids=["threads", "source"],
+)
+def test_a_refused_kernel_gives_way_to_the_reference(monkeypatch, choose, error):
+    calls, words = [], f"refused {type(error).__name__}"
+
+    def kernel(**call):
+        calls.append(call)
+        raise type(error)(f"{error} {words}")
+
+    view = view_with([5, 0], 3, 64, 64)
+    queries = uniform(1, 4, 1, 64)
+    choose("reference")
+    expected = attention.attend(queries, view, 0.3)
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda **options: kernel)
+    choose("metal")
+    with pytest.raises(KernelError, match=words):
+        attention.attend(queries, view, 0.3)
+    choose("auto")
+    monkeypatch.setattr("mlx_kvret.mlx_backend.kernels.enabled", lambda: True)
+    with pytest.warns(UserWarning, match=f"(?s){words}.*using the slower reference"):
+        assert mx.array_equal(attention.attend(queries, view, 0.3), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mx.array_equal(attention.attend(queries, view, 0.3), expected)
+    with pytest.warns(UserWarning, match="(?s)head_counts.*using the slower reference"):
+        pool = view_with([5, 0], 3, 64, 64).pool
+    assert pool.lookup.on_host().tolist() == view.pool.lookup.on_host().tolist()
+    # what was refused is not tried again
+    assert len(calls) <= 3
+
+
 def test_other_errors_stay_what_they_are(monkeypatch):
     def kernel(**call):
         raise RuntimeError("out of memory")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 
-from ...errors import ConfigError
+from ...errors import ConfigError, KernelError
 
+Result = TypeVar("Result")
 VARIABLE = "MLX_KVRET_KERNELS"
 CHOICES = ("auto", "metal", "reference")
 HEAD_SIZES = (32, 64, 72, 80, 96, 112, 128, 192, 256, 512)
@@ -53,6 +56,25 @@ def status() -> Status:
 def enabled() -> bool:
     """Whether kernels are to be used."""
     return status().path == "metal"
+
+
+def either(kernel: Callable[[], Result], twin: Callable[[], Result]) -> Result:
+    """What a kernel gives, or its twin where kernels are off or the device refuses this one.
+
+    A refusal is warned of once; where kernels were asked for by name, it is an error.
+
+    Raises:
+        KernelError: the device refuses it.
+    """
+    if not enabled():
+        return twin()
+    try:
+        return kernel()
+    except KernelError as error:
+        if os.environ.get(VARIABLE, "auto") != "auto":
+            raise
+        _warn(f"{error}; using the slower reference in plain MLX")
+        return twin()
 
 
 def attention_supported(dtypes: set[mx.Dtype], key_dim: int, value_dim: int) -> bool:

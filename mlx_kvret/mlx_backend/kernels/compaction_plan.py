@@ -16,7 +16,8 @@ _fill = Kernel("hole_filling", ["keep", "survives"], ["holes", "slots"])
 def destinations(keep: mx.array, survives: mx.array) -> mx.array:
     """Slots (groups, N) int32 for newcomers that ``survives`` marks, in the holes of ``keep`` (groups, C)."""
     groups, slots = keep.shape
-    simdgroups = 32 if slots > 8192 else 8
+    # more than 512 threads are not for every device
+    simdgroups = 16 if slots > 8192 else 8
     _, places = _fill(
         [keep, survives],
         [(keep.shape, mx.int32), (survives.shape, mx.int32)],

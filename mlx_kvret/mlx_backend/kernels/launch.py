@@ -49,6 +49,7 @@ class Kernel:
         }
         self._made: dict[Callable[..., Any], Any] = {}
         self._built: set[tuple[Any, ...]] = set()
+        self._refused: dict[tuple[Any, ...], KernelError] = {}
 
     def __call__(
         self,
@@ -62,7 +63,8 @@ class Kernel:
         """Launch ``grid`` threadgroups of ``threadgroup`` threads; shapes and types of the ``outputs``.
 
         Raises:
-            KernelError: MLX cannot build the source for these types and sizes, or has no Metal.
+            KernelError: MLX cannot build the source for these types and sizes, its device does not take so
+                large threadgroups, or it has no Metal.
         """
         factory = mx.fast.metal_kernel
         if factory not in self._made:
@@ -71,6 +73,9 @@ class Kernel:
                 name=f"kvret_{self.name}", source=_source(f"{self.name}.metal"), header=header, **self._how
             )
         variant = (factory, *template.items(), *(a.dtype for a in inputs))
+        if variant in self._refused:
+            # not built anew each time
+            raise self._refused[variant]
         try:
             made: list[mx.array] = self._made[factory](
                 inputs=list(inputs),
@@ -84,12 +89,15 @@ class Kernel:
             # MLX builds when it evaluates, far from here: a source that fails is better found now
             if variant not in self._built and _evaluated(made):
                 self._built.add(variant)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             types = [_name(a.dtype) for a in inputs]
-            raise self._failure(error, dict.fromkeys(types), template) from error
+            failure = self._failure(error, dict.fromkeys(types), template)
+            if isinstance(failure, KernelError):
+                self._refused[variant] = failure
+            raise failure from error
         return made
 
-    def _failure(self, error: RuntimeError, types: Iterable[str], template: Template) -> Exception:
+    def _failure(self, error: Exception, types: Iterable[str], template: Template) -> Exception:
         text = str(error)
         if "No Metal back-end" in text:
             return KernelError(
@@ -100,6 +108,11 @@ class Kernel:
             return KernelError(
                 f"Metal cannot build mlx_kvret/mlx_backend/kernels/{self.name}.metal for {how}; "
                 f"set MLX_KVRET_KERNELS=reference to go on without it. {text}"
+            )
+        if "thread" in text.lower() and "group" in text.lower():
+            return KernelError(
+                f"the device does not run the kernel {self.name} ({text}); set MLX_KVRET_KERNELS=reference "
+                "to go on without it"
             )
         return error
 
