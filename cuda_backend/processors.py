@@ -39,6 +39,9 @@ def read_processor(folder: Path, options: dict[str, Any]) -> Any:
     """
     try:
         found = AutoProcessor.from_pretrained(folder, **options)
+        if type(found).__module__.partition(".")[0] == "mlx_vlm":
+            # once imported, mlx-vlm answers in transformers' place, with arrays that torch does not take
+            found = _processor_class(folder).from_pretrained(folder, **options)
     except ImportError as error:
         if "orchvision" not in str(error):
             reason = str(error).strip().partition("\n")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,13 @@ class Bitmap:
         """From an array (height, width, 3) uint8."""
         height, width, _ = pixels.shape
         return cls(np.ascontiguousarray(pixels, np.uint8).tobytes(), height, width)
+
+    @property
+    def image(self) -> Any:
+        """The same as an image of PIL, which processors of all makes take."""
+        from .core.images import open_picture
+
+        return open_picture(self.pixels)
 
     @property
     def pixels(self) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import load_gates, save_gates
+from mlx_kvret.core.config import EvictionDefaults
 from mlx_kvret.core.files import whole_file, whole_folder
 from mlx_kvret.demo.language import BOS, END
 from mlx_kvret.demo.pictures import (
@@ -77,11 +79,12 @@ def write_model(folder: Path, model: Qwen3VLForConditionalGeneration) -> None:
 
 
 def write_gates(folder: Path, chosen: Path, told: dict[str, Any]) -> None:
-    """A copy of the chosen checkpoint, with more about where it comes from."""
+    """A copy of the chosen checkpoint, with more about where it comes from, and its defaults."""
     gates = load_gates(chosen)
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_gates(fresh, gates.config, gates.tensors, gates.provenance | told)
+    config = dataclasses.replace(gates.config, eviction=EvictionDefaults(min_per_head=1))
+    save_gates(fresh, config, gates.tensors, gates.provenance | told)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

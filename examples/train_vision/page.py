@@ -11,7 +11,10 @@ from mlx_kvret.evaluation.report import Entry
 
 FULL = "all"
 NAMES = {
-    "learned-global (pictures)": "**one budget for all (global)**",
+    "learned-global:min_per_head=1 (pictures)": "**one budget for all, an entry a head at least**",
+    "learned-global (pictures)": "one budget for all",
+    "learned-global:threshold=0.2 (pictures)": "one budget for all, `threshold=0.2`",
+    "learned-global:min_per_head=1,threshold=0.2 (pictures)": "one budget for all, both",
     "learned:scope=modality,picture_share=0.25 (pictures)": "pictures : text = 1 : 3",
     "learned:scope=modality,picture_share=0.5 (pictures)": "pictures : text = 1 : 1",
     "learned:scope=modality,picture_share=0.75 (pictures)": "pictures : text = 3 : 1",
@@ -25,7 +28,9 @@ NAMES = {
     "recent": "sinks + window",
     "random": "random",
 }
-OURS = "learned-global (pictures)"
+OURS = "learned-global:min_per_head=1 (pictures)"
+PLAIN = "learned-global (pictures)"
+GLOBAL = tuple(name for name in NAMES if name.startswith("learned-global") and "pictures" in name)
 SPLITS = tuple(name for name in NAMES if "modality" in name)
 
 
@@ -77,7 +82,7 @@ def _section(title: str, found: Sequence[Entry]) -> list[str]:
         "",
     ]
     for budget in budgets:
-        others = [e for e in found if e.budget == budget and e.method != OURS]
+        others = [e for e in found if e.budget == budget and e.method not in GLOBAL]
         lines.append(f"- {budget}: {_against(by_place[OURS, budget], others)}")
     return lines
 
@@ -108,7 +113,7 @@ def _ratios(found: Sequence[Entry]) -> list[str]:
         here = {(e.method, e.task): e for e in found if e.budget in (budget, FULL)}
         lines += ["", f"A budget of {budget}:", "", "| | " + " | ".join(names) + " | mean |"]
         lines.append("|---" * (len(names) + 2) + "|")
-        for method in ("full", OURS, *SPLITS):
+        for method in ("full", OURS, PLAIN, *SPLITS):
             own = [here[method, task] for task in tasks]
             mean = sum(e.mean for e in own) / len(own)
             lines.append(f"| {NAMES[method]} | " + " | ".join(e.text for e in own) + f" | {mean:.3f} |")
@@ -127,10 +132,10 @@ def _chunks(found: Sequence[Entry]) -> list[str]:
         "A picture is 38 tokens with its borders; smaller chunks cut it in parts, between which there are "
         "evictions.",
         "",
-        "| | " + " | ".join(str(e.chunk) for e in found if e.method == OURS) + " |",
+        "| | " + " | ".join(str(e.chunk) for e in found if e.method == PLAIN) + " |",
     ]
     lines.append("|---" * (lines[-1].count("|") - 1) + "|")
-    for method in (OURS, "learned-head (pictures)"):
+    for method in (PLAIN, "learned-head (pictures)"):
         lines.append(f"| {NAMES[method]} | " + " | ".join(e.text for e in found if e.method == method) + " |")
     return lines
 

@@ -73,8 +73,8 @@ def stream(rng: Rng, tokens: int) -> Text:
 
 
 def targets(texts: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens (B, T) of texts of T + 1 tokens, and the weight of each: 1 for answers together, .1 for
-    their ends and for all other words; a place that a picture's token follows has none."""
+    """Next tokens (B, T) of texts of T + 1 tokens, and the weight of each: 1 for answers together, .3 for
+    their ends, .1 for all other words; a place that a picture's token follows has none."""
     ids = torch.tensor([text.album.ids for text in texts])
     answer = torch.zeros(ids.shape, dtype=torch.bool)
     for row, text in enumerate(texts):
@@ -82,5 +82,5 @@ def targets(texts: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
     answer, target = answer[:, 1:], ids[:, 1:]
     end = target == words.END
     rest = ~(answer | end | (target >= len(words.WORDS)))
-    parts = ((1, answer), (0.1, end), (0.1, rest))
+    parts = ((1, answer), (0.3, end), (0.1, rest))
     return target, torch.stack([share * p / p.sum().clamp(min=1) for share, p in parts]).sum(0)

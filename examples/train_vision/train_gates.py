@@ -23,7 +23,9 @@ from mlx_kvret.cuda_backend.training.attention import PackedMask
 from mlx_kvret.cuda_backend.training.loss import active, capacity
 from mlx_kvret.cuda_backend.training.student import Student, Trace
 
-STEPS, TEXTS, TOKENS, PEAK_RATE, BUDGET = 200, 2, 512, 3e-3, 8
+STEPS, TEXTS, TOKENS, PEAK_RATE = 200, 2, 512, 3e-3
+# M of the capacity loss, another for each step: what a larger budget shall keep is learned as well
+BUDGETS = (4, 8, 16, 32)
 # The first layer's gate begins anew. What it reads of a picture is the tower's own, which no gate of text
 # has ever seen, and which the shipped one takes for everlasting: so near to 1 that no gradient would teach
 # it otherwise. Deeper layers read of a picture what they would read of words.
@@ -91,8 +93,9 @@ def train(
         taught = log_softmax(student.logits(student.teach(given, starts).hidden.flatten(0, 1)[counts]), -1)
         loss = cross_entropy(said, target, reduction="none")
         loss = (loss + kl_div(said, taught, log_target=True, reduction="none").sum(-1)) / 2
-        size = capacity(soft_size(trace.log_beta, starts), age, BUDGET, "global")
-        size = size / active(age, BUDGET).sum()
+        budget = int(rng.choice(BUDGETS))
+        size = capacity(soft_size(trace.log_beta, starts), age, budget, "global")
+        size = size / active(age, budget).sum()
         words = (loss * weight).sum()
         optimizer.zero_grad()
         (words + size).backward()

@@ -29,4 +29,8 @@ def advised(options: dict[str, Any], gates: GateConfig | None, budget: int) -> d
             least,
         )
     said = {name: value for name, value in options.items() if value is not None or name == "threshold"}
-    return options | gates.eviction.options() | said
+    wished = gates.eviction.options()
+    if said.get("scope") == "modality":
+        # a budget that is split already takes no minimum
+        wished.pop("min_per_head", None)
+    return options | wished | said

@@ -88,7 +88,7 @@ def open_bench(
         engines.append(PublicEngine(network, tokenizer, chunk, buffer, batch))
     if watched:
         engine = _reference(model, chunk, buffer, batch, dtype)
-        tokenizer = tokenizer or engine.tokenizer
+        tokenizer = tokenizer or engine.processor
         engines.append(engine)
     settings: dict[str, Any] = {"model": str(model), "fingerprint": fingerprint(config), "dtype": dtype}
     settings |= {"chunk": chunk, "buffer": buffer}

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..core.picture_prompts import tokenizer_of
 from ..core.types import Floats
 from ..errors import ConfigError
 from .chunks import Pace
 from .likelihood import on_mlx, on_torch
 from .methods import REFERENCES, Method
-from .samples import Question, Sample, batches, text_score
+from .picture_reading import read_on_mlx, read_on_torch
+from .samples import Question, Sample, Turn, batches, text_score
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class PublicEngine:
         buffer: int | None = None,
         batch: int = 1,
     ) -> None:
-        self.model, self.tokenizer, self.pace, self.batch = model, tokenizer, Pace(chunk, buffer), batch
+        self.model, self.processor, self.pace, self.batch = model, tokenizer, Pace(chunk, buffer), batch
+        self.tokenizer = tokenizer_of(tokenizer)
         self._mlx = any(cls.__module__.startswith("mlx.") for cls in type(model).__mro__)
         self.name = "mlx" if self._mlx else "torch"
         self._gates: Any = None
@@ -105,7 +108,7 @@ class PublicEngine:
                 found, last = self.score([turn.ids for turn in turns], cache, chunk, last)
                 likelihoods.append(found)
             else:
-                self.read(turns[0].ids, cache, chunk)
+                self.take_in(turns[0], cache, chunk)
                 last = None
             scores += [self._ask(question, cache) for question in turns[0].questions]
         outcomes = []
@@ -114,6 +117,14 @@ class PublicEngine:
             own = [found[row] for found in likelihoods]
             outcomes.append(Outcome(sample_score(scores, own), sum(held) / len(held)))
         return outcomes
+
+    def take_in(self, turn: Turn, cache: Any, chunk: int) -> None:
+        """Take in a turn, chunk by chunk; with pictures no chunk cuts one."""
+        if turn.pictures:
+            take = read_on_mlx if self._mlx else read_on_torch
+            take(self.model, self.processor, turn, cache, chunk)
+        else:
+            self.read(turn.ids, cache, chunk)
 
     def _kept(self, cache: Any, row: int) -> Any:
         return cache.kept_positions() if self._mlx else cache.kept_positions(row)
@@ -182,7 +193,9 @@ class PublicEngine:
         if self._mlx:
             import mlx.core as mx
 
-            return self.model(mx.array(rows), cache=cache)
+            from ..mlx_backend.vision import logits_of, speaking
+
+            return logits_of(speaking(self.model)(mx.array(rows), cache=cache))
         import torch
 
         from mlx_kvret.cuda_backend.cache import cache_argument

@@ -13,6 +13,7 @@ from lm_eval.api.registry import model_registry, register_model
 from tqdm import tqdm
 
 from ..core.options import whole
+from ..core.picture_prompts import tokenizer_of
 from ..errors import ConfigError
 from .engine import PublicEngine
 from .likelihood import log_likelihoods
@@ -80,7 +81,7 @@ class BoundedLM(TemplateLM):
             raise ConfigError(f"{pretrained} has no tokenizer; standard tasks are texts, copy its files too")
         self.engine = PublicEngine(network, tokenizer, chunk, buffer)
         self.method: Method = parse_method(method)
-        self.budget, self.tokenizer = budget, tokenizer
+        self.budget, self.tokenizer = budget, tokenizer_of(tokenizer)
         self._chunk = self.engine.pace.chunk(None if self.method.full else budget)
         # what cannot work is told now
         self._new_cache()

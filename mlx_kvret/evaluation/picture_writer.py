@@ -92,7 +92,7 @@ class PictureWriter:
                 return tuple(tokenizer_of(self._processor).encode(text, add_special_tokens=False))
             made = self._processor(
                 text=[text],
-                images=[p.pixels for p in pictures],
+                images=[p.image for p in pictures],
                 add_special_tokens=False,
                 return_tensors="np",
             )

@@ -91,7 +91,7 @@ def _one(model: Any, processor: Any, turn: Turn) -> Sight:
     pictured = torch.isin(ids, torch.tensor(sorted(tokens), device=device))
     given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if turn.pictures:
-        made = processor.image_processor(images=[b.pixels for b in turn.pictures], return_tensors="pt")
+        made = processor.image_processor(images=[p.image for p in turn.pictures], return_tensors="pt")
         given |= {name: x.to(device) for name, x in made.items()}
         if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
             given["mm_token_type_ids"] = pictured.int()

@@ -1,0 +1,140 @@
+"""The demo with eyes, as it is shipped: it answers what it saw, on both backends, and is evaluated."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import mlx_kvret
+from mlx_kvret import demo
+from mlx_kvret.demo.albums import album
+from mlx_kvret.demo.pictures import NAMES, PALETTE
+from mlx_kvret.errors import UnsupportedModelError
+from mlx_kvret.evaluation import open_bench, parse_methods
+from mlx_kvret.evaluation.tasks import make_samples
+
+pytest.importorskip("PIL.Image")
+ROOT = Path(__file__).parents[2]
+# what the sample picture states, and what its decoys say of the same names
+FACTS = {"Ada": "red", "Gilda": "blue", "Oscar": "green", "Thea": "purple"}
+GENERATES = ("mlx",)
+NEEDS = {"mlx": ("mlx_vlm",), "torch": ("torch", "transformers")}
+
+
+def wanted(backend):
+    for name in NEEDS[backend]:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
+
+
+@pytest.fixture(scope="module", params=("mlx", "torch"))
+def bench(request):
+    wanted(request.param)
+    found = open_bench("demo-vision", parse_methods(["learned"]), backend=request.param, chunk=32, buffer=0)
+    found.engines[0].use_gates(found.gates["demo-vision"])
+    return found
+
+
+def generating(bench):
+    if bench.engines[0].name not in GENERATES:
+        pytest.skip("this backend does not generate with pictures yet")
+    return bench
+
+
+def test_answers_what_the_sample_picture_states(bench):
+    (engine,) = generating(bench).engines
+    for name, value in FACTS.items():
+        said = mlx_kvret.generate(
+            engine.model,
+            bench.tokenizer,
+            f"<image> recall {name}",
+            images=[demo.VISION_SAMPLE],
+            budget=24,
+            max_tokens=4,
+        )
+        assert said.split()[0] == value
+
+
+def test_a_question_in_a_later_turn_within_a_small_budget(bench):
+    (engine,) = generating(bench).engines
+    made = album(300, 6, 2, 5)
+    cache = mlx_kvret.make_cache(engine.model, budget=16, buffer=2)
+    pictures = [p.image for p in made.pictures]
+    first = f"{made.prompt()} recall {NAMES[next(iter(made.facts))]}"
+    mlx_kvret.generate(engine.model, bench.tokenizer, first, images=pictures, cache=cache, max_tokens=2)
+    assert cache.seen == len(made.ids) + 4
+    right = 0
+    for fact, (value, _) in made.facts.items():
+        own, asked = cache.copy(), f"recall {NAMES[fact]}"
+        said = mlx_kvret.generate(engine.model, bench.tokenizer, asked, cache=own, max_tokens=1)
+        right += said.split() == [list(PALETTE)[value]]
+    assert right >= 6
+
+
+def test_albums_with_the_shipped_gates(bench):
+    (engine,) = bench.engines
+    samples = make_samples("albums", 256, 2, 1)
+    full, learned, recent = (
+        np.mean([o.score for o in engine.run(samples, method, 16)])
+        for method in parse_methods(["full", "learned", "recent"])
+    )
+    assert full > 0.9 and learned > 0.7 and recent < 0.3
+
+
+def test_both_backends_keep_the_same(tmp_path):
+    wanted("mlx"), wanted("torch")
+    kept = []
+    (method,) = parse_methods(["learned"])
+    (sample,) = make_samples("albums", 256, 1, 2)
+    for backend in ("mlx", "torch"):
+        found = open_bench("demo-vision", [method], backend=backend, chunk=32, buffer=0)
+        (engine,) = found.engines
+        engine.use_gates(next(iter(found.gates.values())))
+        cache = engine.new_cache(method, 12)
+        engine.take_in(sample.turns[0], cache, 32)
+        held = cache.kept_positions() if backend == "mlx" else cache.kept_positions(0)
+        kept.append([[np.asarray(head).tolist() for head in layer] for layer in held])
+    assert kept[0] == kept[1]
+
+
+def test_eval_on_the_command_line(tmp_path):
+    wanted("torch")
+    from mlx_kvret.cli import main
+
+    out = tmp_path / "cells.json"
+    asked = ["eval", "--model", "demo-vision", "--length", "256", "--samples", "2", "--budget", "1/16"]
+    methods = [x for m in ("full", "learned", "learned:scope=modality", "snapkv") for x in ("--method", m)]
+    done = CliRunner().invoke(
+        main, [*asked, *methods, "--backend", "reference", "--chunk", "16", "--out", str(out), "--quiet"]
+    )
+    assert done.exit_code == 0, done.output
+    cells = json.loads(out.read_text())["cells"]
+    assert {c["task"] for c in cells.values()} == {"albums"} and len(cells) == 4
+    assert "albums, 256 tokens" in done.output
+
+
+def test_a_model_of_text_is_told_so():
+    wanted("torch")
+    found = open_bench("demo", parse_methods(["keydiff"]), backend="torch")
+    with pytest.raises(UnsupportedModelError, match="does not take pictures"):
+        found.engines[0].run(make_samples("albums", 200, 1, 0), parse_methods(["keydiff"])[0], 16)
+
+
+def test_fifty_pictures_in_constant_memory():
+    """The benchmark's talk, shorter: no turn holds more than the second did, and what was seen is known."""
+    wanted("mlx")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from picture_talk import talk
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    model, processor = mlx_kvret.load("demo-vision", backend="mlx")
+    found = talk(model, processor, 12, budget=24, buffer=4)
+    held = [turn.held for turn in found[2:]]
+    assert max(held) < 1.02 * min(held)
+    assert all(turn.entries <= 24 + 4 for turn in found)
+    assert found[-1].seen > 12 * 36 and sum(turn.right for turn in found) >= 10
