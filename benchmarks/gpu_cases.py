@@ -84,7 +84,8 @@ def ragged_view(lengths: list[int], window: int, dim: int, rows: int = 1, seed: 
     pool.values.normal_()
     if rows == 1:
         return LayerView(pool, 0, 0, keys, values)
-    numbers = torch.tensor([list(range(rows)), [window - 1] * rows, [window] * rows, [0] * rows, [9] * rows])
+    clocks = [[n] * rows for n in (window - 1, window, 0, 9, 9)]
+    numbers = torch.tensor([list(range(rows)), *clocks])
     return LayerView(pool, 0, 0, keys, values, Places(pool, numbers, DEVICE))
 
 

@@ -68,7 +68,7 @@ def poisoned_view(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
         found = np.flatnonzero(which == slab)
         end = before[found[0]] + 1 if len(found) else 0
         keys[slab, :, end:], values[slab, :, end:] = torch.nan, torch.nan
-    numbers = torch.from_numpy(np.stack([which, before, before + 1, before, before + 99]))
+    numbers = torch.from_numpy(np.stack([which, before, before + 1, before, before + 99, before + 99]))
     return LayerView(pool, 0, 1, keys, values, Places(pool, numbers, DEVICE))
 
 

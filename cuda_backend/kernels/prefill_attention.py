@@ -1,6 +1,9 @@
 # mypy: allow-untyped-defs
-"""Attention of a chunk of tokens in Triton: one program per query head and block of tokens (flash attention).
+"""Attention of a chunk of tokens in Triton (flash attention): keys and values are read once for all queries.
 
+A program takes some tokens of one KV head with all G query heads of it, so that the rows of its tile share
+each read, and a tile is as large as registers allow. What is kept is wholly visible, and of the newest tokens
+all that stand before the tile; only what stands at its diagonal needs a mask.
 :func:`cuda_backend.attention.naive_attend` is the specification.
 """
 
@@ -14,6 +17,27 @@ from ..view import LayerView
 from .softmax import accumulate, block_size, logits
 from .stored import load_stored, stored, strides
 
+# query rows of a tile, what 8 warps have registers for: of usual heads, of wide ones, and in float32
+ROWS, ROWS_WIDE, ROWS_FLOAT = 128, 64, 32
+
+
+@triton.jit
+def _newest(
+    p_key, p_value, entry, b_inside, key_place, value_place,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (N, D) of newest tokens, zeros where not ``b_inside``."""
+    r_key, r_value, wide = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), entry.to(tl.int64)[:, None]
+    b_key = tl.load(
+        p_key + wide * key_place + r_key, mask=b_inside[:, None] & (r_key < KEY)[None, :], other=0.0
+    )
+    b_value = tl.load(
+        p_value + wide * value_place + r_value,
+        mask=b_inside[:, None] & (r_value < VALUE)[None, :],
+        other=0.0,
+    )
+    return b_key, b_value
+
 
 @triton.jit(do_not_specialize=["first_head", "length", "tokens"])
 def prefill_attention_fwd_kernel(
@@ -22,22 +46,26 @@ def prefill_attention_fwd_kernel(
     key_row, key_head, key_place, value_row, value_head, value_place,
     KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """A block of one query head's tokens: ragged kept entries, then the newest up to its diagonal."""
-    query_head = tl.program_id(1)
-    head = query_head // GROUP
+    """ROWS // GROUP tokens of a KV head, token by token, with its query heads side by side.
+
+    Long tiles come first, so that none of them is begun when all others have ended.
+    """
+    TILE: tl.constexpr = ROWS // GROUP
+    head = tl.program_id(1)
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
+    row = tl.arange(0, ROWS)
+    token, member = begin + row // GROUP, row % GROUP
+    real = (row < GROUP * TILE) & (token < tokens)
     r_key, r_value, r_entry = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), tl.arange(0, BLOCK)
-    token = tl.program_id(0) * BLOCK + r_entry
-    real = token < tokens
-    own = length - tokens + token
-    at = (tl.program_id(1).to(tl.int64) * tokens + token)[:, None]
+    at = ((head * GROUP + member).to(tl.int64) * tokens + token)[:, None]
     b_query = tl.load(p_query + at * KEY + r_key, mask=real[:, None] & (r_key < KEY)[None, :], other=0.0)
-    b_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    b_out = tl.zeros([BLOCK, BLOCK_VALUE], tl.float32)
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, BLOCK_VALUE], tl.float32)
     flat = first_head + head
     low, high = tl.load(p_offsets + flat), tl.load(p_offsets + flat + 1)
     for start in range(low, high, BLOCK):
@@ -51,28 +79,32 @@ def prefill_attention_fwd_kernel(
             VALUE, VALUE_ROW, VALUE_BITS, VALUE_GROUP, BLOCK_VALUE,
         )  # fmt: skip
         b_logit = logits(b_query, b_key, scale, softcap, HAS_CAP)
-        b_seen = b_inside[None, :] & real[:, None]
-        b_max, b_sum, b_out = accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
-    last = tl.minimum(length - tokens + (tl.program_id(0) + 1) * BLOCK, length)
-    for start in range(0, last, BLOCK):
+        b_max, b_sum, b_out = accumulate(b_logit, b_inside[None, :], b_value, b_max, b_sum, b_out)
+    p_key += head * key_head
+    p_value += head * value_head
+    # the tile's first token stands here; whole blocks before it are seen by all its rows
+    own = length - tokens + token
+    diagonal = (length - tokens + begin + 1) // BLOCK * BLOCK
+    last = tl.minimum(length - tokens + begin + TILE, length)
+    for start in range(0, diagonal, BLOCK):
         entry = start + r_entry
         b_inside = entry < last
-        wide = entry.to(tl.int64)[:, None]
-        b_key = tl.load(
-            p_key + head * key_head + wide * key_place + r_key,
-            mask=b_inside[:, None] & (r_key < KEY)[None, :],
-            other=0.0,
-        )
-        b_value = tl.load(
-            p_value + head * value_head + wide * value_place + r_value,
-            mask=b_inside[:, None] & (r_value < VALUE)[None, :],
-            other=0.0,
+        b_key, b_value = _newest(
+            p_key, p_value, entry, b_inside, key_place, value_place, KEY, VALUE, BLOCK_KEY, BLOCK_VALUE
         )
         b_logit = logits(b_query, b_key, scale, softcap, HAS_CAP)
-        b_seen = (entry[None, :] <= own[:, None]) & real[:, None]
-        b_max, b_sum, b_out = accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out)
+        b_max, b_sum, b_out = accumulate(b_logit, b_inside[None, :], b_value, b_max, b_sum, b_out)
+    for start in range(diagonal, last, BLOCK):
+        entry = start + r_entry
+        b_inside = entry < last
+        b_key, b_value = _newest(
+            p_key, p_value, entry, b_inside, key_place, value_place, KEY, VALUE, BLOCK_KEY, BLOCK_VALUE
+        )
+        b_logit = logits(b_query, b_key, scale, softcap, HAS_CAP)
+        b_seen = entry[None, :] <= own[:, None]
+        b_max, b_sum, b_out = accumulate(b_logit, b_seen & b_inside[None, :], b_value, b_max, b_sum, b_out)
     if HAS_SINKS:
-        b_null = tl.load(p_sinks + query_head).to(tl.float32)
+        b_null = tl.load(p_sinks + head * GROUP + member).to(tl.float32)
         b_new = tl.maximum(b_max, b_null)
         b_out = b_out * tl.exp(b_max - b_new)[:, None]
         b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_null - b_new)
@@ -92,15 +124,23 @@ def prefill_attention(
     _, query_heads, tokens, key_dim = queries.shape
     heads, value_dim = view.kv_heads, view.values.shape[-1]
     queries, out = queries.contiguous(), queries.new_empty(*queries.shape[:3], value_dim)
-    slab, block = view.pool.slab(view.slab), block_size(view)
-    prefill_attention_fwd_kernel[(triton.cdiv(tokens, block), query_heads)](
+    slab, group = view.pool.slab(view.slab), query_heads // heads
+    rows = tile_rows(view, group)
+    prefill_attention_fwd_kernel[(triton.cdiv(tokens, rows // group), heads)](
         queries, **stored(slab, view.keys, view.values), p_table=slab.table, p_offsets=slab.offsets,
         p_key=view.keys, p_value=view.values, p_sinks=sinks, p_out=out, first_head=view.first,
         length=view.keys.shape[2], tokens=tokens, scale=scale, softcap=softcap or 0.0,
         **strides("key", view.keys), **strides("value", view.values),
-        KV_HEADS=heads, GROUP=query_heads // heads, KEY=key_dim, VALUE=value_dim, BLOCK=block,
+        GROUP=group, KEY=key_dim, VALUE=value_dim, ROWS=rows, BLOCK=block_size(view),
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
         HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None, num_warps=8,
     )  # fmt: skip
     return out
+
+
+def tile_rows(view: LayerView, group: int) -> int:
+    """Query rows of a tile, at least one token's."""
+    width = max(view.keys.shape[-1], view.values.shape[-1])
+    usual = ROWS_FLOAT if view.keys.element_size() == 4 else ROWS if width <= 128 else ROWS_WIDE
+    return max(usual, triton.next_power_of_2(group))
