@@ -1,12 +1,13 @@
-"""Text files that are read by a model: UTF-8, checked, and of a size that ends."""
+"""Files that are read by a model: texts in UTF-8, checked and of a size that ends, and pictures."""
 
 from __future__ import annotations
 
 import codecs
 import os
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from .core.images import open_picture
 from .errors import ConfigError
 
 # more text than any model reads; what never ends is refused instead of filling the memory
@@ -58,3 +59,16 @@ def _decoded(name: str, stream: BinaryIO) -> str:
             raise ConfigError(f"{name} has more than {MOST_BYTES:,} bytes; give a part of it")
         if not block:
             return "".join(parts).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_picture(name: str, what: str) -> Any:
+    """A picture file as a PIL image; ``demo`` is the one that comes with the package.
+
+    Raises:
+        ConfigError: it cannot be read, or would have to be fetched.
+    """
+    if name == "demo" and not os.path.exists(name):
+        from .demo import VISION_SAMPLE
+
+        return open_picture(VISION_SAMPLE, what)
+    return open_picture(name, what)

@@ -49,6 +49,9 @@ def command(context: click.Context, **options: Any) -> None:
     saved, files = options.pop("cache"), options.pop("file")
     shared.check_cache_alone(context, saved, options)
     evict = shared.eviction(options)
+    if saved is not None:
+        # until the file says how it was made; gates may be none
+        evict = {"policy": "recent"}
     check_stdin()
     model, tokenizer = load(options)
     template = template_of(required(tokenizer), options)

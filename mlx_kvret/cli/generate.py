@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 
-from ..core.images import open_picture
 from ..core.options import whole
 from ..errors import ConfigError
-from ..texts import read_text
+from ..texts import read_picture, read_text
 from . import options as shared
 from .habits import older_names, refusals
 from .many import answer_many
@@ -105,7 +104,7 @@ def command(context: click.Context, **options: Any) -> None:
     evict, verbose = shared.eviction(options), options.pop("verbose")
     draft, proposed = options.pop("draft_model"), options.pop("num_draft_tokens")
     check_draft(draft, proposed, options["backend"])
-    images = [open_picture(file, f"--image {file}") for file in options.pop("image")]
+    images = [read_picture(file, f"--image {file}") for file in options.pop("image")]
     model, tokenizer = load(options)
     pictures = Pictures(model, required(tokenizer), images)
     if saved is None:

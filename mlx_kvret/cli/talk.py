@@ -12,12 +12,11 @@ import click
 
 from ..conversation import Transcript, Turn
 from ..core.detokenizer import Detokenizer
-from ..core.images import open_picture
 from ..core.plan import size
 from ..errors import CacheError, ConfigError
 from ..picture_template import SeeingTemplate
 from ..reading import Reading, copied
-from ..texts import read_text
+from ..texts import read_picture, read_text
 from .ending import stoppable
 from .screen import note, progress, show, speech
 
@@ -126,7 +125,7 @@ class Conversation:
         """
         from ..api import backend_of
 
-        image = open_picture(path, "the picture")
+        image = read_picture(str(path), "the picture")
         if not isinstance(self.template, SeeingTemplate):
             self.template = SeeingTemplate(self.template, self.model, self.tokenizer, backend_of(self.model))
             self.transcript.template = self.template

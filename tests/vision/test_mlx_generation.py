@@ -36,11 +36,6 @@ RENDERED = " user : <|vision_start|><|image_pad|><|vision_end|> recall Anna . as
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return folders.qwen3_vl(tmp_path_factory.mktemp("qwen3_vl"))
-
-
-@pytest.fixture(scope="module")
 def loaded(folder):
     return mlx_kvret.load(folder, None, backend="mlx")
 
