@@ -172,9 +172,7 @@ def reading_options(function: F) -> F:
 
 def image_option(function: F) -> F:
     """``--image``, as of mlx-lm: every word up to the next option."""
-    text = (
-        "Picture for a vision-language model, a file; repeatable. 'demo' is one that comes with the package. "
-    )
+    text = "Picture for a vision-language model, a file ('demo' comes with the package); repeatable. "
     text += "They come first, or where the text says <image>."
     return click.option("--image", multiple=True, cls=Several, help=text)(function)
 
