@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..core.budget import parse_budget
+from ..core.picture_prompts import spoken_by
 from ..errors import ConfigError, MissingDependencyError
 from . import options as shared
 from .ending import leaving_at_once
@@ -126,9 +127,12 @@ def command(**options: Any) -> None:
         )
         gates = options["gates"]
         model, tokenizer = load(
-            options["model"], None if gates == "none" else gates, backend=options["backend"]
+            options["model"],
+            None if gates == "none" else gates,
+            backend=options["backend"],
+            **_half(options["model"], options["backend"]),
         )
-        service, planned = start(model, tokenizer, evict, settings, room)
+        service, planned = start(model, spoken_by(tokenizer), evict, settings, room)
     note(str(planned), err=True)
 
     def ready(address: str) -> None:
@@ -136,6 +140,19 @@ def command(**options: Any) -> None:
         note(f"{settings.model} at {address}/v1{page} (ctrl-C ends)", err=True)
 
     Serving(service, ready).run_until_told()
+
+
+def _half(model: str, backend: str) -> dict[str, Any]:
+    """Options that load what is served of a vision-language model: on MLX its text half, for its batches."""
+    from ..api import choose_backend
+    from ..core.model_folder import model_config
+    from ..core.vision import has_vision
+    from ..hub import resolve
+
+    if choose_backend(backend) != "mlx" or not has_vision(model_config(resolve(model, "model"))):
+        return {}
+    note(f"[pictures are not served: the text half of {model} answers]", err=True)
+    return {"text_only": True}
 
 
 def _size(name: str, text: str | None) -> int | None:
