@@ -88,7 +88,8 @@ def make_cache(model: Any, budget: int | str | None = None, buffer: int | None =
         budget: M in tokens per KV head, or memory: ``"256MB"``; 1024 unless given.
         buffer: B, tokens per head it may grow beyond M before a compaction; M/8 unless given.
         options: of :class:`~mlx_kvret.core.config.EvictionConfig`: ``scope``, ``policy``, ``min_per_head``,
-            ``sinks``, ``window``, ``lookahead``, ``threshold``, ``policy_seed``.
+            ``sinks``, ``window``, ``lookahead``, ``threshold``, ``policy_seed``; ``kv_bits``: kept keys and
+            values in 8 bits, 4, or ``"k8v4"``.
     """
     return backend_of(model).make_cache(model, budget, buffer, **options)
 

@@ -191,7 +191,7 @@ def test_figures_are_those_of_the_page_they_are_from(page: Path) -> None:
     found = re.findall(r"<!-- figures of (\S+) -->\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"))
     for source, table in found:
         measured = (page.parent / source).read_text(encoding="utf-8")
-        figures = re.findall(r"\S+ ± [\d.]+", table)
+        figures = re.findall(r"\S+ ± [\d.]+|\d\.\d{3} \([\d,]+\)", table)
         assert figures and [figure for figure in figures if figure not in measured] == []
 
 

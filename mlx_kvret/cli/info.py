@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..core.bits import CHOICES, said_bits
 from ..errors import CheckpointError, ConfigError
 from .ending import leaving_at_once, one_line
 
@@ -19,8 +20,13 @@ LENGTHS = (4096, 32768, 131072)
     "--budget", multiple=True, help="Budget to price, repeatable: 1024, 256MB.  [default: 256, 1024, 4096]"
 )
 @click.option("--context", type=int, multiple=True, help="Context length to compare with, repeatable.")
+@click.option(
+    "--kv-bits",
+    type=click.Choice(CHOICES),
+    help="Bits of kept keys and values.  [default: 16, which is the model's own float type]",
+)
 @leaving_at_once()
-def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> None:
+def command(name: str, budget: tuple[str, ...], context: tuple[int, ...], kv_bits: str | None) -> None:
     """What a model, a gate folder or a saved cache is, and what a budget costs.
 
     NAME is a folder, a hub id, a name (demo, smollm2), or a file that `read` or /save in a chat wrote. The
@@ -44,9 +50,9 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
         parse_budget(text)
     path = Path(name).expanduser()
     if path.is_file():
-        if budget or context:
+        if budget or context or kv_bits:
             raise ConfigError(
-                f"{path} is a saved cache, for which --budget and --context say nothing; drop them"
+                f"{path} is a saved cache, for which --budget, --context and --kv-bits say nothing; drop them"
             )
         from .saved import show_saved
 
@@ -58,7 +64,7 @@ def command(name: str, budget: tuple[str, ...], context: tuple[int, ...]) -> Non
         show_gates(folder)
         shown = True
     elif (folder / "config.json").exists():
-        config = show_model(folder, budget or ("256", "1024", "4096"), context or LENGTHS)
+        config = show_model(folder, budget or ("256", "1024", "4096"), context or LENGTHS, kv_bits)
         shown = True
         show_known_gates(folder, config, name)
         click.echo(f"\nwhat fits into a memory: mlx-kvret plan {one_line(name)} --memory 16GB")
@@ -111,23 +117,27 @@ def show_known_gates(folder: Path, config: dict[str, Any], name: str) -> None:
         show_gates(found[0].entry.folder)
 
 
-def show_model(folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, Any]:
+def show_model(
+    folder: Path, budgets: tuple[str, ...], lengths: tuple[int, ...], kv_bits: str | None = None
+) -> dict[str, Any]:
     """What a model is and what budgets cost; returns its config."""
     from ..api import any_backend
     from ..core.request import eviction
 
     config, shape = any_backend().cache_shape(folder)
-    chosen = [(budget, eviction(shape, budget)) for budget in budgets]
+    chosen = [(budget, eviction(shape, budget, kv_bits=kv_bits)) for budget in budgets]
+    bits = chosen[0][1].kv_bits
     _table({
         "model": f"{folder} ({config.get('model_type', 'type unknown')})",
         "cache": f"{shape.layers} layers that can be bounded, {shape.kv_heads} KV heads, "
-        f"K {shape.key_dim} + V {shape.value_dim}, {shape.itemsize} bytes each",
+        f"K {shape.key_dim} + V {shape.value_dim}, {shape.itemsize} bytes each"
+        f"{'' if bits is None else f', {shape.kept_bytes(bits)} bytes an entry in {said_bits(bits)} bits'}",
         "one token": f"{shape.full_nbytes(1) / 1e3:.1f} KB",
     })  # fmt: skip
     click.echo("\nKV memory, most after prefill, and as a share of the full cache:")
     click.echo("  budget      per head      bounded" + "".join(f"{n:>14,}" for n in lengths))
     for budget, plan in chosen:
-        size = shape.nbytes(plan.budget, plan.buffer)
+        size = shape.nbytes(plan.budget, plan.buffer, bits)
         shares = "".join(f"{size / shape.full_nbytes(n):>14.1%}" for n in lengths)
         click.echo(f"  {budget:<10}{plan.budget:>10,}{size / 1e6:>10.1f} MB{shares}")
     click.echo("  full" + " " * 29 + "".join(f"{shape.full_nbytes(n) / 1e6:>11,.1f} MB" for n in lengths))

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..core.bits import said_bits
 from ..core.parts import Part, kept_by_part
 from ..core.plan import size
 from ..core.snapshot import Snapshot, read_snapshot
@@ -41,11 +42,17 @@ def facts(path: Path, snapshot: Snapshot) -> dict[str, str]:
     """What a saved cache is, by name."""
     layers, heads = snapshot.counts.shape
     entries, full = len(snapshot.position), snapshot.seen * snapshot.counts.size
-    held = snapshot.keys.bits.nbytes + snapshot.values.bits.nbytes
+    packed = snapshot.packed
+    stored = [snapshot.keys, snapshot.values] + ([] if packed is None else [packed.keys, packed.values])
+    held = sum(tensor.bits.nbytes for tensor in stored)
+    entry = (snapshot.keys.shape[1] + snapshot.values.shape[1]) * snapshot.keys.bits.itemsize
+    kind = snapshot.keys.dtype
+    if packed is not None:
+        kind = f"{kind}, kept ones in {said_bits(snapshot.eviction.kv_bits)} bits"
     chosen = snapshot.eviction.to_dict()
     budget, buffer = chosen.pop("budget"), chosen.pop("buffer")
     others = ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None)
-    whole = f"; a full cache would take {size(held * full // entries)}" if entries else ""
+    whole = f"; a full cache would take {size(entry * full)}" if entries else ""
     rows = {
         "saved cache": f"{path} ({size(path.stat().st_size)})",
         "model": snapshot.model,
@@ -54,7 +61,7 @@ def facts(path: Path, snapshot: Snapshot) -> dict[str, str]:
         "budget": f"{budget:,} tokens per KV head and a buffer of {buffer:,}",
         "eviction": others,
         "entries": f"{entries:,} of {full:,}, in {layers} layers of {heads} KV heads",
-        "memory": f"{size(held)} of K and V in {snapshot.keys.dtype}{whole}",
+        "memory": f"{size(held)} of K and V in {kind}{whole}",
     }
     if snapshot.extras:
         rows["beside them"] = f"{len(snapshot.extras)} layers with a cache of their own"

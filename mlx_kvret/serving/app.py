@@ -113,12 +113,12 @@ class Service:
                 param="max_tokens",
             )
         if asked.kv_budget is not None and asked.kv_budget > most:
-            shape, buffer = self.backend.shape, self.backend.eviction.buffer
+            shape, evict = self.backend.shape, self.backend.eviction
+            needed, given = (shape.nbytes(m, evict.buffer, evict.kv_bits) for m in (asked.kv_budget, most))
             raise Refusal(
                 400,
                 f"kv_budget is {asked.kv_budget:,} tokens per KV head, which takes "
-                f"{shape.nbytes(asked.kv_budget, buffer):,} bytes and can never fit; this server gives at "
-                f"most {most:,} ({shape.nbytes(most, buffer):,} bytes)",
+                f"{needed:,} bytes and can never fit; this server gives at most {most:,} ({given:,} bytes)",
                 param="kv_budget",
             )
         if asked.kv_history and not settings.page:
@@ -188,7 +188,8 @@ class Service:
 
     async def metrics(self, request: Request) -> Response:
         scheduler, shape = self.scheduler, self.backend.shape
-        row = shape.nbytes(self.backend.eviction.budget, self.backend.eviction.buffer)
+        evict = self.backend.eviction
+        row = shape.nbytes(evict.budget, evict.buffer, evict.kv_bits)
         gauges = {
             "running": (scheduler.running, "Requests that read or decode."),
             "waiting": (max(self.worker.open - scheduler.running, 0), "Requests that wait for room."),
