@@ -85,8 +85,8 @@ def parts(tiny: bool) -> list[Part]:
         Part("main", ("albums",), short, budgets, ours, labels=(TEXT,)),
         Part("validation", ("albums",), short, BUDGETS, (KEPT,), 0.5, seed=VALIDATION_SEED),
         Part("ratios", RATIOS, short, FEW_BUDGETS[1:], ratios, 0.5),
-        Part("long", ("albums",), long, FEW_BUDGETS, (*BASELINES, *FEW), 0.16),
-        *(Part(f"chunk-{c}", ("albums",), short, ("1/16",), ours, 0.25, chunk=c) for c in (8, 38, 64)),
+        Part("long", ("albums",), long, FEW_BUDGETS, (*BASELINES, *FEW), 0.2),
+        *(Part(f"chunk-{c}", ("albums",), short, ("1/16",), ours, 0.5, chunk=c) for c in (8, 38, 64)),
     ]
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="1 seed, 4 samples, 3 training steps")
     parser.add_argument("--ship", action="store_true", help="replace the gates of the package")
-    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/vision"), help="gates and results files")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vision.md"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
+
+import numpy as np
 
 from . import api
 from .conversation import Transcript
@@ -95,7 +97,7 @@ def inspect(
 def look(
     model: Any,
     tokenizer: Any,
-    ids: Sequence[int],
+    ids: Sequence[int] | Mapping[str, Any],
     cache: Any,
     answers: bool,
     title: str = "the model",
@@ -103,14 +105,38 @@ def look(
     progress: Progress | None = None,
     **options: Any,
 ) -> Inspection:
-    """As :func:`inspect`, of token ids and an empty cache; ``answers`` says whether the model goes on."""
+    """As :func:`inspect`, of token ids and an empty cache; ``answers`` says whether the model goes on.
+
+    With pictures it goes on, and ``ids`` are what a processor made of text and pictures.
+    """
     if cache.shared is None:
         raise ConfigError("policy full keeps everything, so there is nothing to see; choose another policy")
     config, backend = cache.shared.config, api.backend_of(model)
     step = max(1, config.budget // 2) if step is None else step
     whole("prefill_step_size", step, 1)
     shape, layers = backend.competing(model)
-    history, given, said = History(shape.layers, shape.kv_heads), list(ids), list[str]()
+    history, said = History(shape.layers, shape.kv_heads), list[str]()
+    given = list[int]()
+
+    def told() -> Inspection:
+        texts, found = token_texts(given, spoken_by(tokenizer).decode), cache.pictures
+        # torch has them by row
+        pictures = found[0] if isinstance(found, list) else found
+        shown = described(history, texts, shape, layers, config, title, pictures)
+        return Inspection(history, shown, "".join(said))
+
+    if isinstance(ids, Mapping):
+        given += np.asarray(ids["input_ids"]).reshape(-1).tolist()
+
+        def follow(done: int, total: int) -> None:
+            history.follow(cache)
+            if progress is not None:
+                progress(done, total)
+
+        read = {"prefill_step_size": step, "prompt_progress_callback": follow}
+        _answer(model, tokenizer, ids, cache, history, given, said, **read, **options)
+        return told()
+    given += ids
     # the last token is read by whoever answers
     before = len(given) - answers
     for start in range(0, before, step):
@@ -122,13 +148,26 @@ def look(
     if progress is not None:
         progress(before, before)
     if answers:
-        for response in api.stream_generate(model, tokenizer, given[before:], cache=cache, **options):
-            history.follow(cache)
-            given.append(int(response.token))
-            said.append(response.text)
+        _answer(model, tokenizer, given[before:], cache, history, given, said, **options)
+    return told()
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: Any,
+    cache: Any,
+    history: History,
+    given: list[int],
+    said: list[str],
+    **options: Any,
+) -> None:
+    """Have the model go on, and take down what it says and what goes meanwhile."""
+    for response in api.stream_generate(model, tokenizer, prompt, cache=cache, **options):
         history.follow(cache)
-    texts = token_texts(given, tokenizer.decode)
-    return Inspection(history, described(history, texts, shape, layers, config, title), "".join(said))
+        given.append(int(response.token))
+        said.append(response.text)
+    history.follow(cache)
 
 
 def _ids(tokenizer: Any, text: str | None, prompt: str | None, system: str | None, raw: bool) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..core.images import open_picture
 from ..core.plan import size
 from ..core.sampling import SAMPLING
 from ..errors import ConfigError
@@ -23,6 +24,7 @@ from .session import chosen_template, load, required, sampling, say
 @shared.model_options
 @click.option("--file", help="Text to read first; '-' is stdin, 'demo' the demo's story of 4,096 tokens.")
 @click.option("--prompt", "-p", help="What to ask about it; the answer is shown with the text.")
+@shared.image_option
 @click.option("--out", required=True, help="The page to write: page.html.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in the browser.")
 @click.option(
@@ -48,11 +50,15 @@ def command(context: click.Context, **options: Any) -> None:
       mlx-kvret inspect --model demo --file demo --prompt "recall Stella" --budget 64 --out page.html
       mlx-kvret inspect --model smollm2 --file book.txt --budget 512 --out book.html
       mlx-kvret inspect --model demo --file demo --budget 64 --policy recent --out recent.html
+      mlx-kvret inspect --model ./qwen3-vl --image receipt.png -p "What did it cost?" --out receipt.html
     """
     prompt, file, out = options.pop("prompt"), options.pop("file"), check_target(options.pop("out"))
     step, opens = options.pop("prefill_step_size"), options.pop("opens")
     # a page that is given on tells no folders
     name = Path(options["model"]).name if Path(options["model"]).exists() else options["model"]
+    images = [open_picture(one, f"--image {one}") for one in options.pop("image")]
+    if images and prompt is None:
+        raise ConfigError("--image goes with a question about it; give --prompt too")
     if prompt is None and file is None:
         raise ConfigError("there is nothing to read; give --file, --prompt, or both")
     if prompt is None:
@@ -63,7 +69,7 @@ def command(context: click.Context, **options: Any) -> None:
     from ..api import make_cache
     from ..inspecting import look
 
-    ids = _ids(model, required(tokenizer), text, prompt is not None, options)
+    ids = _ids(model, required(tokenizer), text, prompt is not None, images, options)
     loop = sampling(model, tokenizer, options)
     if prompt is not None:
         loop["max_tokens"] = options["max_tokens"]
@@ -85,15 +91,17 @@ def command(context: click.Context, **options: Any) -> None:
         raise ConfigError(f"no browser was found to open {out}; open it yourself")
 
 
-def _ids(model: Any, tokenizer: Any, text: str, asks: bool, options: dict[str, Any]) -> list[int]:
+def _ids(
+    model: Any, tokenizer: Any, text: str, asks: bool, images: list[Any], options: dict[str, Any]
+) -> Any:
     """What is read: a message that is answered, or a text that nothing has been asked about yet."""
     from ..conversation import Transcript
     from ..core.prompts import prompt_ids
 
     if asks:
-        alone = Pictures(model, tokenizer, [])
-        given, _ = read_prompt(alone, text, options | {"prefill_response": None})
-        return given if isinstance(given, list) else prompt_ids(tokenizer, given, True)
+        pictures = Pictures(model, tokenizer, images)
+        given, _ = read_prompt(pictures, text, options | {"prefill_response": None})
+        return prompt_ids(tokenizer, given, True) if isinstance(given, str) else given
     template = chosen_template(tokenizer, options)
     system = options.pop("system_prompt")
     if template is None:

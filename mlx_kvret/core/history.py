@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import ConfigError
 from .budget import CacheShape
 from .config import EvictionConfig
+from .pictures import Picture
 from .types import Array, Ints
 
 # of an entry that no compaction took
@@ -178,12 +179,14 @@ def described(
     layers: Sequence[int],
     config: EvictionConfig,
     model: str,
+    pictures: Iterable[Picture] = (),
 ) -> dict[str, Any]:
     """A history with all that a page shows beside it, as plain JSON: what a full cache would take, and texts.
 
     Args:
         texts: of each token (n,).
         layers: places in the model of the layers that compete.
+        pictures: where they stand among the tokens; those of known rows and columns are drawn so.
     """
     return history.to_dict() | {
         "model": model,
@@ -193,4 +196,5 @@ def described(
         "layer_numbers": list(layers),
         "full_bytes_per_token": shape.full_nbytes(1),
         "texts": list(texts),
+        "pictures": [[p.start, p.end, p.columns] for p in pictures if p.rows * p.columns == p.tokens],
     }

@@ -95,6 +95,8 @@ def processed(model: nn.Module, processor: Any, found: Asked, first: bool) -> Pr
         raise ConfigError(
             f"the processor refuses the prompt and its pictures: {reason}; change them"
         ) from error
+    if not begin:
+        made = _unbegun(made, tokenizer_of(processor), found.text)
     rest = {k: v for k, v in made.items() if k not in ("input_ids", "pixel_values", "attention_mask")}
     prompt = Prepared(mx.array(made["input_ids"]), made.get("pixel_values"), rest)
     if found.pictures and not set(prompt.tokens) & tokens_of_pictures(model):
@@ -103,6 +105,17 @@ def processed(model: nn.Module, processor: Any, found: Asked, first: bool) -> Pr
             "or the processor is not the model's"
         )
     return prompt
+
+
+def _unbegun(made: Mapping[str, Any], tokenizer: Any, text: str) -> dict[str, Any]:
+    """Without the begin token that some processors put before a text, whether they are asked to or not."""
+    ids, bos = np.asarray(made["input_ids"]), tokenizer.bos_token_id
+    wanted = tokenizer.encode(text, add_special_tokens=False)[:2]
+    extra = bos is not None and ids[0, 0] == bos and wanted != ids[0, :2].tolist()
+    if not extra or (wanted[:1] == [bos] and ids[0, 1] != bos):
+        return dict(made)
+    by_token = {name for name, x in made.items() if np.shape(x)[:2] == ids.shape}
+    return {name: x[:, 1:] if name in by_token else x for name, x in made.items()}
 
 
 def taken(made: Mapping[str, Any]) -> Prepared:

@@ -151,7 +151,7 @@ const kvret = (() => {
         return span;
       });
       this.classes = new Array(this.spans.length).fill("");
-      this.text.replaceChildren(...this.spans);
+      this.text.replaceChildren(...this.#laid());
       this.picked = -1;
       this.detail.replaceChildren();
       this.slider.max = data.compactions.length;
@@ -162,6 +162,25 @@ const kvret = (() => {
       this.#cells();
       this.root.dataset.ready = data.n;
       this.draw();
+    }
+
+    // The tokens in a row, but those of a picture as the patches they are.
+    #laid() {
+      const laid = [];
+      let next = 0;
+      for (const [start, end, columns] of this.data.pictures || []) {
+        laid.push(...this.spans.slice(next, start));
+        const patches = this.spans.slice(start, end);
+        patches.forEach((span, at) => {
+          span.textContent = "";
+          span.title = `row ${Math.floor(at / columns)}, column ${at % columns}`;
+        });
+        const picture = element("div", { className: "picture", role: "img", "aria-label": `a picture of ${end - start} patches` }, ...patches);
+        picture.style.gridTemplateColumns = `repeat(${columns}, 1.3rem)`;
+        laid.push(picture);
+        next = end;
+      }
+      return [...laid, ...this.spans.slice(next)];
     }
 
     draw() {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -138,3 +139,33 @@ def test_fifty_pictures_in_constant_memory():
     assert max(held) < 1.02 * min(held)
     assert all(turn.entries <= 24 + 4 for turn in found)
     assert found[-1].seen > 12 * 36 and sum(turn.right for turn in found) >= 10
+
+
+def test_a_conversation_begins_once(bench):
+    """Begin, picture with its borders, and question, once as messages; a later turn has no begin token."""
+    (engine,) = generating(bench).engines
+    cache = mlx_kvret.make_cache(engine.model, budget=24)
+    parts = [{"type": "image"}, {"type": "text", "text": "recall Ada"}]
+    asked = {"images": [demo.VISION_SAMPLE], "cache": cache, "max_tokens": 1}
+    mlx_kvret.generate(engine.model, bench.tokenizer, [{"role": "user", "content": parts}], **asked)
+    assert cache.seen == (1 + 38 + 2) + 1
+    mlx_kvret.generate(engine.model, bench.tokenizer, ". <image> recall Ada", **asked)
+    assert cache.seen == (1 + 38 + 2) + 1 + (1 + 38 + 2) + 1
+
+
+def test_inspect_draws_a_picture_as_its_patches(tmp_path):
+    wanted("mlx")
+    from mlx_kvret.cli import main
+
+    page = tmp_path / "page.html"
+    asked = ["inspect", "--model", "demo-vision", "--backend", "mlx", "--image", str(demo.VISION_SAMPLE)]
+    kept = ["--budget", "8", "--buffer", "1", "--prefill-step-size", "16", "--max-tokens", "2"]
+    done = CliRunner().invoke(main, [*asked, "-p", "recall Ada", *kept, "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("red")
+    found = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    told = json.loads(found[1])
+    assert told["pictures"] == [[2, 38, 6]] and len(told["texts"]) == told["now"][0] == 43
+    assert len(told["compactions"]) >= 1
+    alone = CliRunner().invoke(main, [*asked, "--out", str(page)])
+    assert alone.exit_code != 0 and "--prompt" in alone.output
