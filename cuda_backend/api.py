@@ -13,6 +13,7 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.loading import check_loading
 from mlx_kvret.core.model_folder import model_config
+from mlx_kvret.core.picture_prompts import Asked
 from mlx_kvret.core.sampling import Sampling, drawing
 from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
 from mlx_kvret.errors import (
@@ -32,6 +33,7 @@ from .loading import checked_device, checked_dtype, load_model, model_class, rea
 from .prefill import read_tokens, take_back
 from .probe import refusals
 from .sampling import processors_of, sampler_of
+from .seeing import processed as of_text
 
 __all__ = [
     "attach",
@@ -54,6 +56,7 @@ _MLX_ONLY = {
     "model_config": "it is of mlx-lm",
     "get_model_classes": "it is of mlx-lm",
     "lazy": "it is of mlx-lm",
+    "text_only": "a model is what transformers opens its folder as; give it no pictures",
     "strict": "it is of mlx-lm; missing weights are always refused here",
 }
 
@@ -143,6 +146,17 @@ def full_cache(model: PreTrainedModel, cache: BoundedCache) -> tuple[int, int]:
         return shape.heads, cache.nbytes
     others = cache.nbytes - cache.shared.nbytes
     return shape.heads, others + shape.full_nbytes(cache.seen)
+
+
+def processed(
+    model: PreTrainedModel, processor: Any, text: str, pictures: Sequence[Any]
+) -> dict[str, torch.Tensor]:
+    """What a vision-language model's processor makes of a rendered text, its begin token in it, and pictures.
+
+    A prompt of :func:`generate`: ``input_ids`` (1, T), pixels and what goes with them.
+    """
+    made = of_text(model, processor, Asked(text, list(pictures)), first=False)
+    return {"input_ids": made.ids, **made.given}
 
 
 def sampling(model: PreTrainedModel, asked: Sampling) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from mlx_kvret.core.detokenizer import Detokenizer
-from mlx_kvret.core.prompts import prompt_ids
+from mlx_kvret.core.picture_prompts import has_pictures, spoken_by
+from mlx_kvret.core.prompts import check_ids, prompt_ids
 from mlx_kvret.core.request import check_generation, check_max_tokens, figures, split_eviction
 from mlx_kvret.core.sampling import SAMPLING, drawing, split_sampling
 from mlx_kvret.errors import UnsupportedFeatureError
@@ -24,6 +25,7 @@ from .cache import BoundedCache, cache_argument
 from .loops import end_text
 from .memory import explained
 from .sampling import Processor, Sampler, processors_of, sampler_of
+from .seeing import Prepared, Seen, prepared
 from .step import decoder_step
 from .tokens import Told
 
@@ -75,6 +77,7 @@ def stream_generate(
     tokenizer: Any,
     prompt: Any,
     *,
+    images: Any = None,
     max_tokens: int = 256,
     cache: BoundedCache | None = None,
     draft_model: Any = None,
@@ -87,6 +90,7 @@ def stream_generate(
     """As :func:`mlx_kvret.stream_generate`.
 
     Args:
+        images: pictures beside a text or messages, of a model that sees.
         sampler: log probabilities (1, V) to a token (1,), instead of ``temp`` and the like.
         logits_processors: each takes token ids (1, n) and logits (1, V) and returns logits, as those of
             transformers do.
@@ -115,14 +119,20 @@ def stream_generate(
         cache = make_cache(model, **evict)
     else:
         hooks.check_cache(model, cache)
-    listed = prompt_ids(tokenizer, prompt, cache.seen == 0, vocabulary(model))
-    ids = torch.tensor([listed], device=model.device)
-    reader: Any = TokenIds() if tokenizer is None else tokenizer
+    shown = None
+    if has_pictures(prompt, images):
+        shown = prepared(model, tokenizer, prompt, images, cache.seen == 0)
+        check_ids(shown.tokens, vocabulary(model))
+        ids = shown.ids
+    else:
+        listed = prompt_ids(spoken_by(tokenizer), prompt, cache.seen == 0, vocabulary(model))
+        ids = torch.tensor([listed], device=model.device)
+    reader: Any = TokenIds() if tokenizer is None else spoken_by(tokenizer)
     own: dict[str, Any] = {"sampler": sampler, "logits_processors": logits_processors or ()}
     own |= drawing(asked, vocabulary(model), sampler_of, processors_of, logits_processors)
     choose = _Choice(**own, ids=ids)
     return _responses(
-        model, reader, ids, cache, choose, max_tokens, prefill_step_size, prompt_progress_callback
+        model, reader, shown or ids, cache, choose, max_tokens, prefill_step_size, prompt_progress_callback
     )
 
 
@@ -130,7 +140,7 @@ def stream_generate(
 def _responses(
     model: PreTrainedModel,
     reader: Any,
-    ids: torch.Tensor,
+    prompt: torch.Tensor | Prepared,
     cache: BoundedCache,
     choose: _Choice,
     max_tokens: int,
@@ -139,12 +149,13 @@ def _responses(
 ) -> Iterator[Response]:
     """The loop; what was asked has been checked."""
     stops, text = stop_tokens(model, reader), Detokenizer(reader.decode)
+    ids = prompt if isinstance(prompt, torch.Tensor) else prompt.ids
     read, given = cache.seen + ids.shape[1], 0
     try:
         start = time.perf_counter()
         step, told = decoder_step(model, cache), Told(model.device)
         with explained(model, cache, ids, prefill_step_size):
-            logits = _read(model, cache, ids, prefill_step_size, prompt_progress_callback)
+            logits = _read(model, cache, prompt, prefill_step_size, prompt_progress_callback)
         token, logprobs = choose(logits)
         for count in itertools.count(1):
             # the next step is on its way before this token is looked at, and reads the last one too
@@ -218,11 +229,18 @@ def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
 def _read(
     model: PreTrainedModel,
     cache: BoundedCache,
-    ids: torch.Tensor,
+    ids: torch.Tensor | Prepared,
     step: int,
     progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     """Read a prompt in chunks and, as mlx-lm does, its last token alone; logits (1, V) after it."""
+    if isinstance(ids, Prepared):
+        seen = Seen(model, ids)
+        seen.read(cache, step, progress)
+        after = seen.finish(cache)
+        if progress is not None:
+            progress(ids.ids.shape[1], ids.ids.shape[1])
+        return after
     given, total = cache_argument(model, cache), ids.shape[1]
     for start in range(0, total, step):
         if progress is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,17 +15,20 @@ from . import hooks
 from .cache import BoundedCache, cache_argument
 from .generation import vocabulary
 from .memory import explained
+from .seeing import Prepared, Seen, taken
 
 
 @torch.no_grad()
 def read_tokens(
     model: PreTrainedModel,
     cache: BoundedCache,
-    ids: Sequence[int],
+    ids: Sequence[int] | Mapping[str, Any],
     step: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Read token ids, ``step`` at a time; ``progress`` is told how many of how many are read.
+
+    With pictures they come as what a processor made of text and pictures.
 
     Each step is read or, whatever ends it, not; ``cache.seen`` tells how many were.
 
@@ -33,6 +37,9 @@ def read_tokens(
         OutOfMemoryError, CacheError, ModelMismatchError: as the model's own calls.
     """
     hooks.check_cache(model, cache)
+    if isinstance(ids, Mapping):
+        _read_seen(model, cache, taken(model, ids), step, progress)
+        return
     check_ids(ids, vocabulary(model))
     row, given = torch.tensor([list(ids)], device=model.device), cache_argument(model, cache)
     with explained(model, cache, row, step):
@@ -43,6 +50,23 @@ def read_tokens(
     cache.settle()
     if progress is not None:
         progress(len(ids), len(ids))
+
+
+def _read_seen(
+    model: PreTrainedModel,
+    cache: BoundedCache,
+    prompt: Prepared,
+    step: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    check_ids(prompt.tokens, vocabulary(model))
+    with explained(model, cache, prompt.ids, step):
+        seen = Seen(model, prompt)
+        seen.read(cache, step, progress)
+        seen.finish(cache)
+    cache.settle()
+    if progress is not None:
+        progress(len(prompt.tokens), len(prompt.tokens))
 
 
 def take_back(cache: BoundedCache, count: int) -> bool:

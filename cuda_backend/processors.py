@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from mlx_kvret.core.checkpoint import read_json
 from mlx_kvret.core.loading import tried
 from mlx_kvret.core.model_folder import model_config
+from mlx_kvret.core.picture_prompts import spoken_by
 from mlx_kvret.errors import MissingDependencyError, UnsupportedModelError
 
 _NAMED = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -42,13 +43,24 @@ def read_processor(folder: Path, options: dict[str, Any]) -> Any:
         if type(found).__module__.partition(".")[0] == "mlx_vlm":
             # once imported, mlx-vlm answers in transformers' place, with arrays that torch does not take
             found = _processor_class(folder).from_pretrained(folder, **options)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         if "orchvision" not in str(error):
-            reason = str(error).strip().partition("\n")[0]
-            raise MissingDependencyError(f"the processor of {folder} cannot be loaded: {reason}") from error
-        found = _of_pictures(_processor_class(folder)).from_pretrained(folder, **options)
+            raise _lacking(folder, error) from error
+        try:
+            found = _of_pictures(_processor_class(folder)).from_pretrained(folder, **options)
+        except ImportError as further:
+            raise _lacking(folder, further) from further
     tried(found.tokenizer)
+    spoken_by(found)
     return found
+
+
+def _lacking(folder: Path, error: Exception) -> Exception:
+    """What to raise: an error that names the package, if one is missing."""
+    reason = " ".join(str(error).split()).partition(". ")[0]
+    if not isinstance(error, ImportError):
+        return error
+    return MissingDependencyError(f"the processor of {folder} needs a package that is not there: {reason}")
 
 
 def _processor_class(folder: Path) -> Any:
@@ -69,6 +81,7 @@ def _of_pictures(kind: Any) -> Any:
             "tokenizer": lambda: cls._load_tokenizer_from_pretrained("tokenizer", folder, **options),
             "image_processor": lambda: AutoImageProcessor.from_pretrained(folder, **options),
             "video_processor": NoVideo,
+            "feature_extractor": lambda: AutoFeatureExtractor.from_pretrained(folder, **options),
         }
         return [made[name]() for name in cls.get_attributes()]
 

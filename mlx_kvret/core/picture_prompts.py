@@ -175,7 +175,7 @@ def marks(processor: Any) -> tuple[str, str]:
         ConfigError: nothing tells.
     """
     named = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
-    alone = next((str(getattr(token, "content", token)) for token in named if token), "")
+    known = [str(getattr(token, "content", token)) for token in named if token]
     try:
         with_one, without = (
             render(processor, [{"role": "user", "content": [*part, {"type": "text", "text": "·"}]}])
@@ -184,6 +184,7 @@ def marks(processor: Any) -> tuple[str, str]:
     except ConfigError:
         with_one = without = ""
     around = _inserted(without, with_one)
+    alone = next((token for token in known if token in around), known[0] if known else "")
     if alone and alone not in around:
         around = alone
     if not around:

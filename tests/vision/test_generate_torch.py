@@ -1,0 +1,186 @@
+"""``load``, ``generate`` and saved readings with pictures on torch, through the models' own processors."""
+
+from __future__ import annotations
+
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import mlx_kvret
+from mlx_kvret.cuda_backend import api
+from mlx_kvret.cuda_backend.cache import cache_argument
+from mlx_kvret.cuda_backend.seeing import Seen, prepared
+from mlx_kvret.errors import ConfigError, MissingDependencyError
+
+from .folders_torch import folder
+from .tiny_torch import IMAGE
+
+NAMES = ("qwen2_5_vl", "qwen3_vl", "glm4v", "gemma3", "gemma4", "llava", "idefics3", "internvl")
+LARGE: dict[str, Any] = {"budget": 4096, "policy": "recent"}
+WORDS = "w5 w6 <image> w7 w8 <image> w9"
+
+
+def picture(seed: int, high: int = 84, wide: int = 84) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (high, wide, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @once
+    def load(name: str) -> tuple[Any, Any]:
+        return mlx_kvret.load(folder(name, tmp_path_factory.mktemp(name)), None, backend="torch")
+
+    return load
+
+
+def tokens(model: Any, processor: Any, prompt: Any, **options: Any) -> list[int]:
+    stream = mlx_kvret.stream_generate(model, processor, prompt, max_tokens=6, **options)
+    return [response.token for response in stream]
+
+
+@torch.no_grad()
+def greedy(model: Any, given: dict[str, Any], count: int = 6) -> list[int]:
+    """By the model as it is: everything again for each token."""
+    found: list[int] = []
+    mlx_kvret.detach(model)
+    kinds = [name for name in given if name.endswith("token_type_ids")]
+    for _ in range(count):
+        found.append(int(model(**given, use_cache=False).logits[0, -1].argmax()))
+        given = given | {"input_ids": torch.cat([given["input_ids"], torch.tensor([found[-1:]])], 1)}
+        given |= {name: torch.nn.functional.pad(given[name], (0, 1)) for name in kinds}
+    mlx_kvret.attach(model, None)
+    return found
+
+
+def stops_at(model: Any, listed: list[int]) -> list[int]:
+    """Up to an end of the text."""
+    ends = [at for at, token in enumerate(listed) if token == 2]
+    return listed[: ends[0] + 1] if ends else listed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_pictures_in_a_text_in_chunks(name: str, opened: Any) -> None:
+    model, processor = opened(name)
+    pictures = [picture(1), picture(2, 60, 90)]
+    made = prepared(model, processor, WORDS, pictures, True)
+    expected = stops_at(model, greedy(model, {"input_ids": made.ids, **made.given}))
+    for step in (2048, 9):
+        found = tokens(model, processor, WORDS, images=pictures, prefill_step_size=step, **LARGE)
+        assert found == expected
+    # what the processor made is a prompt as well
+    again = {"input_ids": made.ids.numpy(), **{key: value.numpy() for key, value in made.given.items()}}
+    assert tokens(model, processor, again, **LARGE) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "llava"])
+def test_turns_with_pictures_go_on_in_a_cache_that_was_saved(name: str, opened: Any, tmp_path: Path) -> None:
+    model, processor = opened(name)
+    first = [
+        {"role": "user", "content": [{"type": "image", "image": picture(3)}, {"type": "text", "text": "w21"}]}
+    ]
+    cache = mlx_kvret.make_cache(model, **LARGE)
+    said = tokens(model, processor, first, cache=cache)
+    mlx_kvret.save_cache(model, cache, tmp_path / "talk.kv")
+    second = {"images": [picture(4, 56, 84)], "prefill_step_size": 5}
+    found = tokens(model, processor, "w30 <image> w31 w32", cache=cache, **second)
+    reopened, _ = mlx_kvret.load_cache(model, tmp_path / "talk.kv")
+    assert tokens(model, processor, "w30 <image> w31 w32", cache=reopened, **second) == found
+    assert reopened.pictures == cache.pictures and len(cache.pictures[0]) == 2
+
+    one = prepared(model, processor, first, None, True)
+    two = prepared(model, processor, "w30 <image> w31 w32", [picture(4, 56, 84)], False)
+    whole: dict[str, Any] = {"input_ids": torch.cat([one.ids, torch.tensor([said]), two.ids], 1)}
+    for key in one.given:
+        parts = [one.given[key], two.given[key]]
+        if key.endswith("token_type_ids"):
+            whole[key] = torch.cat([parts[0], torch.zeros(1, len(said), dtype=torch.long), parts[1]], 1)
+        else:
+            whole[key] = torch.cat(parts)
+    assert found == stops_at(model, greedy(model, whole))
+
+
+def test_a_reading_with_pictures_and_text_after_it(opened: Any) -> None:
+    model, processor = opened("qwen2_5_vl")
+    cache = mlx_kvret.make_cache(model, budget=8, policy="keydiff")
+    made = api.processed(
+        model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|> w6", [picture(5)]
+    )
+    api.read_tokens(model, cache, made, 4)
+    assert cache.seen == made["input_ids"].shape[1]
+    beside = mlx_kvret.make_cache(model, budget=8, policy="keydiff")
+    seen = Seen(model, prepared(model, processor, made, None, True))
+    with torch.no_grad():
+        seen.read(beside, 4)
+        seen.finish(beside)
+    assert tokens(model, processor, "w7 w8", cache=cache) == tokens(model, processor, "w7 w8", cache=beside)
+
+
+def test_batches_go_on_where_pictures_were_read(opened: Any) -> None:
+    model, processor = opened("qwen3_vl")
+    options: dict[str, Any] = {"budget": 16, "policy": "keydiff"}
+    caches = [mlx_kvret.make_cache(model, **options) for _ in range(2)]
+    for at, cache in enumerate(caches):
+        api.read_tokens(
+            model,
+            cache,
+            api.processed(
+                model,
+                processor,
+                "w5 <|vision_start|> <|image_pad|> <|vision_end|> w6",
+                [picture(at, 84, 28 * (at + 1))],
+            ),
+            64,
+        )
+    alone = [tokens(model, processor, "w7 w8", cache=cache.copy()) for cache in caches]
+    found: list[list[int]] = [[], []]
+    for response in mlx_kvret.stream_batch(
+        model, processor.tokenizer, ["w7 w8"] * 2, caches=caches, max_tokens=6
+    ):
+        found[response.index].append(response.token)
+    assert found == alone
+
+
+def test_wrong_use_is_refused(opened: Any, tmp_path: Path) -> None:
+    model, processor = opened("qwen3_vl")
+    with pytest.raises(ConfigError, match="2 places for a picture"):
+        tokens(model, processor, WORDS, images=[picture(1)], **LARGE)
+    with pytest.raises(ConfigError, match="has its pictures already"):
+        made = api.processed(
+            model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|>", [picture(1)]
+        )
+        tokens(model, processor, made, images=[picture(1)], **LARGE)
+    with pytest.raises(ConfigError, match="tokens of pictures and no pictures"):
+        tokens(model, processor, [5, IMAGE, IMAGE, 6, 7], **LARGE)
+    with pytest.raises(ConfigError, match="its pictures make 9"):
+        short = dict(made) | {"input_ids": made["input_ids"][:, 3:]}
+        tokens(model, processor, short, **LARGE)
+    text, tokenizer = mlx_kvret.load("demo", backend="torch")
+    with pytest.raises(ConfigError, match="reads text only"):
+        tokens(text, tokenizer, "recall", images=[picture(1)])
+    with pytest.raises(ConfigError, match="text_only"):
+        mlx_kvret.load(tmp_path, None, backend="torch", text_only=True)
+    with pytest.raises(MissingDependencyError, match="torchvision"):
+        processor.video_processor([])
+
+
+def test_a_batch_of_picture_prompts_is_refused(opened: Any) -> None:
+    model, processor = opened("qwen3_vl")
+    made = api.processed(model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|>", [picture(1)])
+    with pytest.raises(ConfigError, match="which no text needs"):
+        list(mlx_kvret.stream_batch(model, processor.tokenizer, [made], **LARGE))
+
+
+def test_the_users_own_calls_with_what_the_processor_makes(opened: Any) -> None:
+    model, processor = opened("qwen3_vl")
+    made = processor(
+        text=["w5 <|vision_start|> <|image_pad|> <|vision_end|> w6"], images=[picture(1)], return_tensors="pt"
+    )
+    cache = mlx_kvret.make_cache(model, **LARGE)
+    out = model.generate(**made, **cache_argument(model, cache), max_new_tokens=6, do_sample=False)
+    stock = greedy(model, {key: value for key, value in made.items() if key != "attention_mask"})
+    assert stops_at(model, out[0, made["input_ids"].shape[1] :].tolist()) == stops_at(model, stock)
