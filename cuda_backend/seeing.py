@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mlx_kvret.core.picture_prompts import Asked, asked, is_processed, processor_of, tokenizer_of
 from mlx_kvret.core.pictures import chunk_ends, runs
+from mlx_kvret.core.vision import picture_tokens
 from mlx_kvret.errors import ConfigError, KVRetError, UnsupportedFeatureError
 
 from .attachment import attachment
@@ -19,8 +20,8 @@ from .cache import BoundedCache, cache_argument
 from .pictures import TYPES, Eyes
 
 Progress = Callable[[int, int], None]
-_FEATURES = "mm_encoder_outputs"
-_GRIDS = "image_grid_thw"
+FEATURES = "mm_encoder_outputs"
+GRIDS = "image_grid_thw"
 
 
 @dataclass
@@ -90,7 +91,7 @@ def processed(model: PreTrainedModel, processor: Any, found: Asked, first: bool)
             f"the processor refuses the prompt and its pictures: {reason}; change them"
         ) from error
     prompt = taken(model, made)
-    if found.pictures and not set(prompt.tokens) & eyes_of(model).tokens:
+    if found.pictures and not set(prompt.tokens) & picture_tokens(model.config):
         raise ConfigError(
             f"no token of the prompt stands for a picture in this {model.config.model_type} model; the chat "
             "template or the processor is not the model's"
@@ -130,7 +131,7 @@ def _tensor(model: PreTrainedModel, name: Any, value: Any) -> torch.Tensor:
 def _tower(model: PreTrainedModel) -> Any:
     """What makes features of pictures."""
     found = getattr(model.base_model, "get_image_features", None)
-    if found is None or _FEATURES not in inspect.signature(model.forward).parameters:
+    if found is None or FEATURES not in inspect.signature(model.forward).parameters:
         raise UnsupportedFeatureError(
             f"{model.config.model_type} models of this transformers release take no pictures in parts; "
             "update it (`pip install -U transformers`), or call the model itself with the processor's inputs"
@@ -197,11 +198,11 @@ class Seen:
                 "model's own processor makes of text and pictures"
             )
         self._types = {name: prompt.given[name] for name in TYPES if name in prompt.given}
-        self._grids = prompt.given.get(_GRIDS)
+        self._grids = prompt.given.get(GRIDS)
         if self._grids is not None and len(self._grids) != len(self._spans):
             raise ConfigError(
                 f"the prompt has {len(self._spans)} pictures among its tokens and {len(self._grids)} "
-                f"{_GRIDS}; give one for each"
+                f"{GRIDS}; give one for each"
             )
         # a picture at the very end is read with the last token
         self._end = next((a for a, b in self._spans if a <= self.last < b), self.last)
@@ -228,9 +229,9 @@ class Seen:
             before = [b - a for a, b in self._spans]
             first = sum(before[: within[0]])
             rows = sum(before[at] for at in within)
-            given[_FEATURES] = {"image": self._features.part(first, first + rows)}
+            given[FEATURES] = {"image": self._features.part(first, first + rows)}
             if self._grids is not None:
-                given[_GRIDS] = self._grids[within[0] : within[-1] + 1]
+                given[GRIDS] = self._grids[within[0] : within[-1] + 1]
         given |= cache_argument(self.model, cache)
         logits: torch.Tensor = self.model(self.ids[:, start:end], **given, logits_to_keep=1).logits[:, -1]
         return logits

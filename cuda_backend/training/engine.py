@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlx_kvret.core.picture_prompts import spoken_by
 from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.core.types import Floats
 from mlx_kvret.errors import CheckpointError, TrainingError
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.packing import Batch
+from mlx_kvret.training.pictures import Sees
 from mlx_kvret.training.profile import profile
 from mlx_kvret.training.records import Records
 from mlx_kvret.training.report import Losses
@@ -23,6 +25,7 @@ from ..gates import RetentionGates, to_arrays
 from ..kernels.soft_size import soft_size
 from ..memory import free_bytes, out_of_memory
 from . import base
+from .pictures import Seeing
 from .processes import Processes, join
 from .step import gradient
 from .student import Student
@@ -56,8 +59,10 @@ class Engine:
 
     def __init__(self, found: Base, config: TrainConfig, options: RunOptions, processes: Processes):
         self.config, self.options, self.processes = config, options, processes
-        loaded, self.tokenizer = base.load(found.folder, config.dtype, processes.device)
-        self.student = Student(loaded)
+        loaded, processor = base.load(found.folder, config.dtype, processes.device)
+        self.tokenizer, seeing = spoken_by(processor), Seeing.of(loaded, processor)
+        self.sees: Sees | None = seeing
+        self.student = Student(loaded, seeing)
         self.packs = self.student.packs
         if options.recompute:
             self.student.checkpoint_layers()
@@ -136,7 +141,8 @@ class Engine:
             torch.from_numpy(np.ascontiguousarray(x[rows])).to(device) for x in (batch.ids, batch.starts)
         )
         with torch.no_grad():
-            log_beta = self.student.learn(ids, starts, self.gates, self.config.sinks).log_beta
+            seen = self.student.see(ids, starts, batch, range(len(ids)))
+            log_beta = self.student.learn(ids, starts, self.gates, self.config.sinks, seen).log_beta
             assert log_beta is not None
             size = soft_size(log_beta, starts)
         return profile(log_beta.cpu().numpy(), size.cpu().numpy(), batch.position[rows], self.student.layers)

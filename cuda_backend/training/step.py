@@ -61,8 +61,9 @@ def _forward(
         torch.from_numpy(np.ascontiguousarray(array[rows])).to(device)
         for array in (batch.ids, batch.starts, batch.position, batch.learn)
     )
-    teacher = student.teach(ids, starts).hidden
-    trace = student.learn(ids, starts, gates, config.sinks)
+    seen = student.see(ids, starts, batch, rows)
+    teacher = student.teach(ids, starts, seen).hidden
+    trace = student.learn(ids, starts, gates, config.sinks, seen)
     assert trace.log_beta is not None
     target = ids.roll(-1, 1)[learn]
     vocabulary = student.model.config.get_text_config().vocab_size

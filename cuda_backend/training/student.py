@@ -7,7 +7,8 @@ transformers' registry decays, and the stock head turns hidden states into logit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mlx_kvret.core.probing import agrees, distance
 from mlx_kvret.core.types import Array
 from mlx_kvret.errors import UnsupportedModelError
+from mlx_kvret.training.packing import Batch
 
 from ..agreement import as_array, rounded_cache, tokens_of
 from ..cache import cache_argument
 from ..gates import RetentionGates
 from ..modules import attention_modules, competing_layers
 from .attention import PackedMask
+from .pictures import Seeing
 from .registry import CALL, IMPLEMENTATION, Call
 
 
@@ -48,14 +51,15 @@ class Student:
         UnsupportedModelError: the model's attention or head cannot be hooked without giving wrong results.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: PreTrainedModel, seeing: Seeing | None = None):
+        self.model, self.seeing = model.eval().requires_grad_(False), seeing
         self._active: RetentionGates | None = None
         self._documents: PackedMask | None = None
         self._lasting: torch.Tensor | None = None
         self._shapes: dict[int, tuple[int, int]] = {}
         self._collected: dict[int, torch.Tensor] | None = None
-        self._stock = model.config._attn_implementation
+        # a vision tower keeps its own
+        self._stock = model.get_decoder().config._attn_implementation
         modules = attention_modules(model)
         self._competing = [modules[index] for index in competing_layers(model) if index in modules]
         if not self._competing:
@@ -82,7 +86,7 @@ class Student:
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = module.training = False
-        self.model.set_attn_implementation(self._stock)
+        self.model.get_decoder().set_attn_implementation(self._stock)
 
     def checkpoint_layers(self) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations."""
@@ -108,12 +112,29 @@ class Student:
     def hidden_size(self) -> int:
         return self._shapes[0][1]
 
-    def teach(self, ids: torch.Tensor, starts: torch.Tensor) -> Trace:
+    def see(
+        self, ids: torch.Tensor, starts: torch.Tensor, batch: Batch, rows: Sequence[int]
+    ) -> dict[str, Any] | None:
+        """What the decoder is given for some rows of a batch, if there are pictures in them."""
+        shown = [replace(one, row=rows.index(one.row)) for one in batch.shown if one.row in rows]
+        if not shown:
+            return None
+        assert self.seeing is not None
+        return self.seeing.inputs(ids, starts, shown)
+
+    def teach(self, ids: torch.Tensor, starts: torch.Tensor, seen: dict[str, Any] | None = None) -> Trace:
         """Full attention, without a gradient. Arguments as in :meth:`learn`."""
         with torch.no_grad():
-            return self._run(ids, starts, None)
+            return self._run(ids, starts, None, seen=seen)
 
-    def learn(self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates, sinks: int = 0) -> Trace:
+    def learn(
+        self,
+        ids: torch.Tensor,
+        starts: torch.Tensor,
+        gates: RetentionGates,
+        sinks: int = 0,
+        seen: dict[str, Any] | None = None,
+    ) -> Trace:
         """Fading attention over packed documents.
 
         The backward pass must come before the next forward pass, for layers may be recomputed in it.
@@ -121,8 +142,9 @@ class Student:
         Args:
             ids: (B, T) tokens. ``starts`` (B, T): the place at which each token's document begins.
             sinks: first tokens of each document that do not fade.
+            seen: what the decoder is given instead of tokens, where there are pictures.
         """
-        return self._run(ids, starts, gates, sinks)
+        return self._run(ids, starts, gates, sinks, seen)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states (N, hidden) to logits (N, vocabulary), by the model's own head."""
@@ -135,12 +157,18 @@ class Student:
             del decoder.forward
 
     def _run(
-        self, ids: torch.Tensor, starts: torch.Tensor, gates: RetentionGates | None, sinks: int = 0
+        self,
+        ids: torch.Tensor,
+        starts: torch.Tensor,
+        gates: RetentionGates | None,
+        sinks: int = 0,
+        seen: dict[str, Any] | None = None,
     ) -> Trace:
         self._active, self._documents, self._collected = gates, PackedMask(starts), {}
         position = torch.arange(ids.shape[1], device=ids.device) - starts
         self._lasting = (position < sinks)[..., None] if sinks else None
-        out = self.model.get_decoder()(input_ids=ids, position_ids=position, use_cache=False)
+        given = {"input_ids": ids, "position_ids": position} if seen is None else seen
+        out = self.model.get_decoder()(**given, use_cache=False)
         collected, self._collected = self._collected, None
         if gates is None:
             return Trace(out.last_hidden_state, None)
@@ -194,7 +222,7 @@ class Student:
             rounding = [
                 distance(logits(p, rounded_cache(self.model, places)), own) if low else 0 for p, own in parts
             ]
-            self.model.set_attn_implementation(IMPLEMENTATION)
+            self.model.get_decoder().set_attn_implementation(IMPLEMENTATION)
             ours = as_array(self.logits(self._run(ids, torch.zeros_like(ids), None).hidden[0]))
             packed = as_array(self.logits(self._run(ids, apart, None).hidden[0, half:]))
         if len(self._shapes) < self.layers:

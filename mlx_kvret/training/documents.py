@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..core.loading import reading_tokenizer
+from ..core.pictures import runs
 from ..core.types import Ints, Mask
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .config import Loss
+from .pictures import Sees, opened, spread
 from .records import Record
 
 
 @dataclass(frozen=True)
 class Document:
-    """``ids`` (n,) int32; ``learn`` (n,) whether a token is to be predicted; ``where`` it comes from."""
+    """``ids`` (n,) int32; ``learn`` (n,) whether a token is to be predicted; ``where`` it comes from.
+
+    ``spans`` are the pictures among its tokens, and ``pixels`` what the model's tower is given for them.
+    """
 
     ids: Ints
     learn: Mask
     where: str
+    spans: tuple[tuple[int, int], ...] = ()
+    pixels: Mapping[str, Any] = field(default_factory=dict)
 
 
-def document(record: Record, tokenizer: Any, loss: Loss) -> Document:
-    """The tokens of a record, by a tokenizer of transformers.
+def document(record: Record, tokenizer: Any, loss: Loss, sees: Sees | None = None) -> Document:
+    """The tokens of a record, by a tokenizer of transformers, and ``sees`` for its pictures.
 
     Raises:
         DataError: the chat template refuses the record, or nothing in it can be learnt from.
@@ -39,11 +47,36 @@ def document(record: Record, tokenizer: Any, loss: Loss) -> Document:
         with reading_tokenizer("the model"):
             ids = tokenizer(record.text, verbose=False)["input_ids"]
         learn = np.ones(len(ids), bool)
+    elif record.images:
+        return _with_pictures(record, tokenizer, loss, sees)
     else:
         ids, learn = _chat(record, tokenizer, loss)
     if len(ids) < 2 or not learn[1:].any():
         raise DataError(f"{record.where} has {len(ids)} tokens and none to learn from; remove the record")
     return Document(np.asarray(ids, np.int32), learn, record.where)
+
+
+def _with_pictures(record: Record, tokenizer: Any, loss: Loss, sees: Sees | None) -> Document:
+    """No token of a picture is to be predicted."""
+    if sees is None:
+        raise DataError(
+            f"{record.where} has images, and the model reads text only on this backend; remove them, or "
+            "train a vision-language model with --backend torch"
+        )
+    before, learn = _chat(record, tokenizer, loss)
+    text = _rendered(record, tokenizer, record.messages or [])
+    try:
+        made = sees(text, opened(record.images, record.folder, record.where))
+    except ConfigError as error:
+        raise DataError(f"{record.where}: {error}") from error
+    ids = np.asarray(made["input_ids"]).reshape(-1).astype(np.int32)
+    marked = ~np.isin(ids, sorted(sees.tokens))
+    if loss == "assistant":
+        marked &= spread(learn, before, ids.tolist(), sees.tokens, record.where)
+    if not marked[1:].any():
+        raise DataError(f"{record.where} has {len(ids)} tokens and none to learn from; remove the record")
+    pixels = {name: value for name, value in made.items() if name != "input_ids"}
+    return Document(ids, marked, record.where, tuple(runs(ids.tolist(), sees.tokens)), pixels)
 
 
 # fields of a message that a template may leave out without a word
@@ -54,7 +87,8 @@ def _chat(record: Record, tokenizer: Any, loss: Loss) -> tuple[list[int], Mask]:
     messages = record.messages or []
     if not tokenizer.chat_template:
         raise DataError(f"{record.where} has messages, but the model has no chat template; give text instead")
-    marked = loss == "assistant" and re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template))
+    tagged = re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template))
+    marked = loss == "assistant" and tagged and not record.images
     try:
         text = _rendered(record, tokenizer, messages)
         _require_shown(record, tokenizer, text)
@@ -91,18 +125,17 @@ def _require_shown(record: Record, tokenizer: Any, text: str) -> None:
             f"{record.where} has tools, and the model's chat template does not show them; remove the field, "
             "or train a model that can call tools"
         )
-    for field in _SHOWN:
-        if not any(message.get(field) for message in messages):
+    for name in _SHOWN:
+        if not any(message.get(name) for message in messages):
             continue
-        without = [{name: value for name, value in m.items() if name != field} for m in messages]
+        without = [{key: value for key, value in m.items() if key != name} for m in messages]
         try:
             shown = text != _rendered(record, tokenizer, without)
         except Exception:  # it needs the field, so it shows it
             continue
         if not shown:
             raise DataError(
-                f"{record.where} has {field}, and the model's chat template does not show it; remove the "
-                "field"
+                f"{record.where} has {name}, and the model's chat template does not show it; remove the field"
             )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.picture_prompts import spoken_by
 from ..errors import ConfigError
 from .records import Record
 
@@ -146,7 +147,8 @@ def own_words(
 
     if path.exists():
         raise ConfigError(f"{path} exists already; train on it with --data {path}, or remove it")
-    network, tokenizer = load(model, None, backend=backend)  # type: ignore[arg-type]
+    network, processor = load(model, None, backend=backend)  # type: ignore[arg-type]
+    tokenizer = None if processor is None else spoken_by(processor)
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so it cannot write texts; give --data FILE")
 

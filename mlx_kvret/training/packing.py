@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from ..core.pictures import chunk_ends
 from ..core.types import Ints, Mask
 from ..errors import DataError
 from .documents import Document
+from .pictures import Shown
 from .records import Records
 
 
@@ -32,7 +35,8 @@ class Batch:
 
     ``ids`` (R, T); ``starts`` (R, T) the place at which the token's document begins; ``position`` (R, T) the
     place within the document, -1 in padding; ``learn`` (R, T) whether the *next* token is to be predicted
-    from this one. ``where`` names the documents, ``cut`` counts the pieces that lost what came before them.
+    from this one. ``where`` names the documents, ``cut`` counts the pieces that lost what came before them,
+    ``shown`` are the pieces with pictures, by row and place.
     """
 
     ids: Ints
@@ -41,6 +45,7 @@ class Batch:
     learn: Mask
     where: list[str] = field(default_factory=list)
     cut: int = 0
+    shown: list[Shown] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -107,7 +112,7 @@ class Packer:
                 if document is None:
                     continue
                 found = True
-                pieces = self._cut(len(document.ids))
+                pieces = self._cut(document)
                 for place in range(skip, len(pieces)):
                     yield Position(epoch, number, place, place / len(pieces)), document, pieces[place]
                 skip = 0
@@ -115,9 +120,12 @@ class Packer:
                 raise DataError("every record of the training data was skipped; check the data")
             epoch, first, skip = epoch + 1, 0, 0
 
-    def _cut(self, tokens: int) -> list[slice]:
+    def _cut(self, document: Document) -> list[slice]:
+        """Pieces that cut no picture."""
+        ends = chunk_ends(len(document.ids), self.length, document.spans)
+        pieces = [slice(a, b) for a, b in itertools.pairwise([0, *ends])]
         # a single token at the end predicts nothing
-        return [slice(a, min(a + self.length, tokens)) for a in range(0, tokens - 1, self.length)]
+        return pieces[:-1] if pieces[-1].stop - pieces[-1].start == 1 else pieces
 
     def _lay_out(self, rows: list[list[tuple[Document, slice]]]) -> Batch:
         used = max(sum(piece.stop - piece.start for _, piece in pieces) for pieces in rows)
@@ -135,6 +143,18 @@ class Packer:
                 batch.learn[row, begin : end - 1] = document.learn[piece][1:]
                 batch.where.append(document.where)
                 batch.cut += piece.start > 0
+                if (seen := _shown(document, piece, row, begin)) is not None:
+                    batch.shown.append(seen)
                 begin = end
             batch.starts[row, begin:] = begin
         return batch
+
+
+def _shown(document: Document, piece: slice, row: int, begin: int) -> Shown | None:
+    """A piece with pictures; None without."""
+    own = [(a - piece.start, b - piece.start) for a, b in document.spans if piece.start <= a < piece.stop]
+    if not own:
+        return None
+    earlier = [b - a for a, b in document.spans if a < piece.start]
+    ids = document.ids[piece]
+    return Shown(row, begin, ids, tuple(own), document.pixels, sum(earlier), len(earlier))

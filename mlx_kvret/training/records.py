@@ -15,18 +15,24 @@ from typing import Any, BinaryIO, Protocol
 
 from ..core.reading import parse_json
 from ..errors import ConfigError, DataError, MissingDependencyError
+from .pictures import check_files, placed
 
 MOST_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class Record:
-    """A text, or a chat as a list of messages, with the tools it may call. ``where`` names file and line."""
+    """A text, or a chat as a list of messages, with the tools it may call. ``where`` names file and line.
+
+    ``images`` fill the image parts of its messages in order; relative paths begin in ``folder``.
+    """
 
     where: str
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    images: tuple[Any, ...] = ()
+    folder: Path | None = None
 
 
 class Source(Protocol):
@@ -57,7 +63,7 @@ SAID = frozenset((
 ))  # fmt: skip
 
 
-def check(data: object, where: str) -> Record:
+def check(data: object, where: str, folder: Path | None = None) -> Record:
     """A record from a JSON value; DataError says what is wrong with it.
 
     Every field is used, or says where a record comes from; what is neither is refused.
@@ -72,7 +78,7 @@ def check(data: object, where: str) -> Record:
             "both text and messages" if text is not None else f"only {', '.join(map(str, data)) or 'nothing'}"
         )
         raise DataError(f"{where} has {found}; expected either text or messages")
-    known = {"text"} if text is not None else {"messages", "tools"}
+    known = {"text"} if text is not None else {"messages", "tools", "images"}
     if unknown := sorted(data.keys() - known - ABOUT):
         raise DataError(
             f"{where} has {', '.join(unknown)}, of which nothing would be learnt; remove it, or put what "
@@ -88,7 +94,9 @@ def check(data: object, where: str) -> Record:
         raise DataError(f"{where}: messages is {messages!r:.40}; expected a list of messages")
     for number, message in enumerate(messages):
         _check_message(message, f"{where}: message {number}")
-    return Record(where, messages=messages, tools=_tools(data.get("tools"), where))
+    messages, images = placed(messages, data.get("images"), where)
+    check_files(images, folder or Path(), where)
+    return Record(where, None, messages, _tools(data.get("tools"), where), images, folder)
 
 
 def _check_message(message: object, where: str) -> None:
@@ -101,8 +109,10 @@ def _check_message(message: object, where: str) -> None:
     parts = content if isinstance(content, list) else []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise DataError(f"{where} has a part that is no text ({kind!r:.40}); gates learn from text only")
+        if kind != "image" and (kind != "text" or not isinstance(part.get("text"), str)):
+            raise DataError(
+                f"{where} has a part that is neither text nor image ({kind!r:.40}); gates learn from these"
+            )
     if not isinstance(content, (str, list, type(None))):
         raise DataError(f"{where}: content is a {type(content).__name__}; expected a text")
 
@@ -152,7 +162,8 @@ class JsonLines:
                     if size > MOST_BYTES:
                         raise DataError(_huge(f"{self.name}:{number}", size))
                     if line.strip():
-                        self._parse(line, number)
+                        for size_of in _sizes(self._parse(line, number)):
+                            digest.update(size_of)
                         self._places.append((offset, number))
                 except DataError as error:
                     complain(error)
@@ -162,7 +173,7 @@ class JsonLines:
     def _parse(self, line: bytes, number: int) -> Record:
         where = f"{self.name}:{number}"
         try:
-            return check(parse_json(_decode(line, where)), where)
+            return check(parse_json(_decode(line, where)), where, self._path.parent)
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
@@ -289,6 +300,13 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         while not part.endswith(b"\n") and (part := file.readline(MOST_BYTES)):
             size += len(part)
         yield line, size
+
+
+def _sizes(record: Record) -> list[bytes]:
+    """What tells a record's pictures from others under the same names."""
+    if not record.images:
+        return []
+    return [str(check_files(record.images, record.folder or Path(), record.where)).encode()]
 
 
 def _decode(data: bytes, where: str) -> str:

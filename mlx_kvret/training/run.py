@@ -27,6 +27,7 @@ from . import state
 from .config import TrainConfig
 from .documents import Document, document
 from .packing import Batch, Packer, Position
+from .pictures import Sees
 from .records import Records
 from .report import Losses, Report
 from .schedule import rate
@@ -75,12 +76,14 @@ class Base:
 class Engine(Protocol):
     """Base model, gates and optimizer on one backend.
 
-    ``packs``: documents in one row do not see each other. ``versions`` are those of the backend's packages.
+    ``packs``: documents in one row do not see each other. ``sees`` takes pictures, if the model does.
+    ``versions`` are those of the backend's packages.
     """
 
     tokenizer: Any
     gate_config: GateConfig
     packs: bool
+    sees: Sees | None
     versions: dict[str, str]
 
     def gradient(self, batch: Batch, slack: float) -> Losses:
@@ -171,7 +174,15 @@ class Run:
 
     def _read(self, index: int) -> Document | None:
         try:
-            return document(self.records.read(index), self.engine.tokenizer, self.config.loss)
+            record, engine = self.records.read(index), self.engine
+            made = document(record, engine.tokenizer, self.config.loss, engine.sees)
+            longest = max((b - a for a, b in made.spans), default=0)
+            if longest > self.config.length:
+                raise DataError(
+                    f"{made.where} has a picture of {longest} tokens, and sequences have "
+                    f"{self.config.length}; raise --length, or make the picture smaller"
+                )
+            return made
         except DataError as error:
             self.records.complain(error)
             return None

@@ -80,7 +80,8 @@ MARKS = {
     "gemma3": "<start_of_image>", "gemma4": "<|image|>", "llava": "<image>", "idefics3": "<image>",
     "internvl": "<IMG_CONTEXT>",
 }  # fmt: skip
-TEMPLATE = """{{ bos_token }}{% for m in messages %} w10 {% if m['content'] is string %}{{ m['content'] }}\
+TEMPLATE = """{{ bos_token }}{% for m in messages %} \
+{{ 'w12' if m['role'] == 'assistant' else 'w10' }} {% if m['content'] is string %}{{ m['content'] }}\
 {% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %} MARK {% else %} {{ p['text'] }}{% endif %}\
 {% endfor %}{% endif %} w11{% endfor %}{% if add_generation_prompt %} w12{% endif %}"""
 

@@ -17,6 +17,7 @@ from ...core.types import Floats
 from ...errors import ConfigError, TrainingError
 from ...training.config import TrainConfig
 from ...training.packing import Batch
+from ...training.pictures import Sees
 from ...training.profile import profile
 from ...training.records import Records
 from ...training.report import Losses
@@ -65,6 +66,8 @@ class Engine:
         self.tokenizer = required(plain_tokenizer(base.folder), base.folder)
         self.student = Student(network, options.recompute)
         self.packs = self.student.packs
+        # a text half is trained
+        self.sees: Sees | None = None
         shape = (self.student.layers, self.student.kv_heads, self.student.hidden_size)
         self.gate_config = config.gates(*shape, base.config, base.name)
         mx.random.seed(config.seed)
