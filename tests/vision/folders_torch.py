@@ -92,8 +92,8 @@ def family(name: str) -> str:
 
 def folder(name: str, path: Path) -> Path:
     """A model that ``load`` opens; its words are w5, w6, ..."""
-    special = {0: "<pad>", 1: "<s>", 2: "</s>"} | NAMES[family(name)]
-    words = Tokenizer(models.WordLevel({special.get(i, f"w{i}"): i for i in range(WORDS)}, unk_token="w3"))
+    special = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>"} | NAMES[family(name)]
+    words = Tokenizer(models.WordLevel({special.get(i, f"w{i}"): i for i in range(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     own = NAMES[family(name)]
     tokens = {"image_token": own[IMAGE]}
@@ -105,7 +105,7 @@ def folder(name: str, path: Path) -> Path:
                   "end_image_token": own[END],
                   "video_token": "<video>"}  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3",
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=tokens, additional_special_tokens=list(own.values()),
     )  # fmt: skip
     tiny_model(name).save_pretrained(path)
