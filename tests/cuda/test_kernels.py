@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is for Linux only; CI installs it")
 
+import mlx_kvret
 from mlx_kvret.core.bits import packings
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend.attention import attend, naive_attend
@@ -272,19 +273,56 @@ def test_appending_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_model_on_kernels_equals_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    from .tiny import attached, new_cache, run
+@pytest.mark.parametrize("kv_bits", [None, "k8v4"])
+def test_a_model_on_kernels_says_what_it_says_without(kv_bits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_kvret.cuda_backend import recording
+    from mlx_kvret.cuda_backend.recording import Called
 
+    from .tiny import FAMILIES, attached
+
+    monkeypatch.setitem(FAMILIES, "qwen3", {"head_dim": 32, "num_hidden_layers": 2})
     model, _ = attached("qwen3")
-    ids = torch.randint(1, 96, (2, 18), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 96, (2, 12), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    prompts = [ids[0].tolist(), ids[1, :7].tolist()]
+    options = {"max_tokens": 4, "prefill_step_size": 10}
+    ways = []
+    for kernels in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "enabled", lambda _, on=kernels: on)
+            if INTERPRETED:
+                # a CPU cannot record; recorded steps are called again
+                patch.setattr(recording, "recorder", lambda _, on=kernels: Called if on else None)
+            cache = mlx_kvret.make_cache(model, budget=4, buffer=2, kv_bits=kv_bits)
+            said = [
+                one.token
+                for one in mlx_kvret.stream_generate(model, None, prompts[0], cache=cache, **options)
+            ]
+            kept = [str(cache.kept_positions())]
+            for one in mlx_kvret.stream_batch(
+                model, None, prompts, budget=4, buffer=2, kv_bits=kv_bits, **options
+            ):
+                said.append((one.index, one.token))
+                kept += [] if one.cache is None else [str(one.cache.kept_positions())]
+            ways.append((said, kept))
+    assert ways[0] == ways[1] and len(ways[0][1]) == 3
+
+
+def test_rows_behind_padding_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from .tiny import FAMILIES, attached, new_cache, run
+
+    monkeypatch.setitem(FAMILIES, "qwen3", {"head_dim": 8, "num_hidden_layers": 1})
+    model, _ = attached("qwen3")
+    ids = torch.randint(1, 96, (2, 13), generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(
+        DEVICE
+    )
     mask = torch.ones_like(ids)
-    mask[1, :4] = 0
+    mask[1, :3] = 0
     ways = []
     for kernels in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr(dispatch, "enabled", lambda _, on=kernels: on)
             cache = new_cache(model, budget=6, buffer=2)
-            steps = [(0, 9), (9, 14), *((i, i + 1) for i in range(14, 18))]
+            steps = [(0, 7), (7, 11), (11, 12), (12, 13)]
             logits = [run(model, ids[:, a:b], cache, attention_mask=mask[:, :b])[:, -1] for a, b in steps]
             ways.append((torch.stack(logits), str([cache.kept_positions(row) for row in range(2)])))
     torch.testing.assert_close(ways[0][0], ways[1][0], rtol=0, atol=1e-5)
