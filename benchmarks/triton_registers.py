@@ -21,15 +21,27 @@ BITS = (None, 8, "k8v4", 4)
 HEAD = ("kernel", "tokens", "K, V bits", "warps", "sm_80", "sm_90", "shared KB, sm_80 / sm_90")
 
 
-def row(launch: Launch, tokens: str, bits: str) -> str:
+def row(launch: Launch, tokens: int, bits: str) -> str:
     """A line of the table; registers, and bytes spilled where there are any."""
     made = [launch.compiled(capability) for capability in (80, 90)]
     said = [
         str(one.registers) + (f" ({sum(one.spills)} B spilled)" if any(one.spills) else "") for one in made
     ]
     shared = " / ".join(f"{one.shared / 1024:.0f}" for one in made)
+    constants, name = dict(launch.constants), launch.name.removesuffix("_kernel")
+    for flag, words in {"TOGETHER": "counts by itself first", "IN_LOW": "low word"}.items():
+        name += f", {words}" if constants.get(flag) else ""
+    which = "chunk" if "prefill" in name else str(tokens) if "decode" in name else "–"
     warps = str(dict(launch.options).get("num_warps", 4))
-    return "| " + " | ".join([launch.name.removesuffix("_kernel"), tokens, bits, warps, *said, shared]) + " |"
+    return "| " + " | ".join([name, which, bits, warps, *said, shared]) + " |"
+
+
+def told(launch: Launch, kv_bits: object, first: bool) -> bool:
+    """Whether a launch is another one than those of the lines before."""
+    packs = any(name.endswith("scales") and kind.startswith("*") for name, kind in launch.types)
+    attends = "attention" in launch.name
+    # what moves and selects does so for any model, and what knows no bits for any
+    return (first or attends) and (kv_bits is None or packs)
 
 
 def table() -> str:
@@ -37,27 +49,16 @@ def table() -> str:
         "# Registers of the Triton kernels\n",
         f"Triton {triton.__version__}, bfloat16: registers of a thread by ptxas, and bytes spilled (stored",
         "and loaded) where there are any. By `python benchmarks/triton_registers.py --write` without a GPU:",
-        "nothing was timed.",
+        "nothing was timed. Kernels that move and select are the same for all models.",
     ]
     for name, shape in MODELS.items():
-        lines.append(
-            f"\n## {name}: {shape.kv_heads} KV heads, {shape.group} query heads each, D = {shape.dim}\n"
-        )
-        lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+        heads = f"{shape.kv_heads} KV heads, {shape.group} query heads each, D = {shape.dim}"
+        lines += [f"\n## {name}: {heads}\n", "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
         for kv_bits in BITS:
-            bits = "16" if kv_bits is None else str(kv_bits)
             for tokens in (1, 8):
                 for launch in launches(shape, kv_bits, tokens=tokens):
-                    # what reads and writes packed words differs by their bits, the others do not
-                    if kv_bits is None or "scales" in str([n for n, t in launch.types if t.startswith("*")]):
-                        which = (
-                            "–"
-                            if "attention" not in launch.name
-                            else "64"
-                            if "prefill" in launch.name
-                            else tokens
-                        )
-                        lines.append(row(launch, str(which), bits))
+                    if told(launch, kv_bits, name == next(iter(MODELS))):
+                        lines.append(row(launch, tokens, "16" if kv_bits is None else str(kv_bits)))
                         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 

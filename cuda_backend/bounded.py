@@ -175,9 +175,7 @@ class Bounded:
             raise CacheError(lost)
         if arena.gates is not None and any(row.waiting >= arena.defer for row in self.rows):
             run_gates(self.rows)
-        for row in self.rows:
-            if row.chunk is not None or row.length >= row.schedule.soonest:
-                settle(row)
+        settle([row for row in self.rows if row.chunk is not None or row.length >= row.schedule.soonest])
 
     def lose(self, reason: str) -> None:
         """The rows cannot go on: what they hold is not known any more."""

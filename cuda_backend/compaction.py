@@ -1,12 +1,16 @@
-"""What a compaction of one sequence does, decided upon before anything changes."""
+"""What a compaction of sequences does, decided upon before anything changes."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from mlx_kvret.core.config import MOST_TOKENS
 from mlx_kvret.core.schedule import Move
 from mlx_kvret.core.state import State
 
@@ -15,6 +19,8 @@ from .pool import Slab
 from .row import Row
 from .selection import keydiff_score, retention_score
 
+# entries that select together; each takes some 60 bytes meanwhile
+TOGETHER = 1 << 22
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -57,45 +63,85 @@ class Fold:
         self._after.put()
 
 
-def settle(row: Row) -> None:
-    """Carry out what is due of one row."""
-    move = row.schedule.next(row.seen, row.length)
-    if move is not None:
-        row.own()
-        row.arena.put(_compacted(row, move))
-    elif row.chunk is not None and row.length <= row.arena.limit:
-        row.own()
-        row.arena.put(Fold(row))
+def settle(rows: Sequence[Row]) -> None:
+    """Carry out what is due of rows of one arena; those that are due together select together."""
+    due: list[tuple[Row, Move]] = []
+    for row in rows:
+        move = row.schedule.next(row.seen, row.length)
+        if move is not None:
+            row.own()
+            due.append((row, move))
+        elif row.chunk is not None and row.length <= row.arena.limit:
+            row.own()
+            row.arena.put(Fold(row))
+    if not due:
+        return
+    pool, (first, _) = due[0][0].arena.pool, due[0]
+    needed = max(move.capacity for _, move in due)
+    if needed > pool.capacity:
+        most = max(row.schedule.most for row, _ in due)
+        pool.grow(max(min(most, max(needed, 2 * pool.capacity)), needed), *first.newest(0, 0, 1))
+    alike: dict[Any, list[tuple[Row, Move]]] = {}
+    for row, move in due:
+        rule = dataclasses.replace(row.config, budget=MOST_TOKENS, buffer=0)
+        alike.setdefault((move.tokens, bool(move.due.any()), rule), []).append((row, move))
+    for same in alike.values():
+        entries = (pool.capacity + same[0][1].tokens) * pool.heads
+        most = max(1, TOGETHER // entries)
+        for start in range(0, len(same), most):
+            _compact(same[start : start + most])
 
 
-def _compacted(row: Row, move: Move) -> Compaction:
-    """The oldest of the newest tokens moved into the pool; groups that are due select first."""
-    arena, tokens, start = row.arena, move.tokens, row.seen - row.length
-    pool = arena.pool
-    if move.capacity > pool.capacity:
-        capacity = min(row.schedule.most, max(move.capacity, 2 * pool.capacity))
-        pool.grow(max(capacity, move.capacity), *row.newest(0, 0, 1))
-    slab = row.slab
-    new = _newcomers(row, start, tokens)
-    old = slab.rows(slab.retention), slab.rows(slab.position), slab.rows(slab.owner)
-    stays, survives = old[2] < pool.heads, torch.ones_like(new[2], dtype=torch.bool)
-    if move.due.any():
-        joined = [torch.cat([a, b], 1) for a, b in zip(old, new, strict=True)]
-        score = _score(row, slab, joined, tokens)
-        keep = select(score, joined[1], joined[2], row.seen, row.config, arena.size, pool.heads)
-        if not move.due.all():
-            due = torch.from_numpy(move.due).to(arena.device, non_blocking=True)[:, None]
-            keep = torch.where(due, keep, joined[2] < pool.heads)
-        stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
+def _compact(due: Sequence[tuple[Row, Move]]) -> None:
+    """The oldest of the newest tokens moved into the pool; groups that are due select first.
+
+    All of these rows move as many tokens by the same rule, but for their budgets.
+    """
+    arena, tokens, config = due[0][0].arena, due[0][1].tokens, due[0][0].config
+    new = [_newcomers(row, row.seen - row.length, tokens) for row, _ in due]
+    joined, keeps = [], list[torch.Tensor]()
+    for (row, _), own in zip(due, new, strict=True):
+        slab = row.slab
+        old = slab.rows(slab.retention), slab.rows(slab.position), slab.rows(slab.owner)
+        joined.append([torch.cat(pair, 1) for pair in zip(old, own, strict=True)])
+    if due[0][1].due.any():
+        scores = [_score(row, row.slab, own, tokens) for (row, _), own in zip(due, joined, strict=True)]
+        position, head = (torch.cat([own[which] for own in joined]) for which in (1, 2))
+        numbers = torch.tensor([[row.seen, row.config.budget] for row, _ in due])
+        numbers = numbers.to(arena.device, non_blocking=True).repeat_interleave(arena.pool.groups, 0)
+        keep = select(
+            torch.cat(scores),
+            position,
+            head,
+            numbers[:, :1],
+            config,
+            arena.size,
+            arena.pool.heads,
+            numbers[:, 1:],
+        )
+        keeps += keep.split(arena.pool.groups)
+    for at, ((row, move), own) in enumerate(zip(due, new, strict=True)):
+        alive = joined[at][2] < arena.pool.heads
+        keep = alive
+        if keeps:
+            mask = torch.from_numpy(move.due).to(arena.device, non_blocking=True)[:, None]
+            keep = keeps[at] if move.due.all() else torch.where(mask, keeps[at], alive)
+        arena.put(_compacted(row, move, own, keep))
+
+
+def _compacted(row: Row, move: Move, new: tuple[torch.Tensor, ...], keep: torch.Tensor) -> Compaction:
+    """What becomes of a row once ``keep`` (groups, C + N) of its entries and newcomers stay."""
+    slab, tokens, capacity = row.slab, move.tokens, keep.shape[1] - new[0].shape[1]
+    stays, survives = keep[:, :capacity], keep[:, capacity:]
     slots = slab.destinations(stays, survives)
     arrays = slab.admitted(stays, slots, survives, *new)
     counts = None
     if row.config.threshold is not None:
-        counts = np.diff(arrays["offsets"].cpu().numpy()[:: arena.size])
+        counts = np.diff(arrays["offsets"].cpu().numpy()[:: row.arena.size])
     schedule = copy.copy(row.schedule)
-    schedule.done(move, start, counts)
+    schedule.done(move, row.seen - row.length, counts)
     left = row.length - tokens
-    scored = left if arena.gates is not None else 0
+    scored = left if row.arena.gates is not None else 0
     after = State([(row, {"schedule": schedule, "length": left, "scored": scored, "chunk": None})])
     return Compaction(row, _moves(row, slots, survives, tokens), arrays, _remaining(row, tokens), after)
 

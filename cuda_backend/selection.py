@@ -78,12 +78,15 @@ def select(
     config: EvictionConfig,
     size: int,
     heads: int,
+    budget: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """Which candidates stay, as a mask; all arguments (groups, N). A ``head`` ≥ ``heads`` marks no entry.
 
+    Groups may be those of several sequences, one sequence's after the other's.
+
     The rule is that of :func:`mlx_kvret.core.eviction.select` for groups that are due: protected entries
     first, then by score, ties to the newer token and then to the lower head; of these the first M·``size``.
-    ``seen`` is one number or (groups, 1).
+    ``seen`` and ``budget``, M if it is not the configuration's, are one number or (groups, 1).
     """
     alive = head < heads
     must = (position < config.sinks) | (position >= seen - config.window)
@@ -91,7 +94,9 @@ def select(
         order = _order(score, must, alive, position, head)
         must = must | (_rank_in_head(order, head) < config.min_per_head)
     order = _order(score, must, alive, position, head)
-    keep = torch.zeros_like(alive).scatter_(1, order[:, : config.budget * size], True) & alive
+    wanted = (config.budget if budget is None else budget) * size
+    best = torch.arange(order.shape[1], device=order.device).expand_as(order) < wanted
+    keep = torch.zeros_like(alive).scatter_(1, order, best) & alive
     if config.threshold is not None:
         keep = keep & (must | (score >= math.log(config.threshold)))
     return keep

@@ -48,13 +48,14 @@ def select(
     config: EvictionConfig,
     size: int,
     heads: int,
+    budget: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """As :func:`cuda_backend.selection.select`."""
     if not enabled(score.device):
-        return selection.select(score, position, head, seen, config, size, heads)
+        return selection.select(score, position, head, seen, config, size, heads, budget)
     from .select import select_triton
 
-    return select_triton(score, position, head, seen, config, size, heads)
+    return select_triton(score, position, head, seen, config, size, heads, budget)
 
 
 def fill(

@@ -106,6 +106,7 @@ def select_triton(
     config: EvictionConfig,
     size: int,
     heads: int,
+    budget: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """As :func:`cuda_backend.selection.select`."""
     groups, device = len(score), score.device
@@ -118,10 +119,15 @@ def select_triton(
         segment = torch.where(alive, segment, -1).to(torch.int32)
         return radix_select(bits + (must.long() << 32), low, segment, wanted, together)
 
+    group = torch.arange(groups, device=device)[:, None]
     if config.min_per_head:
-        must = must | best(must, head, torch.full((heads,), config.min_per_head, device=device), False)
-    group = torch.arange(groups, device=device)[:, None].expand_as(head)
-    keep = best(must, group, torch.full((groups,), config.budget * size, device=device), True)
+        # heads of other sequences are others
+        per_sequence = heads // size
+        least = torch.full((groups // per_sequence * heads,), config.min_per_head, device=device)
+        must = must | best(must, head + group // per_sequence * heads, least, False)
+    wanted = torch.zeros(groups, 1, dtype=torch.int32, device=device)
+    wanted += (config.budget if budget is None else budget) * size
+    keep = best(must, group.expand_as(head), wanted[:, 0], True)
     if config.threshold is not None:
         keep = keep & (must | (score >= math.log(config.threshold)))
     return keep

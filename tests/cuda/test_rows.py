@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import random
+from typing import Any
 
+import pytest
 import torch
 from cross import rows
 
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.cuda_backend import compaction
 
-from .bare import Bare
+from .bare import WORDS, Bare
 
 HOST = Bare()
 SMALL = EvictionConfig(budget=6, buffer=3)
@@ -90,3 +93,34 @@ def test_what_another_row_has_left_is_not_read() -> None:
     batch.extend(ready(0))
     found = [HOST.read(batch, [[1], [2], [3]]) for _ in range(4)]
     assert all(torch.from_numpy(out).isfinite().all() for both in found for out in both)
+
+
+@pytest.mark.parametrize("room", [compaction.TOGETHER, 1])
+def test_rows_that_are_due_together_select_together(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "TOGETHER", room)
+    asked: list[int] = []
+
+    def counted(score: torch.Tensor, *rest: Any) -> torch.Tensor:
+        asked.append(len(score))
+        return selected(score, *rest)
+
+    selected = compaction.select
+    monkeypatch.setattr(compaction, "select", counted)
+    tokens = list(range(30))
+    budgets = [(6, 3), (8, 3), (6, 3)]
+    batch = HOST.new(EvictionConfig(*budgets[0]))
+    for budget, buffer in budgets[1:]:
+        batch.extend(HOST.new(EvictionConfig(budget, buffer)))
+    alone = [HOST.new(EvictionConfig(*own)) for own in budgets]
+    for token in tokens:
+        HOST.read(batch, [[(token + row) % WORDS] for row in range(3)])
+    batch.settle()
+    together = asked.copy()
+    asked.clear()
+    for row, cache in enumerate(alone):
+        for token in tokens:
+            HOST.read(cache, [[(token + row) % WORDS]])
+        assert HOST.kept(batch, row) == HOST.kept(cache, 0)
+    assert sum(together) == sum(asked)
+    # unless they are too many entries to be looked at at once
+    assert (max(together), len(together) < len(asked)) == ((1, False) if room == 1 else (2, True))
