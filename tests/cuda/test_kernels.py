@@ -292,9 +292,9 @@ def test_a_model_on_kernels_says_what_it_says_without(kv_bits: Any, monkeypatch:
 
     monkeypatch.setitem(FAMILIES, "qwen3", {"head_dim": 32, "num_hidden_layers": 2})
     model, _ = attached("qwen3")
-    ids = torch.randint(1, 96, (2, 12), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
-    prompts = [ids[0].tolist(), ids[1, :7].tolist()]
-    options = {"max_tokens": 4, "prefill_step_size": 10}
+    ids = torch.randint(1, 96, (2, 9), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    prompts = [ids[0].tolist(), ids[1, :5].tolist()]
+    options = {"max_tokens": 3, "prefill_step_size": 8}
     ways = []
     for kernels in (True, False):
         with monkeypatch.context() as patch:
