@@ -49,7 +49,7 @@ def attend(
         return plain()
     if not kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
         return plain()
-    return kernels.either(lambda: attend_with_kernels(queries, view, scale, causal, sinks), plain)
+    return kernels.served(lambda: attend_with_kernels(queries, view, scale, causal, sinks), plain)
 
 
 def attend_reference(

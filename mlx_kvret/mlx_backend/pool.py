@@ -48,6 +48,12 @@ class Pool:
         """Slots of a slab, spill slots included."""
         return self.groups * (self.capacity * self.size + 1)
 
+    @property
+    def entry_bytes(self) -> int:
+        """Of a kept entry's key and value."""
+        keys, values = self.keys, self.values
+        return int(keys.shape[1] * keys.dtype.size + values.shape[1] * values.dtype.size)
+
     # ------------------------------------------------------------------ room
 
     def grow(self, capacity: int, keys: mx.array, values: mx.array) -> None:

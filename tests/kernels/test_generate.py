@@ -10,7 +10,7 @@ from mlx_lm.generate import generation_stream
 
 import mlx_kvret
 from mlx_kvret.mlx_backend import kernels
-from mlx_kvret.mlx_backend.kernels.launch import Kernel
+from mlx_kvret.mlx_backend.kernels.launch import Launch
 
 
 @pytest.fixture
@@ -94,12 +94,12 @@ def test_a_thousand_tokens_without_waiting_for_the_device(path, monkeypatch):
     path("metal")
     launches: Counter[str] = Counter()
 
-    def launch(self, *args, **options):
-        launches[self.name] += 1
-        return stock(self, *args, **options)
+    def launch(self, inputs):
+        launches[self.kernel.name] += 1
+        return stock(self, inputs)
 
-    stock = Kernel.__call__
-    monkeypatch.setattr(Kernel, "__call__", launch)
+    stock = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", launch)
     monkeypatch.setattr(
         "mlx_kvret.mlx_backend.kernels.launch._evaluated", lambda arrays: True
     )  # the first build

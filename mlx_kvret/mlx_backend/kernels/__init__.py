@@ -22,6 +22,7 @@ VARIABLE = "MLX_KVRET_KERNELS"
 CHOICES = ("auto", "metal", "reference")
 HEAD_SIZES = (32, 64, 72, 80, 96, 112, 128, 192, 256, 512)
 TYPES = (mx.float16, mx.bfloat16, mx.float32)
+_TYPES = set(TYPES)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ def status() -> Status:
 
 def enabled() -> bool:
     """Whether kernels are to be used."""
-    return status().path == "metal"
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice == "auto":
+        # as status() says, for whom this is asked in every layer
+        return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
+    return status().path == "metal" if choice != "metal" else True
 
 
 def either(kernel: Callable[[], Result], twin: Callable[[], Result]) -> Result:
@@ -66,8 +71,11 @@ def either(kernel: Callable[[], Result], twin: Callable[[], Result]) -> Result:
     Raises:
         KernelError: the device refuses it.
     """
-    if not enabled():
-        return twin()
+    return served(kernel, twin) if enabled() else twin()
+
+
+def served(kernel: Callable[[], Result], twin: Callable[[], Result]) -> Result:
+    """:func:`either` where kernels are on."""
     try:
         return kernel()
     except KernelError as error:
@@ -79,6 +87,8 @@ def either(kernel: Callable[[], Result], twin: Callable[[], Result]) -> Result:
 
 def attention_supported(dtypes: set[mx.Dtype], key_dim: int, value_dim: int) -> bool:
     """Whether there are attention kernels for these types and head sizes; if not, warns once."""
+    if len(dtypes) == 1 and key_dim in HEAD_SIZES and value_dim in HEAD_SIZES and dtypes <= _TYPES:
+        return True
     if len(dtypes) != 1 or not dtypes <= set(TYPES):
         names = " with ".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes))
         _warn(f"no attention kernel for {names}; using the slower reference in plain MLX")

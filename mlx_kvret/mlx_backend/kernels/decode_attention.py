@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from .launch import Kernel, Template, constant
+from ...core.bits import Packing
+from .launch import Kernel, Launch, Template, constant
 
 if TYPE_CHECKING:
-    from ..pool import Pool
     from ..view import LayerView
 
 MAX_TOKENS = 8
@@ -79,51 +80,66 @@ def decode_attention(
     out its share of a row's entries in the layer from ``offsets``, and partial results are merged by
     log-sum-exp (Flash-Decoding).
     """
-    pool, heads = view.pool, view.kv_heads
-    count, query_heads, tokens, key_dim = queries.shape
-    value_dim, rows = view.values.shape[-1], query_heads // heads * tokens
-    groups = row_groups(rows, key_dim, value_dim)
-    kept = sum(a.shape[-1] * a.dtype.size for a in (pool.keys, pool.values))
-    newest = view.keys.shape[2] * (key_dim + value_dim) * queries.dtype.size
-    shares = pieces((pool.capacity * kept + newest) * heads, count)
-    parts = shares + heads - 1
+    pool = view.pool
     keys, values, batch = view.placed()
-    layer = constant(view.head, pool.heads + 1)
-    shape: Template = {"V": value_dim, "R": rows, "TOKENS": tokens, "T": queries.dtype}
-    partial, stats = _attend(
-        [
-            *(queries, pool.keys, pool.values, pool.lookup.table, pool.lookup.offsets),
-            *(keys, values, batch, layer, constant(scale, dtype=mx.float32)),
-        ],
-        [((count, parts, rows, value_dim), mx.float32), ((count, parts, rows, 2), mx.float32)],
-        (shares, count, 1),
-        max(SIMDGROUPS, groups) * 32,
-        **shape,
-        D=key_dim,
-        S=max(SIMDGROUPS, groups),
-        RG=groups,
-        RB=-(-rows // groups),
-        CAUSAL=causal,
-        **stored(pool),
+    shape, heads, value_dim = queries.shape, keys.shape[1], values.shape[3]
+    newest = view.keys.shape[2] * (shape[3] + value_dim) * queries.dtype.size
+    shares = pieces((pool.capacity * pool.entry_bytes + newest) * heads, shape[0])
+    attend, merge = _launches(
+        shape, queries.dtype, heads, value_dim, shares, causal, sinks is not None, pool.forms
     )
-    (attended,) = _merge(
-        [
-            *(partial, stats, pool.lookup.offsets, batch, layer),
-            constant(0, dtype=mx.float32) if sinks is None else sinks,
-        ],
-        [((count, query_heads, tokens, value_dim), queries.dtype)],
-        (1, query_heads * tokens, count),
-        SIMDGROUPS * 32,
-        **shape,
-        S=SIMDGROUPS,
-        SINKS=sinks is not None,
+    layer, offsets = constant(view.layer * heads, pool.heads + 1), pool.lookup.offsets
+    scaling = constant(scale, dtype=mx.float32)
+    partial, stats = attend(
+        [queries, pool.keys, pool.values, pool.lookup.table, offsets, keys, values, batch, layer, scaling]
     )
+    (attended,) = merge([partial, stats, offsets, batch, layer, scaling if sinks is None else sinks])
     return attended
 
 
-def stored(pool: Pool) -> Template:
+@functools.lru_cache(1024)
+def _launches(
+    queries: tuple[int, ...],
+    dtype: mx.Dtype,
+    heads: int,
+    value_dim: int,
+    shares: int,
+    causal: bool,
+    sinks: bool,
+    forms: tuple[Packing, Packing] | None,
+) -> tuple[Launch, Launch]:
+    """Both kernels for queries (R, Hq, T, Dk) and ``shares`` pieces of each row."""
+    count, query_heads, tokens, key_dim = queries
+    rows, parts = query_heads // heads * tokens, shares + heads - 1
+    groups = row_groups(rows, key_dim, value_dim)
+    simdgroups = max(SIMDGROUPS, groups)
+    common: Template = {"V": value_dim, "R": rows, "TOKENS": tokens, "T": dtype}
+    attend = _attend.prepared(
+        [((count, parts, rows, value_dim), mx.float32), ((count, parts, rows, 2), mx.float32)],
+        (shares, count, 1),
+        simdgroups * 32,
+        **common,
+        D=key_dim,
+        S=simdgroups,
+        RG=groups,
+        RB=-(-rows // groups),
+        CAUSAL=causal,
+        **stored(forms),
+    )
+    merge = _merge.prepared(
+        [((count, query_heads, tokens, value_dim), dtype)],
+        (1, query_heads * tokens, count),
+        SIMDGROUPS * 32,
+        **common,
+        S=SIMDGROUPS,
+        SINKS=sinks,
+    )
+    return attend, merge
+
+
+def stored(forms: tuple[Packing, Packing] | None) -> Template:
     """How kept keys and values are stored: bits, 0 for floats, and groups."""
-    if pool.forms is None:
+    if forms is None:
         return {"KB": 0, "KG": 32, "VB": 0, "VG": 32}
-    keys, values = pool.forms
+    keys, values = forms
     return {"KB": keys.bits, "KG": keys.group, "VB": values.bits, "VG": values.group}

@@ -60,32 +60,37 @@ class Kernel:
         init_value: float | None = None,
         **template: Any,
     ) -> list[mx.array]:
-        """Launch ``grid`` threadgroups of ``threadgroup`` threads; shapes and types of the ``outputs``.
+        """Launch once. Arguments as of :meth:`prepared`, raises as a :class:`Launch`."""
+        return self.prepared(outputs, grid, threadgroup, init_value, **template)(list(inputs))
 
-        Raises:
-            KernelError: MLX cannot build the source for these types and sizes, its device does not take so
-                large threadgroups, or it has no Metal.
-        """
-        factory = mx.fast.metal_kernel
-        if factory not in self._made:
-            header = _source(self.header) if self.header else ""
-            self._made[factory] = factory(
-                name=f"kvret_{self.name}", source=_source(f"{self.name}.metal"), header=header, **self._how
-            )
-        variant = (factory, *template.items(), *(a.dtype for a in inputs))
+    def prepared(
+        self,
+        outputs: Sequence[tuple[Sequence[int], mx.Dtype]],
+        grid: tuple[int, int, int],
+        threadgroup: int,
+        init_value: float | None = None,
+        **template: Any,
+    ) -> Launch:
+        """``grid`` threadgroups of ``threadgroup`` threads; shapes and types of the ``outputs``."""
+        how = {
+            "template": list(template.items()),
+            "grid": (grid[0] * threadgroup, grid[1], grid[2]),
+            "threadgroup": (threadgroup, 1, 1),
+            "output_shapes": [shape for shape, _ in outputs],
+            "output_dtypes": [dtype for _, dtype in outputs],
+            "init_value": init_value,
+        }
+        return Launch(self, how)
+
+    def first(self, inputs: Sequence[mx.array], how: Template) -> list[mx.array]:
+        """A launch that may be the first of its kind, which is built and evaluated then."""
+        factory, template = mx.fast.metal_kernel, dict(how["template"])
+        variant = (factory, *how["template"], *(a.dtype for a in inputs))
         if variant in self._refused:
             # not built anew each time
             raise self._refused[variant]
         try:
-            made: list[mx.array] = self._made[factory](
-                inputs=list(inputs),
-                template=list(template.items()),
-                grid=(grid[0] * threadgroup, grid[1], grid[2]),
-                threadgroup=(threadgroup, 1, 1),
-                output_shapes=[shape for shape, _ in outputs],
-                output_dtypes=[dtype for _, dtype in outputs],
-                init_value=init_value,
-            )
+            made: list[mx.array] = self.made(factory)(inputs=list(inputs), **how)
             # MLX builds when it evaluates, far from here: a source that fails is better found now
             if variant not in self._built and _evaluated(made):
                 self._built.add(variant)
@@ -96,6 +101,15 @@ class Kernel:
                 self._refused[variant] = failure
             raise failure from error
         return made
+
+    def made(self, factory: Callable[..., Any]) -> Callable[..., Any]:
+        """The kernel as made by MLX, or by what stands in for it."""
+        if factory not in self._made:
+            header = _source(self.header) if self.header else ""
+            self._made[factory] = factory(
+                name=f"kvret_{self.name}", source=_source(f"{self.name}.metal"), header=header, **self._how
+            )
+        return self._made[factory]
 
     def _failure(self, error: Exception, types: Iterable[str], template: Template) -> Exception:
         text = str(error)
@@ -115,6 +129,30 @@ class Kernel:
                 "to go on without it"
             )
         return error
+
+
+class Launch:
+    """A kernel with all that stays the same from call to call, so that a call costs the host little."""
+
+    def __init__(self, kernel: Kernel, how: Template) -> None:
+        self.kernel, self._how = kernel, how
+        self._factory: Callable[..., Any] | None = None
+        self._made: Callable[..., Any] | None = None
+
+    def __call__(self, inputs: list[mx.array]) -> list[mx.array]:
+        """The outputs for inputs of the same types in every call.
+
+        Raises:
+            KernelError: MLX cannot build the source for these types and sizes, its device does not take so
+                large threadgroups, or it has no Metal.
+        """
+        if self._made is not None and self._factory is mx.fast.metal_kernel:
+            found: list[mx.array] = self._made(inputs=inputs, **self._how)
+            return found
+        found = self.kernel.first(inputs, self._how)
+        self._factory = mx.fast.metal_kernel
+        self._made = self.kernel.made(mx.fast.metal_kernel)
+        return found
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -106,6 +106,6 @@ def tiled(
         S=SIMDGROUPS,
         CAUSAL=causal,
         SINKS=sinks is not None,
-        **stored(pool),
+        **stored(pool.forms),
     )
     return attended
