@@ -9,10 +9,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..core.images import open_picture
 from ..core.plan import size
 from ..core.sampling import SAMPLING
 from ..errors import ConfigError
+from ..texts import read_picture
 from . import options as shared
 from .generate import Pictures, prompt_text, read_prompt
 from .read import check_target
@@ -56,7 +56,7 @@ def command(context: click.Context, **options: Any) -> None:
     step, opens = options.pop("prefill_step_size"), options.pop("opens")
     # a page that is given on tells no folders
     name = Path(options["model"]).name if Path(options["model"]).exists() else options["model"]
-    images = [open_picture(one, f"--image {one}") for one in options.pop("image")]
+    images = [read_picture(one, f"--image {one}") for one in options.pop("image")]
     if images and prompt is None:
         raise ConfigError("--image goes with a question about it; give --prompt too")
     if prompt is None and file is None:
