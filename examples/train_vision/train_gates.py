@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +18,8 @@ from mlx_kvret.core.checkpoint import load_gates, save_gates
 from mlx_kvret.core.fingerprint import fingerprint
 from mlx_kvret.cuda_backend.gates import RetentionGates, from_checkpoint, to_arrays
 from mlx_kvret.cuda_backend.kernels.soft_size import soft_size
-from mlx_kvret.cuda_backend.training.attention import PackedMask
 from mlx_kvret.cuda_backend.training.loss import active, capacity
-from mlx_kvret.cuda_backend.training.student import Student, Trace
+from mlx_kvret.cuda_backend.training.student import Student
 
 STEPS, TEXTS, TOKENS, PEAK_RATE = 200, 2, 512, 3e-3
 # M of the capacity loss, another for each step: what a larger budget shall keep is learned as well
@@ -31,21 +29,6 @@ BUDGETS = (4, 8, 16, 32)
 # it otherwise. Deeper layers read of a picture what they would read of words.
 FIRST_BIAS = 2.0
 NAME = "mlx-kvret demo-vision"
-
-
-class SeeingStudent(Student):
-    """A student that takes the decoder's arguments, as the tower gives them, instead of ids."""
-
-    def _run(self, given: Any, starts: torch.Tensor, gates: Any, sinks: int = 0) -> Trace:
-        if isinstance(given, torch.Tensor):
-            return super()._run(given, starts, gates, sinks)
-        self._active, self._documents, self._collected, self._lasting = gates, PackedMask(starts), {}, None
-        out = self.model.get_decoder()(use_cache=False, **given)
-        collected, self._collected = self._collected, None
-        if gates is None:
-            return Trace(out.last_hidden_state, None)
-        log_beta = torch.stack([collected[layer] for layer in range(self.layers)], 1)
-        return Trace(out.last_hidden_state, log_beta.transpose(2, 3).flatten(1, 2))
 
 
 def train(
@@ -62,9 +45,7 @@ def train(
     tower runs once a step, without a gradient, for teacher and student. About a minute of one idle thread.
     """
     torch.set_num_threads(1)
-    student = SeeingStudent(Qwen3VLForConditionalGeneration.from_pretrained(model_folder))
-    # the student's attention function is not for the tower, which keeps no entries
-    student.model.set_attn_implementation({"vision_config": "sdpa"})
+    student = Student(Qwen3VLForConditionalGeneration.from_pretrained(model_folder))
     torch.manual_seed(seed)
     known = load_gates(start)
     config = dataclasses.replace(
@@ -86,11 +67,14 @@ def train(
         target, weight = targets(texts)
         with torch.no_grad():
             given = embed(student.model, [text.album for text in texts], TOKENS)
+        ids = torch.tensor([text.album.ids[:TOKENS] for text in texts])
         counts = weight.flatten() > 0
         target, weight = target.flatten()[counts], weight.flatten()[counts]
-        trace = student.learn(given, starts, gates)
+        trace = student.learn(ids, starts, gates, seen=given)
         said = log_softmax(student.logits(trace.hidden.flatten(0, 1)[counts]), -1)
-        taught = log_softmax(student.logits(student.teach(given, starts).hidden.flatten(0, 1)[counts]), -1)
+        taught = log_softmax(
+            student.logits(student.teach(ids, starts, given).hidden.flatten(0, 1)[counts]), -1
+        )
         loss = cross_entropy(said, target, reduction="none")
         loss = (loss + kl_div(said, taught, log_target=True, reduction="none").sum(-1)) / 2
         budget = int(rng.choice(BUDGETS))

@@ -22,7 +22,7 @@ pytest.importorskip("PIL.Image")
 ROOT = Path(__file__).parents[2]
 # what the sample picture states, and what its decoys say of the same names
 FACTS = {"Ada": "red", "Gilda": "blue", "Oscar": "green", "Thea": "purple"}
-GENERATES = ("mlx",)
+GENERATES = ("mlx", "torch")
 NEEDS = {"mlx": ("mlx_vlm",), "torch": ("torch", "transformers")}
 
 
