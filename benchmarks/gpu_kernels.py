@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gpu_timing import DEVICE, GPU
 
+from mlx_kvret.core.bits import packings
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend.attention import naive_attend
 from mlx_kvret.cuda_backend.pool import Pool, listing
@@ -26,7 +27,7 @@ SHAPES = [
     (16, 8, 4, 1, 40, 128, 128), (1, 2, 8, 1, 1, 64, 64), (1, 4, 1, 8, 9, 96, 96),
     (1, 2, 16, 70, 70, 128, 128), (3, 3, 5, 1, 17, 80, 80), (1, 1, 16, 5, 30, 192, 128),
 ]  # fmt: skip
-TINY = [(1, 2, 2, 1, 5, 16, 16), (2, 2, 2, 1, 5, 16, 16), (1, 2, 2, 5, 9, 16, 16)]
+TINY = [(1, 2, 2, 1, 5, 32, 32), (2, 2, 2, 1, 5, 32, 32), (1, 2, 2, 9, 9, 32, 32)]
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 
 
@@ -37,7 +38,9 @@ def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def poisoned_view(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> LayerView:
+def poisoned_view(
+    shape: tuple[int, ...], dtype: torch.dtype, kv_bits: int | None = None, seed: int = 0
+) -> LayerView:
     """Layer 1 of 2 with ragged heads, one of them empty; rows stand out of order among free slabs."""
     rows, heads, _, _, places, key_dim, value_dim = shape
     random, few = np.random.default_rng(seed), 300 if GPU else 9
@@ -45,7 +48,7 @@ def poisoned_view(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
     slabs, size = rows + (rows > 1), 2 * heads
     lengths = random.integers(0, few, (slabs, size))
     lengths[:, heads], lengths[:, -1] = 0, 3 * few
-    pool = Pool(slabs, 1, size, DEVICE)
+    pool = Pool(slabs, 1, size, DEVICE, packings(kv_bits, key_dim, value_dim))
     keys, values = (
         torch.randn(slabs, heads, places + 5, dim, device=DEVICE).to(dtype) for dim in (key_dim, value_dim)
     )
@@ -57,10 +60,12 @@ def poisoned_view(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
         slab.owner[:-1] = torch.from_numpy(flat).to(DEVICE, torch.int32)
         table, offsets = listing(slab.owner, size, len(slab.table))
         slab.take({"table": table, "offsets": offsets})
-    used = (pool.owner < size)[..., None]
-    for name, dim in (("keys", key_dim), ("values", value_dim)):
-        noise = torch.randn(*used.shape[:2], dim, device=DEVICE).to(dtype)
-        setattr(pool, name, torch.where(used, noise, torch.nan))
+    used = pool.owner < size
+    for which, (array, dim) in enumerate(((pool.keys, key_dim), (pool.values, value_dim))):
+        noise = pool.stored(which, torch.randn(*used.shape, dim, device=DEVICE).to(dtype))
+        # NaN in any type, as scales too
+        array.view(torch.uint8).fill_(255)
+        array[used] = noise[used]
     if rows == 1:
         return LayerView(pool, 0, 1, keys[:1, :, :places], values[:1, :, :places])
     which, before = random.permutation(slabs)[:rows], random.integers(0, places, rows)
@@ -82,8 +87,10 @@ def check_attention(put: Put, left: Callable[[], float], few: bool = False) -> N
     cases = [
         (dtype, shape, special)
         for dtype in types
-        for special in ("plain", "sinks", "softcap")
+        for special in ("plain", "sinks", "softcap", 8, 4)
         for shape in (shapes if special == "plain" else shapes[:3])
+        # what is packed comes in groups
+        if isinstance(special, str) or shape[5] % 32 == 0
     ]
     worst: dict[str, float] = {}
     for count, (dtype, shape, special) in enumerate(cases):
@@ -91,7 +98,7 @@ def check_attention(put: Put, left: Callable[[], float], few: bool = False) -> N
             put("attention", not_tried=[str(case) for case in cases[count:]])
             break
         rows, heads, group, tokens, _, key_dim, _ = shape
-        view = poisoned_view(shape, dtype)
+        view = poisoned_view(shape, dtype, None if isinstance(special, str) else special)
         queries = torch.randn(rows, heads * group, tokens, key_dim, device=DEVICE).to(dtype)
         given: dict[str, Any] = {
             "sinks": torch.randn(heads * group, device=DEVICE).to(dtype) if special == "sinks" else None,
@@ -146,6 +153,34 @@ def check_selection(put: Put, left: Callable[[], float], few: bool = False) -> N
     put("selection", ok=not unequal, tried=tried, unequal_to_twin=unequal)
 
 
+def check_moving(put: Put, left: Callable[[], float], few: bool = False) -> None:
+    """New tokens into windows, and survivors into the holes of the pool, whole or in few bits."""
+    from mlx_kvret.cuda_backend.kernels import moving
+
+    heads, dim, tokens = (8, 128, 40) if GPU else (2, 32, 5)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    for kv_bits in (None, 8, 4):
+        pools = [Pool(2, 1, heads, DEVICE, packings(kv_bits, dim, dim)) for _ in range(2)]
+        new = torch.randn(2, 1, heads, tokens, dim, device=DEVICE).to(dtype)
+        for pool in pools:
+            pool.grow(4 * tokens, *new)
+            pool.keys.zero_(), pool.values.zero_()
+        keep = torch.rand(heads * tokens, device=DEVICE) < 0.4
+        slots = torch.randperm(4 * heads * tokens, device=DEVICE)[: heads * tokens]
+        moving.fill(pools[0].slab(1), slots, keep, *new)
+        pools[1].slab(1).fill(slots[keep], *(a.flatten(0, 2)[keep] for a in new))
+        same = all(torch.equal(*pair) for pair in zip(pools[0].arrays(), pools[1].arrays(), strict=True))
+        put("fill", ok=same, bits=kv_bits or 16, equal_to_twin=same)
+    slabs, places = torch.tensor([2, 0], device=DEVICE), torch.tensor([3, 1], device=DEVICE)
+    windows = [torch.full((2, 3, heads, 6, dim), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
+    one = torch.randn(2, 2, heads, 1, dim, device=DEVICE).to(dtype)
+    moving.append(*one, slabs, places, *windows[0])
+    for wide, own in zip(windows[1], one, strict=True):
+        wide.transpose(1, 2).index_put_((slabs, places), own[:, :, 0])
+    same = torch.equal(windows[0].nan_to_num(9), windows[1].nan_to_num(9))
+    put("append", ok=same, equal_to_twin=same)
+
+
 def check_soft_size(put: Put, left: Callable[[], float], few: bool = False) -> None:
     """The training loss's kernel, forward and backward."""
     from mlx_kvret.cuda_backend.kernels.soft_size import naive_soft_size, soft_size
@@ -165,7 +200,7 @@ def check_soft_size(put: Put, left: Callable[[], float], few: bool = False) -> N
 
 def check_kernels(put: Put, left: Callable[[], float], few: bool = False) -> None:
     """All of them; one that fails does not stop the others."""
-    for check in (check_attention, check_selection, check_soft_size):
+    for check in (check_attention, check_moving, check_selection, check_soft_size):
         try:
             check(put, left, few)
         except Exception as error:

@@ -37,6 +37,7 @@ from transformers import DynamicCache
 
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend import hooks
+from mlx_kvret.cuda_backend.compiling import want
 from mlx_kvret.cuda_backend.kernels.dispatch import attend
 
 Put = Callable[..., None]
@@ -156,6 +157,13 @@ def decode_rows(put: Put, left: Left, plan: Plan, made: tuple[Any, hooks.Attachm
         if ours and theirs:
             put("eager: full over bounded", rows=rows, times=theirs / ours)
     overhead_row(put, model, attachment, config, plan)
+    if GPU and left() > 45:
+        # the last, for compiling takes long
+        want(model, DEVICE)
+        with _case(put, "bounded, captured, compiled", 1):
+            fresh_peak()
+            cache = bounded(model, attachment, config, 1, 4 * plan.budget, plan.chunk)
+            _row(put, "bounded, captured, compiled", 1, bounded_step(model, cache, False), plan, False)
 
 
 def _row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..core.budget import CacheShape
@@ -45,8 +46,8 @@ class Backend(Protocol):
     def read(self, cache: Any, ids: list[int]) -> None:
         """One forward pass over tokens whose logits nobody wants."""
 
-    def logprobs(self, cache: Any, token: Any) -> Any:
-        """One forward pass over a token (1,): log probabilities (1, V) of the next."""
+    def decoder(self, cache: Any) -> Callable[[Any], Any]:
+        """The next steps of a cache: from a token (1,), which it reads, to log probabilities (1, V)."""
 
     def chooser(self, asked: Drawing) -> Choose:
         """How one row's next tokens are chosen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ class Engine(Protocol):
 @dataclass
 class _Row:
     cache: Any
+    decode: Callable[[Any], Any]
     choose: Choose
     logprobs: Any
     token: Any
@@ -52,16 +54,17 @@ class OneByOne:
         self._count = 0
 
     def join(self, cache: Any, token: int, choose: Choose) -> int:
-        logprobs = self._backend.logprobs(cache, self._backend.array(token))
+        decode = self._backend.decoder(cache)
+        logprobs = decode(self._backend.array(token))
         self._count += 1
-        self._rows[self._count] = _Row(cache, choose, logprobs, choose(logprobs))
+        self._rows[self._count] = _Row(cache, decode, choose, logprobs, choose(logprobs))
         return self._count
 
     def step(self) -> list[Step]:
         steps = []
         for number, row in self._rows.items():
             steps.append(Step(number, int(row.token), row.logprobs[0]))
-            row.logprobs = self._backend.logprobs(row.cache, row.token)
+            row.logprobs = row.decode(row.token)
             row.token = row.choose(row.logprobs)
         return steps
 

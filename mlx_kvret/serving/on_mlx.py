@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -35,9 +36,12 @@ class OnMLX(Common):
         # as mlx-lm does between chunks
         mx.clear_cache()
 
-    def logprobs(self, cache: BoundedCache, token: mx.array) -> mx.array:
-        logits = self.model(token[None], cache=cache)[:, -1]
-        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    def decoder(self, cache: BoundedCache) -> Callable[[mx.array], mx.array]:
+        def logprobs(token: mx.array) -> mx.array:
+            logits = self.model(token[None], cache=cache)[:, -1]
+            return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+        return logprobs
 
     def host(self, logprobs: mx.array) -> Array:
         return np.array(logprobs.astype(mx.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
 from mlx_kvret.cuda_backend.generation import stop_tokens, vocabulary
 from mlx_kvret.cuda_backend.memory import free_bytes
 from mlx_kvret.cuda_backend.sampling import alone
+from mlx_kvret.cuda_backend.step import decoder_step
 
 from ..core.types import Array
 from ..errors import UnsupportedFeatureError
@@ -36,10 +38,9 @@ class OnTorch(Common):
         given = torch.tensor([ids], device=self.model.device)
         self.model(given, **cache_argument(self.model, cache), logits_to_keep=1)
 
-    @torch.no_grad()
-    def logprobs(self, cache: BoundedCache, token: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(token[:, None], **cache_argument(self.model, cache)).logits[:, -1]
-        return logits.float().log_softmax(-1)
+    def decoder(self, cache: BoundedCache) -> Callable[[torch.Tensor], torch.Tensor]:
+        step = decoder_step(self.model, cache)
+        return lambda token: step(token[:, None], _logprobs)
 
     def host(self, logprobs: torch.Tensor) -> Array:
         return logprobs.float().cpu().numpy()
@@ -60,6 +61,10 @@ def _batches(cache: BoundedCache) -> bool:
     except UnsupportedFeatureError:
         return False
     return True
+
+
+def _logprobs(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().log_softmax(-1)
 
 
 def greedy(logprobs: torch.Tensor) -> torch.Tensor:

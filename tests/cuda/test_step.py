@@ -13,9 +13,13 @@ from torch._dynamo.testing import CompileCounter
 
 import mlx_kvret
 from mlx_kvret.cuda_backend import compiling, recording
+from mlx_kvret.cuda_backend.generation import TokenIds
 from mlx_kvret.cuda_backend.recording import Called
 from mlx_kvret.cuda_backend.step import FixedStep, PlainStep, decoder_step
 from mlx_kvret.errors import CacheError, ConfigError
+from mlx_kvret.serving.batched import Batched
+from mlx_kvret.serving.engine import OneByOne
+from mlx_kvret.serving.on_torch import OnTorch, greedy
 
 from .tiny import attached, new_cache, run
 
@@ -234,6 +238,13 @@ def test_everybody_decodes_in_recorded_steps(monkeypatch: pytest.MonkeyPatch, fa
         said: list[Any] = [mlx_kvret.generate(model, None, p, budget=12, max_tokens=12) for p in prompts]
         drawn = {"budget": 12, "max_tokens": 6, "temp": 1.0, "seed": 3, "repetition_penalty": 1.2}
         said.append([r.token for r in mlx_kvret.stream_generate(model, None, prompts[1], **drawn)])
+        # as serving does where rows have one clock, and where they stand in a batch
+        backend = OnTorch(model, TokenIds(), {"budget": 12})
+        for engine in (OneByOne(backend), Batched(backend, 2))[: 1 + together]:
+            cache = backend.new_cache(None)
+            backend.read(cache, prompts[1][:-1])
+            engine.join(cache, prompts[1][-1], greedy)
+            said.append([step.token for _ in range(6) for step in engine.step()])
         if together:
             limits = [9, 5, 7]
             said += mlx_kvret.generate_batch(model, None, prompts, budget=[12, 9, 30], max_tokens=limits)
@@ -255,7 +266,7 @@ def test_everybody_decodes_in_recorded_steps(monkeypatch: pytest.MonkeyPatch, fa
         warnings.simplefilter("error")
         assert answers() == expected
     # one recording for each answer, and for each number of rows
-    assert (len(made) >= 4 if together else len(made) == 4) and not plain
+    assert (len(made) >= 7 if together else len(made) == 5) and not plain
 
 
 @pytest.mark.parametrize(("family", "graphs"), [("qwen3", 1), ("gemma3_text", 2)])
