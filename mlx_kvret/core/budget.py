@@ -8,6 +8,8 @@ from numbers import Integral
 
 from ..errors import ConfigError
 from .bits import KVBits, packings
+from .config import EvictionConfig
+from .eviction import heads_per_group
 from .options import short
 
 # per kept entry: log β, position, owner and slot list, 4 bytes each
@@ -54,11 +56,25 @@ class CacheShape:
         room = 0.04 * cached * self.kv_heads
         return max(1, min(32, buffer, int(room // (self.hidden_size * self.itemsize))))
 
-    def nbytes(self, budget: int, buffer: int, kv_bits: KVBits = None) -> int:
-        """Most bytes a cache of M = ``budget`` and B = ``buffer`` takes once prefill is over."""
+    def nbytes(
+        self, budget: int, buffer: int, kv_bits: KVBits = None, groups: int = 1, spare: int = 0
+    ) -> int:
+        """Most bytes a cache of M = ``budget`` and B = ``buffer`` takes once prefill is over.
+
+        Each of the ``groups`` of heads that compete has a slot for what is not kept; ``spare`` tokens per
+        head more have room where groups are out of step (:meth:`held_by`).
+        """
         waiting = self.deferred(budget, buffer, kv_bits) * self.hidden_size * self.itemsize * self.layers
-        kept = budget * self.heads * (self.kept_bytes(kv_bits) + BOOKKEEPING)
+        entry = self.kept_bytes(kv_bits) + BOOKKEEPING
+        # the last slots are in no head's list, and every head's list has a beginning and the last an end
+        kept = (budget + spare) * self.heads * entry + groups * (entry - 4) + 4 * (self.heads + 1)
         return kept + buffer * self.heads * (self.entry_bytes + 4) + waiting
+
+    def held_by(self, config: EvictionConfig) -> int:
+        """As :meth:`nbytes`, of a cache with these options."""
+        groups = self.heads // heads_per_group(config, self.layers, self.kv_heads)
+        spare = config.buffer if config.threshold is not None and groups > 1 else 0
+        return self.nbytes(config.budget, config.buffer, config.kv_bits, groups, spare)
 
     def full_nbytes(self, tokens: int) -> int:
         """Bytes of a full cache of that many tokens."""

@@ -28,7 +28,7 @@ def check_fits(shape: CacheShape, config: EvictionConfig, free: int | None) -> N
     """
     if free is None or config.policy == "full":
         return
-    needed = shape.nbytes(config.budget, config.buffer, config.kv_bits)
+    needed = shape.held_by(config)
     if needed <= free:
         return
     try:

@@ -66,7 +66,7 @@ def plan(
     Raises:
         ConfigError: not one conversation fits; with the least that would do.
     """
-    row, reading = shape.nbytes(config.budget, config.buffer, config.kv_bits), shape.full_nbytes(chunk)
+    row, reading = shape.held_by(config), shape.full_nbytes(chunk)
     kept = memory // SNAPSHOTS if snapshots is None else snapshots
     if snapshots and snapshots < 2 * row:
         raise ConfigError(

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -113,12 +113,15 @@ class Service:
                 param="max_tokens",
             )
         if asked.kv_budget is not None and asked.kv_budget > most:
-            shape, evict = self.backend.shape, self.backend.eviction
-            needed, given = (shape.nbytes(m, evict.buffer, evict.kv_bits) for m in (asked.kv_budget, most))
+            eviction = self.backend.eviction
+            own, least = (
+                self.backend.shape.held_by(replace(eviction, budget=budget))
+                for budget in (asked.kv_budget, most)
+            )
             raise Refusal(
                 400,
                 f"kv_budget is {asked.kv_budget:,} tokens per KV head, which takes "
-                f"{needed:,} bytes and can never fit; this server gives at most {most:,} ({given:,} bytes)",
+                f"{own:,} bytes and can never fit; this server gives at most {most:,} ({least:,} bytes)",
                 param="kv_budget",
             )
         if asked.kv_history and not settings.page:
@@ -187,9 +190,7 @@ class Service:
         return JSONResponse({"status": status, "failed_steps": failed}, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
-        scheduler, shape = self.scheduler, self.backend.shape
-        evict = self.backend.eviction
-        row = shape.nbytes(evict.budget, evict.buffer, evict.kv_bits)
+        scheduler, row = self.scheduler, self.backend.shape.held_by(self.backend.eviction)
         gauges = {
             "running": (scheduler.running, "Requests that read or decode."),
             "waiting": (max(self.worker.open - scheduler.running, 0), "Requests that wait for room."),

@@ -131,7 +131,8 @@ def test_bytes_of_a_known_model(bits, entry, fits):
     assert 1024 * (512 + 16) // (entry + 16) == fits
     with_buffer = 36 * 8 * (1000 * (entry + 16) + 100 * (512 + 4))
     waiting = QWEN3_4B.deferred(1000, 100, bits) * 2560 * 2 * 36
-    assert QWEN3_4B.nbytes(1000, 100, bits) == with_buffer + waiting
+    spill, ends = entry + 12, 4 * (36 * 8 + 1)
+    assert QWEN3_4B.nbytes(1000, 100, bits) == with_buffer + waiting + spill + ends
 
 
 @settings(max_examples=40, deadline=None)

@@ -95,7 +95,8 @@ def test_bytes_are_those_of_the_arrays(shape, budget, buffer):
     kv = (shape.key_dim + shape.value_dim) * shape.itemsize
     g = shape.deferred(budget, buffer)
     log_beta, position, owner, table = (np.dtype(t).itemsize for t in ("f4", "i4", "i4", "i4"))
-    pool = arrays(budget, kv, log_beta, position, owner, table)
+    # and a slot for what is not kept, and where each head's list begins, and the last one ends
+    pool = arrays(budget, kv, log_beta, position, owner, table) + kv + 12 + 4 * (shape.heads + 1)
     recent = arrays(buffer, kv, log_beta)
     assert (
         shape.nbytes(budget, buffer) == pool + recent + g * shape.hidden_size * shape.layers * shape.itemsize

@@ -202,5 +202,4 @@ def test_a_budget_of_one_s_own_holds(backend, asking):
     asking.run()
     shape, usage = backend.shape, job.told[-1].usage
     assert usage.kv_entries <= 16 * shape.heads
-    # of each head one place more, to which nothing is written that counts
-    assert usage.kv_bytes <= shape.nbytes(9, OPTIONS["buffer"])
+    assert usage.kv_bytes <= shape.nbytes(8, OPTIONS["buffer"])
