@@ -74,7 +74,9 @@ class CacheShape:
         """As :meth:`nbytes`, of a cache with these options."""
         groups = self.heads // heads_per_group(config, self.layers, self.kv_heads)
         spare = config.buffer if config.threshold is not None and groups > 1 else 0
-        return self.nbytes(config.budget, config.buffer, config.kv_bits, groups, spare)
+        # a threshold may leave B tokens in the window when one more comes
+        buffer = config.buffer + (config.threshold is not None)
+        return self.nbytes(config.budget, buffer, config.kv_bits, groups, spare)
 
     def full_nbytes(self, tokens: int) -> int:
         """Bytes of a full cache of that many tokens."""

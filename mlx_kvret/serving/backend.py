@@ -43,6 +43,12 @@ class Backend(Protocol):
     def copy(self, cache: Any) -> Any:
         """The same cache once more; neither sees what the other reads from now on."""
 
+    def share(self, cache: Any, parent: Any) -> None:
+        """As :meth:`.prefixes.Pools.share`."""
+
+    def pool(self, cache: Any) -> tuple[int, int]:
+        """As :meth:`.prefixes.Pools.pool`."""
+
     def read(self, cache: Any, ids: list[int]) -> None:
         """One forward pass over tokens whose logits nobody wants."""
 

@@ -52,6 +52,26 @@ class Common:
         # in arrays of its own, which go with it
         return copy.deepcopy(cache)
 
+    def share(self, cache: Any, parent: Any) -> None:
+        """As :meth:`.prefixes.Pools.share`.
+
+        Both came of one sequence, one after the other: as long as no token went from the newest ones into
+        the pool, that is the same. Caches at rest are copied from and never written to.
+        """
+        rows, arenas = zip(*((one.shared.rows[0], one.shared.arena) for one in (cache, parent)), strict=True)
+        pooled, capacity, slabs = (
+            {row.seen - row.length for row in rows},
+            {arena.pool.capacity for arena in arenas},
+            {arena.slabs.count for arena in arenas},
+        )
+        if len(pooled) == len(capacity) == 1 and slabs == {1}:
+            arenas[0].pool = arenas[1].pool
+
+    def pool(self, cache: Any) -> tuple[int, int]:
+        """As :meth:`.prefixes.Pools.pool`."""
+        pool = cache.shared.arena.pool
+        return id(pool), int(pool.nbytes)
+
     def row(self, found: Any) -> Any:
         return found[0]
 

@@ -108,6 +108,8 @@ class Job:
     def __post_init__(self) -> None:
         self.cancelled = self.over = False
         self.cache: Any = None
+        # the snapshot that was made of the cache last, or that it went on from
+        self.parent: Callable[[], Any] = _none
         # tokens of the prompt that the cache has read, and those of them that a snapshot had
         self.read = self.cached = 0
         self.answer: list[int] = []
@@ -176,6 +178,10 @@ class Job:
         """What the answer took."""
         given = len(self.prompt.ids), self.cached, len(self.answer), self._reasoning
         return Usage(*given, cache.entries, cache.nbytes)
+
+
+def _none() -> None:
+    return None
 
 
 def likeliest(token: int, logprobs: Array, top: int) -> Likely:

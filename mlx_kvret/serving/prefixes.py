@@ -74,23 +74,43 @@ class Beside(Protocol):
 PENDING = object()
 
 
+class Pools(Protocol):
+    """Of caches at rest: what several may have in common."""
+
+    def share(self, cache: Any, parent: Any) -> None:
+        """Have a cache refer to what a parent of its holds too, where nothing was decided upon since."""
+
+    def pool(self, cache: Any) -> tuple[int, int]:
+        """Which part of it others may refer to, by its id, and its bytes."""
+
+
 @dataclass
 class _Kept:
     cache: Any
-    nbytes: int
+    own: int
+    pool: tuple[int, int]
     pinned: bool
 
 
 class Prefixes:
-    """Snapshots within ``limit`` bytes of memory.
+    """Snapshots within ``limit`` bytes of memory; what several refer to counts once.
 
     Args:
         copy: of a cache, so that what is found can go on while the snapshot stays.
+        pools: how snapshots share what they hold; None: they do not.
     """
 
-    def __init__(self, limit: int, copy: Callable[[Any], Any], beside: Beside | None = None) -> None:
+    def __init__(
+        self,
+        limit: int,
+        copy: Callable[[Any], Any],
+        beside: Beside | None = None,
+        pools: Pools | None = None,
+    ) -> None:
         self.limit, self.nbytes = limit, 0
-        self._copy, self._beside = copy, beside
+        self._copy, self._beside, self._pools = copy, beside, pools
+        # how many snapshots refer to each pool
+        self._referring = Counter[int]()
         # the least recently used first
         self._kept: OrderedDict[Key, _Kept] = OrderedDict()
         self._lengths = Counter[int]()
@@ -118,23 +138,40 @@ class Prefixes:
             self.put(key, lambda: self._copy(found))
         return found
 
-    def put(self, key: Key, make: Callable[[], Any], pinned: bool = False) -> None:
-        """Keep a cache, made only if there is none yet; from then on it is this store's own."""
+    def kept(self, key: Key) -> Any:
+        """The snapshot itself, which must not be changed; None if it is not in memory."""
+        found = self._kept.get(key)
+        return None if found is None else found.cache
+
+    def put(self, key: Key, make: Callable[[], Any], pinned: bool = False, parent: Any = None) -> Any:
+        """Keep a cache, made only if there is none yet; from then on it is this store's own.
+
+        ``parent`` is a snapshot that the cache went on from, or that was made of it before. Returns what is
+        kept of this cache; None if there was one of its key, or no room.
+        """
         if key in self._kept:
             self._kept.move_to_end(key)
             self._kept[key].pinned |= pinned
-            return
+            return None
         if self.limit == 0:
-            return
+            return None
         cache = make()
-        nbytes = int(cache.nbytes)
+        nbytes, pool = int(cache.nbytes), (0, 0)
         if nbytes > self.limit:
-            return
-        while self.nbytes + nbytes > self.limit:
+            return None
+        if self._pools is not None:
+            if parent is not None:
+                self._pools.share(cache, parent)
+            pool = self._pools.pool(cache)
+        own = nbytes - pool[1]
+        # of a pool that goes with its last other snapshot the bytes are this one's
+        while self.nbytes + own + pool[1] * (not self._referring[pool[0]]) > self.limit:
             self._push_out()
-        self._kept[key] = _Kept(cache, nbytes, pinned)
+        self.nbytes += own + pool[1] * (not self._referring[pool[0]])
+        self._referring[pool[0]] += 1
+        self._kept[key] = _Kept(cache, own, pool, pinned)
         self._lengths[key.length] += 1
-        self.nbytes += nbytes
+        return cache
 
     def close(self) -> None:
         """Push everything out, and wait until it is where it goes."""
@@ -146,7 +183,8 @@ class Prefixes:
     def _push_out(self, wait: bool = False) -> None:
         key = next((key for key, kept in self._kept.items() if not kept.pinned), next(iter(self._kept)))
         kept = self._kept.pop(key)
-        self.nbytes -= kept.nbytes
+        self._referring -= Counter([kept.pool[0]])
+        self.nbytes -= kept.own + kept.pool[1] * (not self._referring[kept.pool[0]])
         self._lengths -= Counter([key.length])
         if self._beside is not None:
             self._beside.put(key, kept.cache, wait)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ class Scheduler:
         key = self.prefixes.longest(job.prefix, len(job.prompt.ids) - 1)
         while key is not None and job.cache is None:
             job.cache = self.prefixes.get(key)
+            self._descends(job, self.prefixes.kept(key))
             job.read = job.cached = key.length
             if job.cache is None:
                 key = self.prefixes.longest(job.prefix, key.length - 1)
@@ -125,7 +127,9 @@ class Scheduler:
                 if end in job.prompt.marks:
                     cache = job.cache
                     key = job.prefix.key(end)
-                    self.prefixes.put(key, lambda: self.backend.copy(cache), end in job.prompt.pinned)
+                    pinned = end in job.prompt.pinned
+                    kept = self.prefixes.put(key, lambda: self.backend.copy(cache), pinned, job.parent())
+                    self._descends(job, kept)
             if job.unread > 0:
                 self.reading.append(job)
                 return True
@@ -133,6 +137,12 @@ class Scheduler:
             row = self.engine.join(cache, int(job.prompt.ids[-1]), self.backend.chooser(job.drawing))
             self.decoding[row] = job
         return True
+
+    def _descends(self, job: Job, kept: Any) -> None:
+        """A snapshot of the job's own past; another's of the same tokens may hold other entries."""
+        if kept is not None:
+            # it goes when the store lets go of it
+            job.parent = weakref.ref(kept)
 
     # --------------------------------------------------------------- decoding
 
@@ -155,7 +165,8 @@ class Scheduler:
             self.metrics.ended(job.begun)
             with self._failing([]):
                 ids = np.append(job.prompt.ids, job.answer)
-                self.prefixes.put(job.prefix.longer(ids).key(len(ids)), functools.partial(_same, cache))
+                key = job.prefix.longer(ids).key(len(ids))
+                self.prefixes.put(key, functools.partial(_same, cache), parent=job.parent())
 
     def _drop_rows(self) -> None:
         self.decoding.clear()

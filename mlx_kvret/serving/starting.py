@@ -91,6 +91,6 @@ def _scheduler(backend: Backend, planned: Plan, settings: Settings, room: Room) 
         # a model whose caches no file can hold is told now
         backend.take(backend.new_cache(None))
         disk = Disk(room.folder, room.disk, backend.take, backend.reopen)
-    prefixes = Prefixes(planned.kept, backend.copy, disk)
+    prefixes = Prefixes(planned.kept, backend.copy, disk, backend)
     engine: Engine = Batched(backend, planned.rows) if backend.batches else OneByOne(backend)
     return Scheduler(backend, engine, prefixes, Metrics(), planned.rows, room.chunk, settings.timeout)

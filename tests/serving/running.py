@@ -141,7 +141,8 @@ class Asking:
     """A scheduler without threads or HTTP, and what its jobs are told."""
 
     def __init__(self, backend: Any, engine: Any, limit: int = 10**8, rows: int = 8, **options: Any) -> None:
-        prefixes = Prefixes(limit, backend.copy, options.pop("beside", None))
+        pools = backend if options.pop("shares", True) else None
+        prefixes = Prefixes(limit, backend.copy, options.pop("beside", None), pools)
         self.backend, self.metrics = backend, Metrics()
         self.scheduler = Scheduler(
             backend, engine, prefixes, self.metrics, rows, options.pop("chunk", 32), 60
