@@ -83,6 +83,16 @@ class SeeingTemplate(Template):
         self._made = self._backend.processed(self._model, self._processor, text, self._pictures)
         return [int(token) for token in np.asarray(self._made["input_ids"])[0]]
 
+    def encode_after(self, word: str, text: str) -> list[int]:
+        found = super().encode_after(word, text)
+        if word or not self._pictures:
+            return found
+        # a conversation begins here: as processors do, with the begin token that some templates leave out
+        bare = super().encode("a")
+        whole = [int(token) for token in self._tokenizer.encode("a")]
+        lead = next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+        return found if found[: len(lead)] == lead else lead + found
+
     def prompt(self, ids: list[int]) -> Any:
         """What is read of a planned message: the ids alone, or with the pixels of its pictures."""
         if self._made is None:

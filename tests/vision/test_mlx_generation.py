@@ -25,6 +25,7 @@ from mlx_kvret.errors import (
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
+from mlx_kvret.mlx_backend.seeing import prepared
 
 from . import folders
 
@@ -108,6 +109,19 @@ def test_responses_count_the_whole_prompt(loaded):
     assert cache.entries == found[-1].entries <= 12 * 4
     (picture,) = cache.pictures
     assert (picture.start, picture.end, picture.rows, picture.columns, picture.advance) == (4, 16, 3, 4, 4)
+
+
+def test_a_later_turn_has_no_begin_token(loaded):
+    words = loaded[1].tokenizer
+    for first, text, begins in (
+        (True, "and", "<s> and"),
+        (False, "and", "and"),
+        (True, "<s> and", "<s> and"),
+    ):
+        found = prepared(*loaded, f"{text} <image> x", [ONE], first)
+        assert words.decode(found.tokens).startswith(begins + " <|vision_start|>")
+        bare = prepared(*loaded, "x", [ONE], first).tokens
+        assert words.decode(bare).startswith(("<s> " if first else "") + "<|vision_start|>")
 
 
 def test_penalties_look_back_at_the_prompt(loaded):
@@ -299,7 +313,8 @@ def test_their_loop_reads_as_ours(bounded):
     assert mlx_vlm.generate(*bounded, RENDERED, image=[PIL.Image.fromarray(ONE)], max_tokens=4).text.split()
     assert cache.seen == own.seen and cache.pictures == own.pictures
     # a second picture on the same cache, which mlx-vlm itself would count as text
-    expected = ours(bounded, "and <image> this", images=[TWO], cache=own, max_tokens=4)
+    # and there a turn begins with the begin token, as every text does
+    expected = ours(bounded, "<s> and <image> this", images=[TWO], cache=own, max_tokens=4)
     text = "and <|vision_start|><|image_pad|><|vision_end|> this"
     assert theirs(bounded, text, [TWO], prompt_cache=cache)[0] == expected
     assert cache.pictures == own.pictures and cache.seen == own.seen
