@@ -13,7 +13,7 @@ from ..errors import UnsupportedFeatureError
 from .attention import attend
 from .observed import Observed
 from .recent import Pair
-from .view import LayerView
+from .view import LayerView, placed
 
 if TYPE_CHECKING:
     from .arena import Arena
@@ -114,18 +114,18 @@ class Reading:
             return LayerView(pool, layer, *self._wide(0, layer), slabs[:1])
         whole = recent.whole(layer)
         if self._batch is None:
-            self._batch = mx.array([(s, s, n) for s, n in zip(slabs, self.ends, strict=True)], mx.int32)
-        placed: dict[str, Any] = {"windows": whole, "batch": self._batch}
+            self._batch = placed([(s, s, n) for s, n in zip(slabs, self.ends, strict=True)])
+        where: dict[str, Any] = {"windows": whole, "batch": self._batch}
         if len(slabs) == 1:
-            return LayerView(pool, layer, *recent.window(layer, slabs[0], self.end), slabs, **placed)
+            return LayerView(pool, layer, *recent.window(layer, slabs[0], self.end), slabs, **where)
         # gathered only if somebody looks at it
         pair = recent.windows(layer, self._slabs, self.end)
         if len(set(self.ends)) == 1:
-            return LayerView(pool, layer, *pair, slabs, **placed)
+            return LayerView(pool, layer, *pair, slabs, **where)
         if self._bias is None:
             real = mx.arange(self.end) < mx.array(self.ends)[:, None]
             self._bias = mx.where(real, 0.0, -mx.inf)[:, None, None]
-        return LayerView(pool, layer, *pair, slabs, tuple(self.ends), self._bias, **placed)
+        return LayerView(pool, layer, *pair, slabs, tuple(self.ends), self._bias, **where)
 
     def attend(
         self,

@@ -12,14 +12,22 @@ from ..core.types import Ints
 from .pool import Pool
 
 
+def placed(rows: list[tuple[int, int, int]]) -> mx.array:
+    """Each row's slab, its place among the windows, and its tokens there: (at least 3, 3) int32 for kernels.
+
+    MLX hands arrays of fewer than 8 numbers over in another way, for which it builds a kernel anew; so a
+    batch of one row has as many as others.
+    """
+    return mx.array(rows + [(0, 0, 0)] * (3 - len(rows)), mx.int32)
+
+
 @dataclass(frozen=True)
 class LayerView:
     """Rows of ``slabs`` of the pool, and their newest tokens (R, H, r, D).
 
     Rows with fewer than r have ``lengths`` (R,) of them, and ``bias`` (R, 1, 1, r) is -inf where there is
     nothing; both are None where all have r. Kernels read a batch's tokens where they stand: ``windows`` are
-    those of all slabs, (slabs, H, ≥ r, D), and ``batch`` (R, 3) int32 has each row's slab, its place among
-    the windows, and its tokens there.
+    those of all slabs, (slabs, H, ≥ r, D), and ``batch`` says where each row is, as :func:`placed`.
     """
 
     pool: Pool
@@ -32,13 +40,13 @@ class LayerView:
     windows: tuple[mx.array, mx.array] | None = None
     batch: mx.array | None = None
 
-    def placed(self) -> tuple[mx.array, mx.array, mx.array]:
+    def where(self) -> tuple[mx.array, mx.array, mx.array]:
         """Windows' keys and values, and ``batch``, worked out if it was not given."""
         if self.windows is not None and self.batch is not None:
             return *self.windows, self.batch
         lengths = self.lengths or (self.keys.shape[2],) * len(self.slabs)
         rows = [(slab, row, n) for row, (slab, n) in enumerate(zip(self.slabs, lengths, strict=True))]
-        return self.keys, self.values, mx.array(rows, mx.int32)
+        return self.keys, self.values, placed(rows)
 
     @property
     def pair(self) -> tuple[mx.array, mx.array]:

@@ -200,6 +200,8 @@ def test_nan_is_no_result():
         ("recent:lookahead=2", "act on learned scores"),
         ("full:sinks=1", "the full cache has no options"),
         ("learned:scope=all", "scope is 'all'"),
+        ("learned:kv_bits=5", "kv_bits is '5'"),
+        ("snapkv:kv_bits=8", "store no bits"),
     ],
 )
 def test_wrong_methods_are_refused(text, message):

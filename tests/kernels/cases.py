@@ -8,6 +8,7 @@ from mlx_kvret.mlx_backend.gates import to_tensor
 from mlx_kvret.mlx_backend.packing import pack
 from mlx_kvret.mlx_backend.pool import Pool
 from mlx_kvret.mlx_backend.view import LayerView
+from mlx_kvret.mlx_backend.view import placed as where
 
 
 def uniform(*shape, dtype=mx.float32):
@@ -87,6 +88,6 @@ def batch_with(
     keys, values = (a[:, :, :longest][mx.array(taken)] for a in whole)
     real = mx.arange(longest) < mx.array(recent)[:, None]
     bias = mx.where(real, 0.0, -mx.inf)[:, None, None]
-    batch = mx.array([(s, s, n) for s, n in zip(taken, recent, strict=True)], mx.int32)
-    where = {"windows": tuple(whole), "batch": batch} if placed else {}
-    return LayerView(pool, layer, keys, values, taken, tuple(recent), bias, **where)
+    batch = where([(s, s, n) for s, n in zip(taken, recent, strict=True)])
+    given = {"windows": tuple(whole), "batch": batch} if placed else {}
+    return LayerView(pool, layer, keys, values, taken, tuple(recent), bias, **given)

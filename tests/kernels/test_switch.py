@@ -8,10 +8,10 @@ from metal_host import EMULATED, installed
 
 from mlx_kvret.errors import ConfigError, KernelError
 from mlx_kvret.mlx_backend import attention, kernels
-from mlx_kvret.mlx_backend.kernels import score_select
+from mlx_kvret.mlx_backend.kernels import decode_attention, score_select
 from mlx_kvret.mlx_backend.kernels.launch import Kernel
 
-from .cases import uniform, view_with
+from .cases import batch_with, uniform, view_with
 
 
 @pytest.fixture
@@ -136,6 +136,20 @@ def test_metal_without_metal_says_what_to_set():
         KernelError, match="needs Metal and this MLX has none; set MLX_KVRET_KERNELS=reference"
     ):
         score_select.head_counts(mx.zeros((20,), mx.int32), 5)
+
+
+@pytest.mark.skipif(not EMULATED, reason="counts what is handed to the emulator")
+def test_another_number_of_rows_is_the_same_kernel():
+    sources = set()
+    for rows in (1, 2, 3, 5):
+        view = batch_with([[4, 9]] * rows, [2] * rows, 32)
+        with installed():
+            decode_attention._launches.cache_clear()
+            decode_attention._attend._made.clear()
+            decode_attention.decode_attention(uniform(rows, 4, 1, 32), view, 0.3, True, None)
+            (made,) = decode_attention._attend._made.values()
+            sources |= {build.kernel.source for build in made.builds.values()}
+    assert len(sources) == 1
 
 
 @pytest.mark.skipif(not EMULATED, reason="counts what is handed to the emulator")

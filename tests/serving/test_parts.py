@@ -175,6 +175,11 @@ def test_how_many_fit_is_arithmetic():
     assert plan(SHAPE, config, 2048, 8 * 10**9, 100, snapshots=0).rows > found.rows
 
 
+def test_rows_in_few_bits_are_more():
+    plain, few = (plan(SHAPE, EvictionConfig.create(1024, kv_bits=b), 2048, 8 * 10**9, 900) for b in (16, 4))
+    assert few.row == SHAPE.nbytes(1024, 128, 4) and few.rows > 2 * plain.rows
+
+
 def test_snapshots_that_could_hold_none_are_refused():
     config = EvictionConfig.create(1024)
     with pytest.raises(ConfigError, match="0B"):

@@ -81,7 +81,7 @@ def decode_attention(
     log-sum-exp (Flash-Decoding).
     """
     pool = view.pool
-    keys, values, batch = view.placed()
+    keys, values, batch = view.where()
     shape, heads, value_dim = queries.shape, keys.shape[1], values.shape[3]
     newest = view.keys.shape[2] * (shape[3] + value_dim) * queries.dtype.size
     shares = pieces((pool.capacity * pool.entry_bytes + newest) * heads, shape[0])
