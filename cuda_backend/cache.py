@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from mlx_kvret.core.absent import Absent
 from mlx_kvret.core.passes import Passes
-from mlx_kvret.core.pictures import Pictures
+from mlx_kvret.core.pictures import Modality, Pictures
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import ConfigError, ModelMismatchError, UnsupportedFeatureError
@@ -231,17 +230,18 @@ class BoundedCache(Cache):
             others = sum(t.nbytes for layer in self._others for t in tensors(vars(layer)))
         return others + (self.shared.nbytes if self.shared is not None else 0)
 
-    def kept_positions(self, row: int = 0) -> list[list[Ints]]:
-        """For each competing layer, for each KV head, the sorted positions of a sequence's entries."""
-        if self.shared is not None:
-            return self.shared.kept_positions(row)
-        heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
-        return [[np.arange(c.get_seq_length())] * n for c, n in zip(self.competing, heads, strict=True)]
+    def kept_positions(self, row: int = 0, modality: Modality | None = None) -> list[list[Ints]]:
+        """For each competing layer, for each KV head, the sorted positions of a sequence's entries.
+
+        With a ``modality`` those of ``"text"`` or of ``"picture"`` only.
+        """
+        return self.sight.kept(self.competing, row, modality)
 
     @property
-    def pictures(self) -> list[Pictures]:
-        """The pictures among the tokens of each sequence."""
-        return self.sight.pictures(self.rows)
+    def pictures(self) -> Pictures:
+        """The pictures among the tokens seen, first to last, of the first sequence."""
+        self.passes.repair()
+        return next(iter(self.sight.pictures(self.rows)), ())
 
     # ------------------------------------------------------------------ rows
 

@@ -17,7 +17,7 @@ from mlx_kvret.core.state import State
 from .kernels.dispatch import fill, select
 from .pool import Slab
 from .row import Row
-from .selection import keydiff_score, retention_score
+from .selection import keydiff_score, retention_score, select_split
 
 # entries that select together; each takes some 60 bytes meanwhile
 TOGETHER = 1 << 22
@@ -106,6 +106,13 @@ def _compact(due: Sequence[tuple[Row, Move]]) -> None:
         joined.append([torch.cat(pair, 1) for pair in zip(old, own, strict=True)])
     if due[0][1].due.any():
         scores = [_score(row, row.slab, own, tokens) for (row, _), own in zip(due, joined, strict=True)]
+    if due[0][1].due.any() and config.scope == "modality":
+        split = zip(due, scores, joined, strict=True)
+        keeps += [
+            select_split(score, own[1], own[2], row.seen, row.config, arena.pool.heads, row.pictures)
+            for (row, _), score, own in split
+        ]
+    elif due[0][1].due.any():
         position, head = (torch.cat([own[which] for own in joined]) for which in (1, 2))
         numbers = torch.tensor([[row.seen, row.config.budget] for row, _ in due])
         numbers = numbers.to(arena.device, non_blocking=True).repeat_interleave(arena.pool.groups, 0)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.core.eviction import protected, quotas
+from mlx_kvret.core.pictures import Pictures, is_picture
 
 
 def retention_score(
@@ -97,6 +100,38 @@ def select(
     wanted = (config.budget if budget is None else budget) * size
     best = torch.arange(order.shape[1], device=order.device).expand_as(order) < wanted
     keep = torch.zeros_like(alive).scatter_(1, order, best) & alive
+    if config.threshold is not None:
+        keep = keep & (must | (score >= math.log(config.threshold)))
+    return keep
+
+
+def select_split(
+    score: torch.Tensor,
+    position: torch.Tensor,
+    head: torch.Tensor,
+    seen: int,
+    config: EvictionConfig,
+    heads: int,
+    pictures: Pictures,
+) -> torch.Tensor:
+    """As :func:`select` for one sequence with the scope ``"modality"``; arguments (1, N).
+
+    After protected entries come the best of text and of ``pictures``, as many as each one's quota.
+    """
+    alive = head < heads
+    must = (position < config.sinks) | (position >= seen - config.window)
+    marked = is_picture(pictures, seen)
+    safe = protected(np.arange(seen), seen, config)
+    guarded = int((safe & ~marked).sum()) * heads, int((safe & marked).sum()) * heads
+    order = _order(score, torch.zeros_like(must), alive, position, head)
+    seeing = torch.from_numpy(marked).to(score.device)[position.long().clamp(0, seen - 1)]
+    first = must.clone()
+    for own, quota in zip((~seeing, seeing), quotas(guarded, config, heads), strict=True):
+        listed = (own & alive & ~must).gather(1, order)
+        chosen = listed & (listed.cumsum(1) <= quota)
+        first |= torch.zeros_like(must).scatter_(1, order, chosen)
+    order = _order(score, first, alive, position, head)
+    keep = torch.zeros_like(alive).scatter_(1, order[:, : config.budget * heads], True) & alive
     if config.threshold is not None:
         keep = keep & (must | (score >= math.log(config.threshold)))
     return keep

@@ -90,7 +90,7 @@ def test_turns_with_pictures_go_on_in_a_cache_that_was_saved(name: str, opened: 
     found = tokens(model, processor, "w30 <image> w31 w32", cache=cache, **second)
     reopened, _ = mlx_kvret.load_cache(model, tmp_path / "talk.kv")
     assert tokens(model, processor, "w30 <image> w31 w32", cache=reopened, **second) == found
-    assert reopened.pictures == cache.pictures and len(cache.pictures[0]) == 2
+    assert reopened.pictures == cache.pictures and len(cache.pictures) == 2
 
     one = prepared(model, processor, first, None, True)
     two = prepared(model, processor, "w30 <image> w31 w32", [picture(4, 56, 84)], False)

@@ -32,7 +32,7 @@ def test_a_large_budget_equals_the_stock_model(named: tuple[str, PreTrainedModel
     cache = large(model)
     found = read(model, cache, calls(name))
     assert relative(found, expected) < NEAR
-    assert [(p.start, p.end) for p in cache.pictures[0]] == [
+    assert [(p.start, p.end) for p in cache.pictures] == [
         (int(a) + 1, int(b)) for a, b in zip(*_ends(name), strict=True)
     ]
     full = read(model, mlx_kvret.make_cache(model, policy="full"), calls(name))

@@ -97,7 +97,7 @@ def test_copies_and_tokens_taken_back(name: str) -> None:
     # the whole turn, its picture too
     if name not in BLOCKS:
         cache.crop(-length)
-        assert len(cache.pictures[0]) == 1 and cache.seen == len(first)
+        assert len(cache.pictures) == 1 and cache.seen == len(first)
         assert relative(read(model, cache, given[1:2]), read(model, *_first_two(model, given))) < NEAR
 
 
@@ -140,7 +140,7 @@ def test_a_padded_batch_answers_as_each_row_alone(name: str, policy: str) -> Non
         expected = read(model, alone, given)[lengths[row] - 1 :]
         assert relative(torch.cat(found, 1)[row], expected) < NEAR
         if policy != "full":
-            assert cache.pictures[row] == alone.pictures[0]
+            assert cache.sight.pictures(2)[row] == alone.pictures
 
 
 def tokens_of(model: PreTrainedModel, given: dict[str, Any], **options: Any) -> list[int]:
@@ -166,7 +166,7 @@ def test_transformers_own_loop(name: str) -> None:
         return
     chunked = large(model)
     assert tokens_of(model, given, **cache_argument(model, chunked), prefill_chunk_size=9) == stock
-    told = [[(p.start, p.end, p.advance) for p in own.pictures[0]] for own in (chunked, cache)]
+    told = [[(p.start, p.end, p.advance) for p in own.pictures] for own in (chunked, cache)]
     assert told[0] == told[1]
 
 
@@ -183,7 +183,7 @@ def test_a_second_turn_with_a_picture_in_transformers_own_loop(name: str) -> Non
     got = tokens_of(model, whole_text | pictures, **cache_argument(model, cache))
     mlx_kvret.detach(model)
     assert got == tokens_of(model, whole_text)
-    assert len(cache.pictures[0]) == 2
+    assert len(cache.pictures) == 2
 
 
 def test_wrong_use_is_refused() -> None:
@@ -194,7 +194,7 @@ def test_wrong_use_is_refused() -> None:
     def refused(match: str, error: type[Exception] = ConfigError, **given: Any) -> None:
         with pytest.raises(error, match=match), torch.no_grad():
             model(**given, **cache_argument(model, cache))
-        assert cache.seen == 0 and cache.pictures == [()]
+        assert cache.seen == 0 and cache.pictures == ()
 
     refused("tokens of pictures and no pictures", input_ids=call["input_ids"])
     refused(
