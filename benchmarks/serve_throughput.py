@@ -32,8 +32,8 @@ from mlx_kvret.zoo.names import model_folder
 OURS = "from mlx_kvret.cli import main; main()"
 HEAD = (
     "| model, budget | context | clients | tokens/s | mlx_lm.server | ratio "
-    "| first token | mlx_lm.server | ratio | peak MB | mlx_lm.server |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "| first token | mlx_lm.server | ratio | peak MB | mlx_lm.server | rounds |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -165,7 +165,8 @@ def cell(pair: tuple[Server, Server], tokenizer: Any, context: int, clients: int
     return (
         f"| {options.model}, {options.budget} | {context:,} | {clients} | {middle(ours.rates):.1f} | "
         f"{middle(stock.rates):.1f} | {rate:.2f} × | {middle(ours.firsts):.2f} s | "
-        f"{middle(stock.firsts):.2f} s | {first:.2f} × | {ours.peak:.0f} | {stock.peak:.0f} |"
+        f"{middle(stock.firsts):.2f} s | {first:.2f} × | {ours.peak:.0f} | {stock.peak:.0f} | "
+        f"{options.rounds} |"
     )
 
 
@@ -184,9 +185,7 @@ def written(path: Path, rows: list[str], options: Any) -> None:
         "full cache, ours (M + B) tokens per KV head. MLX's CPU device, one thread each, on 2 cores that "
         "others were using: read the ratios (of rounds in turn, above 1 is better than mlx_lm.server), not "
         "the times. "
-        f"{options.rounds} rounds, answers of {options.tokens} tokens.\n\n{HEAD}"
-        + "\n".join(known.values())
-        + "\n"
+        f"Answers of {options.tokens} tokens.\n\n{HEAD}" + "\n".join(known.values()) + "\n"
     )
     with whole_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_machine
+from mlx_lm.generate import BatchGenerator
 
 from ..core.types import Array
 from ..mlx_backend import hooks, snapshots
@@ -17,8 +17,9 @@ from ..mlx_backend.cache import BoundedCache
 from ..mlx_backend.generation import vocabulary
 from ..mlx_backend.memory import free_bytes
 from ..mlx_backend.sampling import alone
-from .channels import Calls, Plain, Said, Splitter
+from .channels import Splitter
 from .common import Common, Rooms
+from .marks import splitter
 
 
 class OnMLX(Common):
@@ -53,9 +54,7 @@ class OnMLX(Common):
         return hooks.checked_cache(self.model, found[0])
 
     def splitter(self, tokenizer: Any, ids: list[int], tools: list[dict[str, Any]] | None) -> Splitter:
-        if not tokenizer.has_thinking and not tools and not tokenizer.response_transitions:
-            return Plain()
-        return Marked(tokenizer, ids, tools)
+        return splitter(tokenizer, ids, tools)
 
     def free_bytes(self) -> int | None:
         return free_bytes()
@@ -67,44 +66,3 @@ def _batches(cache: BoundedCache) -> bool:
 
 def greedy(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
-
-
-class Marked:
-    """Thoughts and tool calls by mlx-lm's own state machine and parsers."""
-
-    def __init__(self, tokenizer: Any, ids: list[int], tools: list[dict[str, Any]] | None) -> None:
-        self._state = make_text_state_machine(tokenizer).make_state(_initial(tokenizer, ids))
-        self._calls: Calls | None = None
-        if tokenizer.has_tool_calling:
-            marks = (tokenizer.tool_call_start, tokenizer.tool_call_end or "")
-            self._calls = Calls(lambda text: tokenizer.tool_parser(text, tools), marks)
-
-    def add(self, text: str) -> Said:
-        self._state, parts = TextStateMachine.split(self._state, text)
-        return self._said(parts)
-
-    def end(self) -> Said:
-        self._state, text, state = TextStateMachine.flush(self._state)
-        said = self._said([(state or "normal", text)])
-        if self._calls is not None:
-            said.add(self._calls.end())
-        return said
-
-    def _said(self, parts: list[tuple[str, str]]) -> Said:
-        said = Said()
-        for state, text in parts:
-            if state == "tool" and self._calls is not None:
-                self._calls.add(text)
-                continue
-            if self._calls is not None:
-                said.add(self._calls.end())
-            said.add(Said(reasoning=text) if state == "reasoning" else Said(text))
-        return said
-
-
-def _initial(tokenizer: Any, ids: list[int]) -> str:
-    """Whether the prompt left a thought open."""
-    if tokenizer.response_initial_state:
-        return str(tokenizer.response_initial_state)
-    opened = tokenizer.has_thinking and tokenizer.rfind_think_start(ids) > tokenizer.rfind_think_end(ids)
-    return "reasoning" if opened else "normal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,12 @@ from mlx_kvret.cuda_backend.memory import free_bytes
 from mlx_kvret.cuda_backend.sampling import alone
 from mlx_kvret.cuda_backend.step import decoder_step
 
+from ..core.installed import command_for, installed
 from ..core.types import Array
 from ..errors import UnsupportedFeatureError
 from .channels import Plain, Splitter
 from .common import Common, Rooms
+from .failures import Refusal
 
 
 class OnTorch(Common):
@@ -32,6 +35,8 @@ class OnTorch(Common):
         )
         super().__init__(rooms, model, options)
         self.ends = frozenset(stop_tokens(model, tokenizer))
+        self._marks: Any = importlib.import_module("mlx_kvret.serving.marks") if installed("mlx") else None
+        self._speaker = None if self._marks is None else self._marks.wrapped(tokenizer)
 
     @torch.no_grad()
     def read(self, cache: BoundedCache, ids: list[int]) -> None:
@@ -49,7 +54,17 @@ class OnTorch(Common):
         return torch.tensor([token], device=self.model.device)
 
     def splitter(self, tokenizer: Any, ids: list[int], tools: list[dict[str, Any]] | None) -> Splitter:
-        return Plain()
+        if self._speaker is None:
+            if tools:
+                raise Refusal(
+                    400,
+                    "tool calls are found by mlx-lm's parsers, which are not installed here "
+                    f"({command_for('mlx')}); drop tools",
+                    param="tools",
+                )
+            return Plain()
+        found: Splitter = self._marks.splitter(self._speaker, ids, tools)
+        return found
 
     def free_bytes(self) -> int | None:
         return free_bytes(self.model.device)

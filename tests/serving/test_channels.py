@@ -5,15 +5,18 @@ import random
 
 import openai
 import pytest
+import torch
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools
 from transformers import PreTrainedTokenizerFast
 
 from mlx_kvret.demo import MODEL
+from mlx_kvret.serving.backend import backend_for
 from mlx_kvret.serving.channels import Said
-from mlx_kvret.serving.on_mlx import Marked
+from mlx_kvret.serving.failures import Refusal
+from mlx_kvret.serving.marks import Marked
 
-from .running import CHAT, running, user
+from .running import CHAT, OPTIONS, running, user
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = '{"name":"weather","arguments":{"town":"Bern"}}'
@@ -42,8 +45,13 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(demo_mlx, tokenizer):
-    with running((demo_mlx[0], tokenizer)) as made:
+def server(loaded, tokenizer):
+    """On torch the tokenizer is that of transformers, whose parser is found by its name."""
+    model, own = loaded[0], tokenizer
+    if isinstance(model, torch.nn.Module):
+        own = tokenizer._tokenizer
+        own.init_kwargs["tool_parser_type"] = "json_tools"
+    with running((model, own)) as made:
         yield made
 
 
@@ -151,3 +159,13 @@ def test_text_may_be_cut_anywhere(tokenizer):
         assert said == whole
     assert whole.reasoning == "b c" and whole.calls == [("weather", '{"town": "Bern"}')]
     assert whole.content == "a  d  e <tool_call>{broken</tool_call> f"
+
+
+def test_without_parsers_tools_are_refused(loaded, monkeypatch):
+    if not isinstance(loaded[0], torch.nn.Module):
+        pytest.skip("on MLX they are always there")
+    monkeypatch.setattr("mlx_kvret.serving.on_torch.installed", lambda backend: False)
+    backend = backend_for(*loaded, OPTIONS)
+    with pytest.raises(Refusal, match="drop tools"):
+        backend.splitter(loaded[1], [1], TOOLS)
+    assert backend.splitter(loaded[1], [1], None).add("<think>").content == "<think>"
