@@ -43,7 +43,14 @@ def wanted(model: nn.Module) -> bool:
     return bool(vars(model).get(_WANTED))
 
 
-@torch.library.custom_op("kvret::attend", mutates_args=())
+# written out, for releases of torch differ in what they read off annotations
+SCHEMA = (
+    "(Tensor x, Tensor queries, Tensor keys, Tensor values, Tensor? sinks, float scale, float softcap, "
+    "int window) -> Tensor"
+)
+
+
+@torch.library.custom_op("kvret::attend", mutates_args=(), schema=SCHEMA)
 def attend_next(
     x: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     sinks: torch.Tensor | None, scale: float, softcap: float, window: int,

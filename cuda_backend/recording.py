@@ -38,11 +38,15 @@ class Recorder(Protocol):
 class Graph:
     """A CUDA graph; graphs of one ``pool`` share what they need in between, and run one after the other."""
 
-    def __init__(self, pool: Any = None) -> None:
-        self._pool = pool
+    def __init__(self, pool: Any = None, device: torch.device | None = None) -> None:
+        self._pool, self._device = pool, device
         self._graph: Any = None
 
     def record(self, work: Work, prepare: Work) -> None:
+        with torch.cuda.device(self._device):
+            self._record(work, prepare)
+
+    def _record(self, work: Work, prepare: Work) -> None:
         # first runs on another stream, for what libraries allocate once, and to see what no graph can repeat
         stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(before)
@@ -61,7 +65,8 @@ class Graph:
         self._graph = graph
 
     def repeat(self, work: Work) -> None:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
 
 class Called:
@@ -83,7 +88,7 @@ def recorder(device: torch.device) -> Callable[[], Recorder] | None:
     if not enabled(device):
         return None
     pool = torch.cuda.graph_pool_handle()
-    return lambda: Graph(pool)
+    return lambda: Graph(pool, device)
 
 
 class Watched(TorchDispatchMode):
@@ -107,11 +112,19 @@ class Watched(TorchDispatchMode):
         masks = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
-        there = isinstance(args[0], torch.Tensor) if args else False
-        away = there and args[0].is_cuda and str(kwargs.get("device", "cuda")).startswith("cpu")
-        if name in _ASKS or masks or away:
+        if name in _ASKS or masks or _crosses(name, args, kwargs):
             raise UnsupportedFeatureError(f"the model waits for its device in every step ({name})")
         return func(*args, **kwargs)
+
+
+def _crosses(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether an operation copies between the host and a GPU, whose memory a graph would read again later."""
+    held = [a for a in args[:2] if isinstance(a, torch.Tensor)]
+    if name == "aten::copy_":
+        return len({a.device.type for a in held}) > 1
+    target = kwargs.get("device")
+    copies = name == "aten::_to_copy" and target is not None and bool(held)
+    return copies and torch.device(target).type != held[0].device.type
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Told:
             self._held[turn] = torch.empty(len(tokens), dtype=torch.long, pin_memory=self._cuda)
         self._held[turn][: len(tokens)].copy_(tokens, non_blocking=True)
         if (event := self._events[turn]) is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(tokens.device))
         return turn
 
     def get(self, turn: int, count: int) -> list[int]:
