@@ -79,14 +79,16 @@ def parts(tiny: bool) -> list[Part]:
     budgets = FEW_BUDGETS if tiny else BUDGETS
     short, long = (TOKENS,), (4 * TOKENS,)
     ours = ("learned-global", "learned-head")
-    ratios = ("full", KEPT, "learned-global", *SPLITS)
+    # a split can keep no minimum per head; the begin token kept in all heads gives either the same
+    begun = ("learned-global:sinks=1", *(f"{split},sinks=1" for split in SPLITS))
+    ratios = ("full", KEPT, "learned-global", *SPLITS, *begun)
     return [
         Part("main", ("albums",), short, budgets, (*BASELINES, *LEARNED)),
         Part("main", ("albums",), short, budgets, ours, labels=(TEXT,)),
-        Part("validation", ("albums",), short, BUDGETS, (KEPT,), 0.25, seed=VALIDATION_SEED),
+        Part("validation", ("albums",), short, BUDGETS, (KEPT,), 0.5, seed=VALIDATION_SEED),
         Part("ratios", RATIOS, short, FEW_BUDGETS[1:], ratios, 0.5),
-        Part("long", ("albums",), long, FEW_BUDGETS, (*BASELINES, *FEW), 0.1),
-        *(Part(f"chunk-{c}", ("albums",), short, ("1/16",), ours, 0.25, chunk=c) for c in (8, 38, 64)),
+        Part("long", ("albums",), long, FEW_BUDGETS, (*BASELINES, *FEW), 0.2),
+        *(Part(f"chunk-{c}", ("albums",), short, ("1/16",), ours, 0.5, chunk=c) for c in (8, 38, 64)),
     ]
 
 

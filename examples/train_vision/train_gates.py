@@ -49,7 +49,10 @@ def train(
     torch.manual_seed(seed)
     known = load_gates(start)
     config = dataclasses.replace(
-        known.config, base_model=NAME, base_fingerprint=fingerprint(CONFIG.to_dict())
+        known.config,
+        training_budget=None,
+        base_model=NAME,
+        base_fingerprint=fingerprint(CONFIG.to_dict()),
     )
     rng, gates = np.random.default_rng(1000 + seed), from_checkpoint(known)
     if fresh:
@@ -87,6 +90,10 @@ def train(
         optimizer.step()
         if step % 20 == 0:
             print(f"gates {seed}, {step}: words {words:.3f}, capacity {size:.3f}", flush=True)
-    told = {"command": "python examples/train_vision", "gate_seed": seed, "steps": steps, "tokens": TOKENS}
-    told |= {"started_from": known.config.base_model or "nothing", "learning_rate": PEAK_RATE}
+    told = {"command": "python examples/vision.py", "gate_seed": seed, "steps": steps, "tokens": TOKENS}
+    told |= {
+        "started_from": known.config.base_model or "nothing",
+        "learning_rate": PEAK_RATE,
+        "training_budgets": BUDGETS,
+    }
     save_gates(folder, config, to_arrays(gates), told)
