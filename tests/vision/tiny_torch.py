@@ -72,7 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma3": {
         "text_config": TEXT | WINDOWS | {"head_dim": 16},
-        "vision_config": VIT | {"model_type": "siglip_vision_model"},
+        "vision_config": VIT | {"model_type": "siglip_vision_model", "vision_use_head": False},
         "mm_tokens_per_image": 9, "image_token_index": IMAGE, "image_token_id": IMAGE,
         "boi_token_index": START, "eoi_token_index": END,
     },

@@ -1,0 +1,85 @@
+"""Pictures on both backends with the same weights: the same entries, and saved talks that cross over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import mlx_kvret
+from mlx_kvret.api import backend_of
+
+from .folders_torch import MARKS, family, folder
+
+# it sees keys, so that a wrong rotation or a wrong mask shows
+OPTIONS: list[dict[str, Any]] = [
+    {"policy": "keydiff", "scope": "global"},
+    {"policy": "keydiff", "scope": "head"},
+    {"policy": "keydiff", "scope": "modality", "picture_share": 0.5},
+]
+
+
+def photo(seed: int, high: int, wide: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (high, wide, 3), np.uint8))
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Name, and model by backend, of one folder; and what torch's processor makes of two turns."""
+    name = request.param
+    path = folder(name, tmp_path_factory.mktemp(name))
+    torch_model, processor = mlx_kvret.load(path, None, backend="torch")
+    mlx_model, _ = mlx_kvret.load(_as_published(path, tmp_path_factory.mktemp("mlx")), None, backend="mlx")
+    mark, api = MARKS[family(name)], backend_of(torch_model)
+    turns = []
+    for number, text in enumerate((f"w5 w6 {mark} w7 w8 w21", f"w30 {mark} w31 w32 w9 w8 w7")):
+        made = api.processed(torch_model, processor, text, [photo(number, 84, 56 + 28 * number)])
+        turns.append({key: value.numpy() for key, value in made.items()})
+    return name, {"torch": torch_model, "mlx": mlx_model}, turns
+
+
+def _as_published(path: Path, copy: Path) -> Path:
+    """The folder with settings where mlx-vlm looks for them, as in published ones."""
+    shutil.copytree(path, copy, dirs_exist_ok=True)
+    config = json.loads((path / "config.json").read_text())
+    text = config["text_config"]
+    if config["model_type"] == "qwen2_5_vl":
+        rope = {"type": "mrope", "mrope_section": text["rope_parameters"]["mrope_section"]}
+        config = text | config | {"rope_theta": text["rope_parameters"]["rope_theta"], "rope_scaling": rope}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def read(model: Any, cache: Any, turn: dict[str, Any]) -> None:
+    backend_of(model).read_tokens(model, cache, turn, 16)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"{o['policy']}-{o['scope']}")
+def test_the_same_entries_and_snapshots_that_cross(
+    sides: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    _, models, turns = sides
+    kept, after = {}, {}
+    for backend, model in models.items():
+        cache = mlx_kvret.make_cache(model, budget=10, buffer=2, **options)
+        read(model, cache, turns[0])
+        mlx_kvret.save_cache(model, cache, tmp_path / f"{backend}.kv")
+        read(model, cache, turns[1])
+        kept[backend], after[backend] = cache.kept_positions(), cache.pictures
+        assert cache.entries < cache.seen * sum(len(own) for own in kept[backend])
+    assert after["torch"] == after["mlx"] and len(after["torch"]) == 2
+    _same(kept["torch"], kept["mlx"])
+    for backend, other in (("torch", "mlx"), ("mlx", "torch")):
+        cache, _ = mlx_kvret.load_cache(models[backend], tmp_path / f"{other}.kv")
+        read(models[backend], cache, turns[1])
+        _same(cache.kept_positions(), kept[backend])
+        assert cache.pictures == after[backend]
+
+
+def _same(found: Any, expected: Any) -> None:
+    assert [[h.tolist() for h in own] for own in found] == [[h.tolist() for h in own] for own in expected]
