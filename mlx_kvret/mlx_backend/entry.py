@@ -17,6 +17,7 @@ from ..errors import (
     UnsupportedModelError,
 )
 from .batch import Batched
+from .both_ways import attend as attend_both_ways
 from .bounded import Bounded
 from .reading import Reading
 from .saved import Loaded, layer_state
@@ -113,6 +114,10 @@ class BoundedKVCache(Batched):
             causal = isinstance(mask, str) or any(mask is made for made in reading.masks)
             if mask is None or causal:
                 return reading.attend(self.layer, queries, scale, causal, sinks)
+            if any(mask is made for made in reading.shown):
+                width = self._width()
+                kept = self.view().kept(0, keys.shape[1], width) if width else None
+                return attend_both_ways(queries, fetched, kept, mask, scale, sinks)
         elif self.padded and isinstance(mask, mx.array):
             bias = self.padding_bias() + (mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask)
             return mx.fast.scaled_dot_product_attention(

@@ -20,6 +20,7 @@ from ..core.pictures import Picture, Pictures, joined, next_position, runs
 from ..core.state import State
 from ..core.types import Ints
 from ..errors import ConfigError, UnsupportedFeatureError
+from .both_ways import both_ways
 from .entry import BoundedKVCache
 from .forward import leaves, run
 
@@ -99,7 +100,8 @@ def run_seeing(
 
     def forward(count: int) -> Any:
         if count == tokens:
-            return call(model, inputs, **given)
+            with both_ways(model, shared):
+                return call(model, inputs, **given)
         cut = {name: given[name][..., :count] for name in ("position_ids",) if name in given}
         return call(model, inputs[:, :count], **given | cut)
 

@@ -47,6 +47,8 @@ class Reading:
         self.fetched: list[Pair | None] = [None] * layers
         # masks that were made for the pass, and by id of the keys whose they are
         self.masks: list[mx.array] = []
+        # of these masks those that show more: tokens of one picture see each other
+        self.shown: list[mx.array] = []
         self.fetchers: dict[int, Any] = {}
         self._slabs = [row.slab for _, row, _ in self.active]
         self._starts = [row.length for _, row, _ in self.active]
