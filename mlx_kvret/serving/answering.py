@@ -14,6 +14,7 @@ from .failures import Refusal
 from .guard import told
 from .job import Job, Piece
 from .replies import DONE, WAITING, Reply, event
+from .within import within
 from .worker import Worker
 
 News = Piece | Refusal
@@ -125,7 +126,7 @@ async def _with_silence(news: asyncio.Queue[News]) -> AsyncIterator[News | None]
     while True:
         found: News | None
         try:
-            found = await asyncio.wait_for(news.get(), SILENCE)
+            found = await within(SILENCE, news.get())
         except asyncio.TimeoutError:
             found = None
         yield found

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .failures import Refusal
 from .settings import Settings
 from .showing import OPEN
+from .within import within
 
 # what browsers may read without asking first
 _SAFE = ("GET", "HEAD")
@@ -41,7 +42,7 @@ class Guard:
                     added["Access-Control-Allow-Origin"] = headers["origin"]
                     added["Vary"] = "Origin"
             # a client that takes nothing is one that has gone
-            await asyncio.wait_for(send(message), self._settings.write_time)
+            await within(self._settings.write_time, send(message))
 
         try:
             self._check(scope, headers)
