@@ -145,6 +145,7 @@ def _ratios(found: Sequence[Entry]) -> list[str]:
 
 
 def _chunks(found: Sequence[Entry]) -> list[str]:
+    found = sorted(found, key=lambda e: e.chunk)
     lines = [
         f"## Tokens read at a time, {found[0].length:,} tokens, budget {found[0].budget}",
         "",
