@@ -29,6 +29,7 @@ def held(cache):
 
 
 RULES = [{"policy": "keydiff", "scope": "global"}, {"policy": "random", "scope": "global"}]
+RULES += [{"policy": "random", "scope": "modality", "picture_share": 0.25}]
 
 
 @pytest.mark.parametrize("rule", RULES)
