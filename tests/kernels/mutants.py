@@ -1,6 +1,6 @@
 """Faults planted in the attention kernels: one textual change each, and the call that must notice it.
 
-``python -m tests.kernels.mutants`` tries all of them; the tests try some.
+``PYTHONPATH=tests python -m tests.kernels.mutants`` tries all of them; the tests try some.
 """
 
 import sys

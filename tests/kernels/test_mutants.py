@@ -1,4 +1,4 @@
-"""Faults in the attention kernels are noticed: some here, all by ``python -m tests.kernels.mutants``."""
+"""Faults planted in the attention kernels are noticed: some of them here, all by :mod:`.mutants`."""
 
 import pytest
 from metal_host import EMULATED
