@@ -11,11 +11,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.checkpoint import GateCheckpoint
-from mlx_kvret.core.loading import check_loading
+from mlx_kvret.core.loading import check_loading, check_parallel
 from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.core.picture_prompts import Asked
 from mlx_kvret.core.sampling import Sampling, drawing
-from mlx_kvret.core.snapshot import read_snapshot, write_snapshot
+from mlx_kvret.core.saving import read_alike, write_once
 from mlx_kvret.errors import (
     ConfigError,
     KVRetError,
@@ -32,7 +32,8 @@ from .generation import generate, stop_tokens, stream_generate, vocabulary
 from .loading import checked_device, checked_dtype, load_model, model_class, read_gates, read_tokenizer
 from .prefill import read_tokens, take_back
 from .probe import refusals
-from .sampling import processors_of, sampler_of
+from .ranks import split
+from .sampling import alike, processors_of, sampler_of
 from .seeing import processed as of_text
 
 __all__ = [
@@ -76,6 +77,7 @@ def load(
     compile: bool | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    parallel: str | None = None,
     **unknown: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """As :func:`mlx_kvret.load`.
@@ -92,18 +94,20 @@ def load(
     check_loading(load, locals(), unknown, _MLX_ONLY)
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map both say where the model goes; give one of them")
+    check_parallel(parallel, {"device": device, "device_map": device_map})
     where = checked_device("cpu" if device is None else device)
     options = {
         "dtype": None if dtype is None else checked_dtype(dtype),
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization_config,
+        "distributed_config": None if parallel is None else split(parallel),
     }
     folder = resolve(model, "model", revision, trust_remote_code)
     checkpoint = gates if gates is None or gates == auto.AUTO else read_gates(gates, gates_revision)
     given = {name: value for name, value in options.items() if value is not None}
     network: Any = load_model(folder, trust_remote_code=trust_remote_code, **given)
-    if device_map is None:
+    if device_map is None and parallel is None:
         network.to(where)
     if compile:
         want(network, network.device)
@@ -117,12 +121,13 @@ def save_cache(
     model: PreTrainedModel, cache: BoundedCache, path: str | Path, notes: dict[str, str] | None = None
 ) -> None:
     """As :func:`mlx_kvret.save_cache`."""
-    write_snapshot(path, snapshots.take(cache, notes or {}))
+    write_once(path, snapshots.take(cache, notes or {}), cache.share)
 
 
 def load_cache(model: PreTrainedModel, path: str | Path) -> tuple[BoundedCache, dict[str, str]]:
     """As :func:`mlx_kvret.load_cache`."""
-    snapshot = read_snapshot(path)
+    attached = hooks.attachment(model)
+    snapshot = read_alike(path, None if attached is None else attached.layout.share)
     return hooks.reopened_cache(model, snapshot), snapshot.notes
 
 
@@ -141,7 +146,7 @@ def full_cache(model: PreTrainedModel, cache: BoundedCache) -> tuple[int, int]:
     """
     attached = hooks.attachment(model)
     assert attached is not None
-    shape = attached.layout.shape
+    shape = attached.layout.whole
     if cache.shared is None:
         return shape.heads, cache.nbytes
     others = cache.nbytes - cache.shared.nbytes
@@ -161,7 +166,7 @@ def processed(
 
 def sampling(model: PreTrainedModel, asked: Sampling) -> dict[str, Any]:
     """Options of :func:`stream_generate` that draw tokens as asked, for several calls: a seed is set once."""
-    return drawing(asked, vocabulary(model), sampler_of, processors_of)
+    return drawing(alike(model, asked), vocabulary(model), sampler_of, processors_of)
 
 
 def add_stop_tokens(model: PreTrainedModel, tokenizer: Any, tokens: Sequence[int]) -> None:

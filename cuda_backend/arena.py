@@ -13,6 +13,7 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.eviction import heads_per_group
 from mlx_kvret.core.passes import Passes
+from mlx_kvret.core.shares import Share
 from mlx_kvret.core.slabs import Hold, Slabs
 from mlx_kvret.core.state import State
 
@@ -47,7 +48,8 @@ class Arena:
     """Sequences of one model, gates, policy and scope: a slab of M·L·H slots and B newest tokens for each.
 
     ``config`` has the largest M and B of any row. ``owner`` names the model and the gates, for caches saved
-    to a file, ``identity`` the very weights too. One pass at a time is under way in an arena: it belongs to
+    to a file, ``identity`` the very weights too. ``shape`` is what this process holds, its ``share`` of the
+    whole where several hold the model together. One pass at a time is under way in an arena: it belongs to
     one thread.
     """
 
@@ -59,8 +61,10 @@ class Arena:
         device: torch.device,
         gates: RetentionGates | None = None,
         gate_layers: Sequence[int] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.shape, self.config, self.owner, self.device = shape, config, owner, device
+        self.share = share
         self.gates, self.gate_layers = gates, tuple(gate_layers or range(shape.layers))
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
         # g: as many tokens' gate inputs wait
@@ -75,13 +79,20 @@ class Arena:
         self._decided: Change | None = None
 
     @property
+    def whole(self) -> CacheShape:
+        """The shape over all ranks."""
+        return self.shape if self.share is None else self.share.whole
+
+    @property
     def limit(self) -> int:
         """Most tokens in a window; a threshold may leave B of them when one more comes."""
         return max(1, self.config.buffer) + (self.config.threshold is not None)
 
     def fresh(self) -> Arena:
         """An empty arena for the same sequences."""
-        twin = Arena(self.shape, self.config, self.owner, self.device, self.gates, self.gate_layers)
+        twin = Arena(
+            self.shape, self.config, self.owner, self.device, self.gates, self.gate_layers, self.share
+        )
         twin.identity = self.identity
         return twin
 
@@ -145,8 +156,20 @@ class Arena:
         """Gate inputs (L, 1, N, hidden) of all layers to log β (L, 1, N, H)."""
         assert self.gates is not None
         if self.gates.stacked == self.gate_layers:
-            return self.gates.log_betas(x)
-        return torch.stack([self.gates.log_beta(*one) for one in zip(self.gate_layers, x, strict=True)])
+            return self._own(self.gates.log_betas(x))
+        found = [self.gates.log_beta(*one) for one in zip(self.gate_layers, x, strict=True)]
+        return self._own(torch.stack(found))
+
+    def gate(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """Gate inputs (..., hidden) of a competing layer to log β (..., H)."""
+        assert self.gates is not None
+        return self._own(self.gates.log_beta(self.gate_layers[layer], x))
+
+    def _own(self, log_beta: torch.Tensor) -> torch.Tensor:
+        """This rank's heads of all that the gates know."""
+        if self.share is None:
+            return log_beta
+        return log_beta[..., self.share.head :][..., : self.shape.kv_heads]
 
     @property
     def nbytes(self) -> int:

@@ -70,7 +70,7 @@ def attach_these(
         # a refusal leaves the model as it was
         if made is not None:
             before.layout.check_gates(made)
-        own_eviction(before.layout.shape, None if made is None else made.config, options)
+        own_eviction(before.layout.whole, None if made is None else made.config, options)
     hooks.remove(model)
     hooks.install(model, made, owner, options)
     return model

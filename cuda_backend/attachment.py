@@ -52,5 +52,6 @@ def attachment(model: nn.Module) -> Attachment | None:
 def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
     """A few values of every weight."""
     for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
+        # of a weight that is split over ranks, this one's part
+        flat = getattr(weight, "to_local", lambda weight=weight: weight)().detach().flatten()
         yield name, flat[:: max(1, len(flat) // 8)].float().cpu().numpy()

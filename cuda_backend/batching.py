@@ -7,11 +7,12 @@ from .batch import BatchGenerator
 from .cache import BoundedCache
 from .generation import TokenIds, stop_tokens, vocabulary
 from .hooks import check_cache
-from .sampling import alone, processors_of
+from .sampling import alike, alone, processors_of
 
 __all__ = [
     "BatchGenerator",
     "TokenIds",
+    "alike",
     "alone",
     "checked_cache",
     "make_cache",

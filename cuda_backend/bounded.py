@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_kvret.core.budget import CacheShape
+from mlx_kvret.core.budget import BOOKKEEPING, CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.pictures import forgotten
+from mlx_kvret.core.shares import Share
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CacheError, ConfigError, ModelMismatchError, UnsupportedFeatureError
@@ -50,9 +51,10 @@ class Bounded:
         device: torch.device,
         gates: RetentionGates | None = None,
         gate_layers: Sequence[int] | None = None,
+        share: Share | None = None,
     ) -> Bounded:
         """An empty sequence in an arena of its own."""
-        arena = Arena(shape, config, owner, device, gates, gate_layers)
+        arena = Arena(shape, config, owner, device, gates, gate_layers, share)
         return cls(arena, [Row.new(arena, config)])
 
     @property
@@ -257,23 +259,37 @@ class Bounded:
         return sum(row.entries for row in self.rows)
 
     def kept_positions(self, row: int = 0) -> list[list[Ints]]:
-        """For each layer, for each KV head, the sorted positions of a sequence's entries (int64 arrays)."""
+        """For each layer, for each KV head, the sorted positions of a sequence's entries (int64 arrays).
+
+        Of several ranks all must ask, and all are told of the whole.
+        """
+        heads, share, width = self._own_positions(row), self.arena.share, self.arena.whole.kv_heads
+        if share is not None:
+            lengths = np.array([len(positions) for positions in heads], np.int32)
+            counts, (all_of_it,) = share.joined(lengths, np.concatenate(heads))
+            heads = np.split(all_of_it, np.cumsum(counts)[:-1])
+        return [heads[i : i + width] for i in range(0, len(heads), width)]
+
+    def _own_positions(self, row: int) -> list[Ints]:
+        """Those of each of this process's flat heads."""
         self.settle()
         own, pool = self.rows[row], self.arena.pool
         slab, offsets = own.slab, pool.host_offsets(own.hold.index)
         position = slab.position.cpu().numpy()[slab.table.cpu().numpy()]
         recent = np.arange(own.seen - own.length, own.seen)
-        heads: list[Ints] = [
+        return [
             np.concatenate([np.sort(position[a:b]), recent]).astype(np.int64)
             for a, b in itertools.pairwise(offsets)
         ]
-        width = self.shape.kv_heads
-        return [heads[i : i + width] for i in range(0, len(heads), width)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slabs the rows stand on."""
         self.settle()
+        if self.arena.share is not None:
+            # by arithmetic, for hosts on all ranks must decide the same by it
+            held = {row.hold.index: row.entries for row in self.rows}
+            return sum(held.values()) * (self.shape.entry_bytes + BOOKKEEPING)
         slabs = {row.hold.index for row in self.rows}
         return self.arena.nbytes // self.arena.slabs.count * len(slabs)
 

@@ -13,21 +13,20 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from mlx_kvret.core.absent import Absent
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.pictures import Modality, Pictures
+from mlx_kvret.core.shares import Share
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import ConfigError, ModelMismatchError, UnsupportedFeatureError
 
+from . import stock_layers
 from .bounded import Bounded
-from .layer import BoundedKVCache, running, tensors
+from .layer import BoundedKVCache, running
 from .modes import ordinary
 from .naming import cache_argument as cache_argument
 from .naming import cache_name as cache_name
+from .ranks import patient
 from .ring import Rings
 from .sight import Sight
-
-
-def _unbounded(cache: BoundedCache) -> bool:
-    return cache.shared is None
 
 
 class BoundedCache(Cache):
@@ -38,8 +37,10 @@ class BoundedCache(Cache):
     """
 
     reorder_cache, offload, prefetch, reset, batch_repeat_interleave, batch_select_indices = (
-        Absent(unless=_unbounded) for _ in range(6)
+        Absent(unless=lambda cache: cache.shared is None) for _ in range(6)
     )
+
+    stock_share: Share | None = None  # of several ranks' caches that evict nothing
 
     def __init__(self, layers: list[Any], shared: Bounded | None, competing: list[Any]) -> None:
         super().__init__(layers=layers)
@@ -64,6 +65,12 @@ class BoundedCache(Cache):
             self.shared.arena.identity = identity
         self._identity = identity
 
+    @property
+    def share(self) -> Share | None:
+        """What this process holds of it, where several hold the model together."""
+        return self.stock_share if self.shared is None else self.shared.arena.share
+
+    @patient
     def run(self, forward: Callable[[], Any]) -> Any:
         """What ``forward()`` returns, a forward pass into this cache, which is undone if it is broken off."""
         self.settle()
@@ -217,25 +224,19 @@ class BoundedCache(Cache):
         """Cached entries of the competing layers: one token in one KV head of one layer each."""
         if self.shared is not None:
             return self.shared.entries
-        return sum(
-            c.keys.shape[0] * c.keys.shape[1] * c.keys.shape[2] for c in self.competing if c.keys is not None
-        )
+        return stock_layers.entries(self.competing, self.stock_share)
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything cached: keys, values, retention, positions, tables, waiting gate inputs."""
-        if self.rings is not None:
-            others = self.rings.nbytes
-        else:
-            others = sum(t.nbytes for layer in self._others for t in tensors(vars(layer)))
-        return others + (self.shared.nbytes if self.shared is not None else 0)
+        return stock_layers.all_nbytes(self)
 
     def kept_positions(self, row: int = 0, modality: Modality | None = None) -> list[list[Ints]]:
         """For each competing layer, for each KV head, the sorted positions of a sequence's entries.
 
         With a ``modality`` those of ``"text"`` or of ``"picture"`` only.
         """
-        return self.sight.kept(self.competing, row, modality)
+        return self.sight.kept(self.competing, row, modality, self.stock_share)
 
     @property
     def pictures(self) -> Pictures:
@@ -394,5 +395,5 @@ class BoundedCache(Cache):
         # memo maps each old layer to its copy
         twin = BoundedCache(layers, None, copy.deepcopy(self.competing, memo))
         twin.sight.like(self.sight)
-        twin.identity = self.identity
+        twin.identity, twin.stock_share = self.identity, self.stock_share
         return twin

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from mlx_kvret.core.config import MOST_TOKENS
 from mlx_kvret.core.schedule import Move
 from mlx_kvret.core.state import State
+from mlx_kvret.core.types import Mask
 
+from . import digits
 from .kernels.dispatch import fill, select
 from .pool import Slab
 from .row import Row
@@ -87,7 +90,8 @@ def settle(rows: Sequence[Row]) -> None:
         alike.setdefault((move.tokens, bool(move.due.any()), rule), []).append((row, move))
     for same in alike.values():
         entries = (pool.capacity + same[0][1].tokens) * pool.heads
-        most = max(1, TOGETHER // entries)
+        # several ranks, whose pools differ, must all ask of the same row
+        most = max(1, TOGETHER // entries) if first.arena.share is None else 1
         for start in range(0, len(same), most):
             _compact(same[start : start + most])
 
@@ -97,60 +101,89 @@ def _compact(due: Sequence[tuple[Row, Move]]) -> None:
 
     All of these rows move as many tokens by the same rule, but for their budgets.
     """
-    arena, tokens, config = due[0][0].arena, due[0][1].tokens, due[0][0].config
+    arena, tokens = due[0][0].arena, due[0][1].tokens
     new = [_newcomers(row, row.seen - row.length, tokens) for row, _ in due]
-    joined, keeps = [], list[torch.Tensor]()
+    joined = []
     for (row, _), own in zip(due, new, strict=True):
         slab = row.slab
         old = slab.rows(slab.retention), slab.rows(slab.position), slab.rows(slab.owner)
         joined.append([torch.cat(pair, 1) for pair in zip(old, own, strict=True)])
-    if due[0][1].due.any():
-        scores = [_score(row, row.slab, own, tokens) for (row, _), own in zip(due, joined, strict=True)]
-    if due[0][1].due.any() and config.scope == "modality":
-        split = zip(due, scores, joined, strict=True)
-        keeps += [
-            select_split(score, own[1], own[2], row.seen, row.config, arena.pool.heads, row.pictures)
-            for (row, _), score, own in split
-        ]
-    elif due[0][1].due.any():
-        position, head = (torch.cat([own[which] for own in joined]) for which in (1, 2))
-        numbers = torch.tensor([[row.seen, row.config.budget] for row, _ in due])
-        numbers = numbers.to(arena.device, non_blocking=True).repeat_interleave(arena.pool.groups, 0)
-        keep = select(
-            torch.cat(scores),
-            position,
-            head,
-            numbers[:, :1],
-            config,
-            arena.size,
-            arena.pool.heads,
-            numbers[:, 1:],
-        )
-        keeps += keep.split(arena.pool.groups)
+    keeps = _chosen(due, joined) if due[0][1].due.any() else []
     for at, ((row, move), own) in enumerate(zip(due, new, strict=True)):
         alive = joined[at][2] < arena.pool.heads
         keep = alive
         if keeps:
-            mask = torch.from_numpy(move.due).to(arena.device, non_blocking=True)[:, None]
-            keep = keeps[at] if move.due.all() else torch.where(mask, keeps[at], alive)
+            own_due = _own_due(row, move)
+            mask = torch.from_numpy(own_due).to(arena.device, non_blocking=True)[:, None]
+            keep = keeps[at] if own_due.all() else torch.where(mask, keeps[at], alive)
         arena.put(_compacted(row, move, own, keep))
+
+
+def _chosen(due: Sequence[tuple[Row, Move]], joined: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Which of each row's candidates (retention, position and head) stay, as a mask (groups, C + N)."""
+    arena, tokens, config = due[0][0].arena, due[0][1].tokens, due[0][0].config
+    scores = [_score(row, row.slab, own, tokens) for (row, _), own in zip(due, joined, strict=True)]
+    if arena.share is not None:
+        ((row, move),), ((_, position, head),) = due, joined
+        own_due = _own_due(row, move)
+        return [digits.select(scores[0], position, head, row.seen, config, arena.share, own_due)]
+    if config.scope == "modality":
+        split = zip(due, scores, joined, strict=True)
+        return [
+            select_split(score, own[1], own[2], row.seen, row.config, arena.pool.heads, row.pictures)
+            for (row, _), score, own in split
+        ]
+    position, head = (torch.cat([own[which] for own in joined]) for which in (1, 2))
+    numbers = torch.tensor([[row.seen, row.config.budget] for row, _ in due])
+    numbers = numbers.to(arena.device, non_blocking=True).repeat_interleave(arena.pool.groups, 0)
+    keep = select(
+        torch.cat(scores),
+        position,
+        head,
+        numbers[:, :1],
+        config,
+        arena.size,
+        arena.pool.heads,
+        numbers[:, 1:],
+    )
+    return list(keep.split(arena.pool.groups))
 
 
 def _compacted(row: Row, move: Move, new: tuple[torch.Tensor, ...], keep: torch.Tensor) -> Compaction:
     """What becomes of a row once ``keep`` (groups, C + N) of its entries and newcomers stay."""
-    slab, tokens, capacity = row.slab, move.tokens, keep.shape[1] - new[0].shape[1]
+    share, tokens, capacity = row.arena.share, move.tokens, keep.shape[1] - new[0].shape[1]
     stays, survives = keep[:, :capacity], keep[:, capacity:]
+    if share is not None:
+        stays = _with_room(row, stays, survives)
+    slab = row.slab
     slots = slab.destinations(stays, survives)
     arrays = slab.admitted(stays, slots, survives, *new)
     counts = None
     if row.config.threshold is not None:
         counts = np.diff(arrays["offsets"].cpu().numpy()[:: row.arena.size])
+        counts = counts if share is None else share.totals(counts, row.config)
     schedule = copy.copy(row.schedule)
     schedule.done(move, row.seen - row.length, counts)
     left = row.length - tokens
     scored = left if row.arena.gates is not None else 0
     after = State([(row, {"schedule": schedule, "length": left, "scored": scored, "chunk": None})])
     return Compaction(row, _moves(row, slots, survives, tokens), arrays, _remaining(row, tokens), after)
+
+
+def _own_due(row: Row, move: Move) -> Mask:
+    """Which of this rank's groups select."""
+    share = row.arena.share
+    return move.due if share is None else move.due[share.groups(row.config)]
+
+
+def _with_room(row: Row, stays: torch.Tensor, survives: torch.Tensor) -> torch.Tensor:
+    """``stays`` once the pool has room for a rank's entries, of which there may be more than its mean."""
+    pool, before = row.arena.pool, row.arena.pool.capacity
+    need = -(-int((stays.sum(1) + survives.sum(1)).max()) // pool.size)
+    if need <= before:
+        return stays
+    pool.grow(need + need // 8, *row.newest(0, 0, 1))
+    return F.pad(stays, ((pool.capacity - before) * pool.size, 0))
 
 
 def _moves(

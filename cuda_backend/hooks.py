@@ -84,7 +84,7 @@ def install(
         if gates is not None:
             gated = layout.check_gates(gates)
             gates.to(layout.device).stack(gated)
-        own = own_eviction(layout.shape, None if gates is None else gates.config, options or {})
+        own = own_eviction(layout.whole, None if gates is None else gates.config, options or {})
     except BaseException:
         _unhook(model, handles, stock, eyes)
         rope.restore(model)
@@ -116,7 +116,12 @@ def new_cache(model: PreTrainedModel, made: Attachment, config: EvictionConfig) 
     """
     if config.policy == "learned" and made.gates is None:
         raise ConfigError(NO_GATES)
-    check_fits(made.layout.shape, config, free_bytes(made.layout.device))
+    layout = made.layout
+    fits = partial(check_fits, layout.shape, config, free_bytes(layout.device))
+    if layout.share is None:
+        fits()
+    else:
+        layout.share.ranks.agreed(fits)
     cache = made.layout.bounded_cache(stock_layers(model), config, made.gates, made.owner)
     cache.identity = made.identity(model)
     return cache
@@ -151,7 +156,7 @@ def asked_cache(model: PreTrainedModel, options: dict[str, Any]) -> BoundedCache
     assert made is not None
     if not options:
         return new_cache(model, made, made.eviction)
-    return new_cache(model, made, eviction(made.layout.shape, gates=made.gate_config, **options))
+    return new_cache(model, made, eviction(made.layout.whole, gates=made.gate_config, **options))
 
 
 def shape_of(model: PreTrainedModel) -> CacheShape:

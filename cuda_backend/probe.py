@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fitting import fit_gates
 from mlx_kvret.core.probing import agrees, chunkings, distance
+from mlx_kvret.core.shares import Share
 from mlx_kvret.core.snapshot import WindowShape
 from mlx_kvret.errors import KVRetError, UnsupportedModelError
 
@@ -23,6 +24,7 @@ from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, cache_argument
 from .gates import CODES, RetentionGates
 from .memory import out_of_memory
+from .ranks import share_of
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,26 @@ class Layout:
     device: torch.device
     dtype: str
     windows: dict[int, WindowShape] = field(default_factory=dict)
+    # where several processes hold the model together
+    share: Share | None = None
+
+    @property
+    def whole(self) -> CacheShape:
+        """The shape over all ranks."""
+        return self.shape if self.share is None else self.share.whole
 
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
         """As :func:`mlx_kvret.core.fitting.fit_gates`."""
-        return fit_gates(gates.config, self.shape, self.places, self.layers)
+        return fit_gates(gates.config, self.whole, self.places, self.layers)
 
     def bounded_cache(
         self, entries: list[Any], config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]
     ) -> BoundedCache:
         """Stock layers with the competing ones replaced (policy ``"full"`` replaces none)."""
         if config.policy == "full":
-            return BoundedCache(entries, None, [entries[place] for place in self.places])
+            made = BoundedCache(entries, None, [entries[place] for place in self.places])
+            made.stock_share = self.share
+            return made
         shared = self.shared(config, gates, owner)
         competing = [BoundedKVCache(shared, layer) for layer in range(self.shape.layers)]
         for place, entry in zip(self.places, competing, strict=True):
@@ -58,9 +69,12 @@ class Layout:
 
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model."""
+        if self.share is not None:
+            self.share.check(config)
         if config.policy != "learned" or gates is None:
-            return Bounded.single(self.shape, config, owner, self.device)
-        return Bounded.single(self.shape, config, owner, self.device, gates, self.check_gates(gates))
+            return Bounded.single(self.shape, config, owner, self.device, share=self.share)
+        told = gates, self.check_gates(gates), self.share
+        return Bounded.single(self.shape, config, owner, self.device, *told)
 
 
 def stock_layers(model: PreTrainedModel) -> list[Any]:
@@ -78,6 +92,7 @@ def probe(model: PreTrainedModel, hooked: Callable[[], None], hidden: dict[int, 
         UnsupportedModelError: the hooked model does not give the same logits from a bounded cache.
     """
     name, layout = model.config.model_type, layout_of(model, hidden)
+    layout = replace(layout, share=share_of(model, layout.shape))
     ids = tokens_of(model)
     plain, cut = chunkings(ids.shape[1])
     with refusals(name):

@@ -97,10 +97,8 @@ class Reading:
 
     def _score(self, layer: int, x: torch.Tensor) -> None:
         """log β of this layer's new tokens, in one call."""
-        gates, index = self.arena.gates, self.arena.gate_layers[layer]
-        assert gates is not None
         real = [x[at, begin:end] for at, (begin, end) in enumerate(self.ends)]
-        log_beta = gates.log_beta(index, (x if len(real) == 1 and self.whole else torch.cat(real)[None]))
+        log_beta = self.arena.gate(layer, x if len(real) == 1 and self.whole else torch.cat(real)[None])
         for (row, n, _), chunk, own in zip(
             self._each(), self._chunks, log_beta[0].split(list(self.counts)), strict=True
         ):

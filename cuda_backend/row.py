@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.core.eviction import heads_per_group
 from mlx_kvret.core.pictures import Pictures, next_position
 from mlx_kvret.core.schedule import Schedule
 from mlx_kvret.core.slabs import Hold
@@ -37,7 +38,9 @@ class Row:
 
     def __init__(self, arena: Arena, config: EvictionConfig, hold: Hold) -> None:
         self.arena, self.config, self.hold = arena, config, hold
-        self.schedule = Schedule(config, arena.pool.groups, arena.size)
+        # of all ranks' groups, so that all decide the same at the same time
+        size = heads_per_group(config, arena.whole.layers, arena.whole.kv_heads)
+        self.schedule = Schedule(config, arena.whole.heads // size, size)
         self.seen = self.length = self.scored = 0
         self.chunk: Chunk | None = None
         self.lost = ""
@@ -70,8 +73,8 @@ class Row:
 
     @property
     def entries(self) -> int:
-        """Cached entries over all layers and heads."""
-        return int(self.schedule.counts.sum()) + self.length * self.arena.shape.heads
+        """Cached entries over all layers, heads and ranks."""
+        return int(self.schedule.counts.sum()) + self.length * self.arena.whole.heads
 
     def twin(self) -> Row:
         """The same sequence once more, on the same slab until either is written to."""
@@ -82,7 +85,9 @@ class Row:
         run_gates([self])
         twin = self._told(Row.new(arena, self.config))
         theirs = self.arena.pool
-        if (capacity := min(theirs.capacity, self.schedule.most)) > arena.pool.capacity:
+        # a rank may hold more than the mean
+        most = self.schedule.most if arena.share is None else theirs.capacity
+        if (capacity := min(theirs.capacity, most)) > arena.pool.capacity:
             arena.pool.grow(capacity, *theirs.like)
         twin.slab.adopt(self.slab)
         for layer in range(arena.shape.layers) if self.length else ():
@@ -127,7 +132,9 @@ class Row:
             return self.scores(tokens)
         start = self.seen - self.length
         position = torch.arange(start, start + tokens, device=self.arena.device)[None]
-        heads = torch.arange(shape.heads, device=self.arena.device).view(shape.layers, -1)
+        share, device = self.arena.share, self.arena.device
+        own = torch.arange(shape.heads) if share is None else torch.from_numpy(share.heads).long()
+        heads = own.to(device).view(shape.layers, -1)
         kept = self.arena.pool.as_kept if self.config.policy == "knorm" else lambda keys: keys
         return torch.cat(
             [

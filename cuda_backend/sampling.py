@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
@@ -19,8 +21,19 @@ from transformers import (
 
 from mlx_kvret.core.sampling import Sampling
 
+from .attachment import attachment
+
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def alike(model: PreTrainedModel, asked: Sampling) -> Sampling:
+    """How tokens are drawn, on several ranks by a seed of the first one's where none is given."""
+    attached = attachment(model)
+    if attached is None or attached.layout.share is None or asked.temp == 0 or asked.seed is not None:
+        return asked
+    seed = torch.randint(2**31 - 1, (1,)).numpy()
+    return replace(asked, seed=int(attached.layout.share.ranks.first(seed)[0]))
 
 
 def sampler_of(asked: Sampling) -> Sampler | None:

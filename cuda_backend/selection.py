@@ -92,10 +92,7 @@ def select(
     ``seen`` and ``budget``, M if it is not the configuration's, are one number or (groups, 1).
     """
     alive = head < heads
-    must = (position < config.sinks) | (position >= seen - config.window)
-    if config.min_per_head:
-        order = _order(score, must, alive, position, head)
-        must = must | (_rank_in_head(order, head) < config.min_per_head)
+    must = must_stay(score, position, head, seen, config, heads)
     order = _order(score, must, alive, position, head)
     wanted = (config.budget if budget is None else budget) * size
     best = torch.arange(order.shape[1], device=order.device).expand_as(order) < wanted
@@ -135,6 +132,22 @@ def select_split(
     if config.threshold is not None:
         keep = keep & (must | (score >= math.log(config.threshold)))
     return keep
+
+
+def must_stay(
+    score: torch.Tensor,
+    position: torch.Tensor,
+    head: torch.Tensor,
+    seen: torch.Tensor | int,
+    config: EvictionConfig,
+    heads: int,
+) -> torch.Tensor:
+    """Protected entries, and each head's best; arguments as of :func:`select`."""
+    must = (position < config.sinks) | (position >= seen - config.window)
+    if config.min_per_head:
+        order = _order(score, must, head < heads, position, head)
+        must = must | (_rank_in_head(order, head) < config.min_per_head)
+    return must
 
 
 def _order(

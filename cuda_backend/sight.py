@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from mlx_kvret.core.pictures import Modality, Pictures, forgotten, of_modality
+from mlx_kvret.core.shares import Share
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 
 from .bounded import Bounded
+from .stock_layers import kept_positions
 
 
 class Sight:
@@ -41,13 +42,14 @@ class Sight:
             return [row.pictures for row in self.shared.rows]
         return self.own or [()] * rows
 
-    def kept(self, competing: Sequence[Any], row: int, modality: Modality | None) -> list[list[Ints]]:
+    def kept(
+        self, competing: Sequence[Any], row: int, modality: Modality | None, share: Share | None = None
+    ) -> list[list[Ints]]:
         """As :meth:`.cache.BoundedCache.kept_positions`."""
         if self.shared is not None:
             found = self.shared.kept_positions(row)
         else:
-            heads = [0 if c.keys is None else c.keys.shape[1] for c in competing]
-            found = [[np.arange(c.get_seq_length())] * n for c, n in zip(competing, heads, strict=True)]
+            found = kept_positions(competing, share)
         return found if modality is None else of_modality(found, self.pictures(row + 1)[row], modality)
 
     def clocks(self, rows: int, places: int) -> list[int]:

@@ -12,6 +12,7 @@ from mlx_kvret.core.bits import Packing
 from mlx_kvret.core.packed import Packed
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.core.tensors import Tensor
+from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CheckpointError, UnsupportedFeatureError
 
 from .cache import BoundedCache, BoundedKVCache
@@ -61,23 +62,34 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         parts[0] = (*parts[0][:3], next(none), next(none))
     head, position, retention, keys, values = (torch.cat(column) for column in zip(*parts, strict=True))
     order = torch.from_numpy(np.lexsort((position.cpu().numpy(), head.cpu().numpy()))).to(device)
-    counts = np.bincount(head.cpu().numpy(), minlength=shape.heads)
+    counts: Ints = np.bincount(head.cpu().numpy(), minlength=shape.heads).astype(np.int32)
+    extras = {
+        i: _window_state(layer, seen)
+        for i, layer in enumerate(cache.layers)
+        if not isinstance(layer, BoundedKVCache)
+    }
+    places = position[order].cpu().numpy().astype(np.int32)
+    scores = retention[order].float().cpu().numpy()
+    # where there is a packed part, the window's are in that order
+    held = [stored(a[order] if packed is None else a) for a in (keys, values)]
+    if (share := cache.share) is not None:
+        share.check_saved(bool(extras))
+        counts, (places, scores, *bits) = share.joined(
+            counts, places, scores, *(tensor.bits for tensor in held)
+        )
+        held = [Tensor(old.dtype, new) for old, new in zip(held, bits, strict=True)]
+    whole = shared.arena.whole
     return Snapshot(
         model=shared.arena.owner["model"],
         gates=shared.arena.owner.get("gates", ""),
         eviction=row.config,
         seen=seen,
-        counts=counts.reshape(shape.layers, shape.kv_heads).astype(np.int32),
-        position=position[order].cpu().numpy().astype(np.int32),
-        retention=retention[order].float().cpu().numpy(),
-        # the window's are in that order
-        keys=stored(keys[order] if packed is None else keys),
-        values=stored(values[order] if packed is None else values),
-        extras={
-            i: _window_state(layer, seen)
-            for i, layer in enumerate(cache.layers)
-            if not isinstance(layer, BoundedKVCache)
-        },
+        counts=counts.reshape(whole.layers, whole.kv_heads),
+        position=places,
+        retention=scores,
+        keys=held[0],
+        values=held[1],
+        extras=extras,
         notes=notes,
         pictures=row.pictures,
         packed=packed,
@@ -113,7 +125,9 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     snapshot = snapshot.cast(made.layout.dtype)
     cache = made.layout.bounded_cache(stock, snapshot.eviction, made.gates, made.owner)
     others = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, BoundedKVCache)]
-    snapshot.check_shape(made.layout.shape, others)
+    snapshot.check_shape(made.layout.whole, others)
+    if made.layout.share is not None:
+        made.layout.share.check_saved(bool(others))
     assert cache.shared is not None
     if snapshot.seen:
         _fill(cache.shared, snapshot)
@@ -134,7 +148,16 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
     tokens = snapshot.recent(max(1, row.config.buffer))
     keys, values = to_tensor(snapshot.keys).to(device), to_tensor(snapshot.values).to(device)
     retention = torch.from_numpy(snapshot.retention).to(device)
-    position, head = (torch.from_numpy(a).to(device) for a in (snapshot.position, snapshot.head))
+    before = snapshot.position < snapshot.seen - tokens
+    in_groups = snapshot.head[before] // row.schedule.size
+    row.schedule.counts = np.bincount(in_groups, minlength=len(row.schedule.counts)).astype(np.int64)
+    # of the whole, as what is decided upon; but only this rank's heads are its own
+    here, own_head = (
+        (snapshot.head >= 0, snapshot.head) if arena.share is None else arena.share.own(snapshot.head)
+    )
+    keys, values, retention = (a[torch.from_numpy(here).to(device)] for a in (keys, values, retention))
+    places, kept = snapshot.position[here], before[here]
+    position, head = (torch.from_numpy(a).to(device) for a in (places, own_head))
     new = position >= snapshot.seen - tokens
     if snapshot.packed is None:
         old = keys[~new], values[~new]
@@ -154,10 +177,8 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
             row.scores(tokens).copy_(retention[new].view(shape.layers, shape.kv_heads, tokens))
             row.scored = tokens
 
-    kept = snapshot.position < snapshot.seen - tokens
-    group = snapshot.head[kept] // arena.size
+    group = own_head[kept] // arena.size
     counts = np.bincount(group, minlength=pool.groups)
-    row.schedule.counts = counts.astype(np.int64)
     if kept.any():
         pool.grow(int(-(-counts.max() // arena.size)), keys, values)
         slab = row.slab

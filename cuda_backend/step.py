@@ -48,7 +48,9 @@ class Step(Protocol):
 
 def decoder_step(model: PreTrainedModel, cache: BoundedCache) -> Step:
     """The fastest step there is for a model and its cache."""
-    made = None if cache.shared is None else recording.recorder(cache.shared.arena.device)
+    # sums over ranks are not recorded
+    shared = None if cache.share is not None else cache.shared
+    made = None if shared is None else recording.recorder(shared.arena.device)
     return PlainStep(model, cache) if made is None else FixedStep(model, cache, made)
 
 

@@ -32,6 +32,8 @@ def load(
         revision, gates_revision: branch, tag or commit of a hub repository, main unless given.
         trust_remote_code: run the Python code that the model's folder brings; never unless given.
         tokenizer_config: a dictionary of options of the tokenizer.
+        parallel: of several processes that ``mlx.launch`` or ``torchrun`` has started, hold the model
+            together: ``"tensor"`` splits its heads, ``"pipeline"`` (MLX) its layers. See docs/ranks.md.
         options: of the backend's own loader: ``adapter_path``, ``lazy``, ``strict``, ... on MLX,
             ``device``, ``dtype``, ``quantization_config``, ... on torch; see ``load`` in its ``backend``.
 
@@ -205,7 +207,7 @@ def _sees_gpu() -> bool:
 
 def _device(backend: str, options: dict[str, Any]) -> dict[str, Any]:
     chosen = choose_backend(backend)
-    if chosen == "mlx" or options.get("device_map") is not None:
+    if chosen == "mlx" or options.get("device_map") is not None or options.get("parallel") is not None:
         return options
     return {"device": "cuda" if chosen == "cuda" else "cpu"} | options
 

@@ -75,7 +75,7 @@ def stream_batch(
     asked, tokenizer = _prompts(prompts), spoken_by(tokenizer)
     whole("rows", rows, 1)
     drawn, rest = split_sampling(options)
-    seeds = _seeds(drawn, seed, len(asked))
+    seeds = _seeds(drawn, room.alike(model, drawn).seed if seed is None else seed, len(asked))
     eviction, _ = split_eviction(rest, caches is not None, SAMPLING)
     check_generation({"prefill_step_size": prefill_step_size}, drawn)
     limits = _each(max_tokens, len(asked), "max_tokens")

@@ -10,6 +10,7 @@ try:
 
     import click
 
+    from . import ranks
     from .ending import ended, explained, leaving_at_once
     from .notices import notices
 except KeyboardInterrupt:
@@ -63,6 +64,11 @@ class _Commands(click.Group):
                 if not argument.isascii() and any("\ud800" <= c <= "\udfff" for c in argument):
                     raise click.UsageError(f"{argument!r} is not valid UTF-8; convert it, or rename the file")
             return super().make_context(info_name, args, parent, **extra)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        ranks.prepare(found[0] or "")
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         with explained(), notices():

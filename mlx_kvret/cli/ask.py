@@ -14,6 +14,7 @@ from ..core.plain import spoken
 from ..errors import ConfigError
 from ..texts import read_text
 from . import options as shared
+from .ranks import check_stdin, first
 from .read import check_target
 from .screen import note, progress
 from .session import chosen_template, drawn, load, required
@@ -50,6 +51,7 @@ def command(context: click.Context, **options: Any) -> None:
 
     saved, files, output, rows = (options.pop(name) for name in ("cache", "file", "output", "rows"))
     whole("rows", rows, 1)
+    check_stdin(options["questions"], *files)
     asked = questions(options.pop("questions"), options.pop("question"))
     target = None if output is None else check_target(output)
     if (saved is None) == (not files):
@@ -81,7 +83,7 @@ def command(context: click.Context, **options: Any) -> None:
             else:
                 tell(done + 1, len(asked))
         tell(len(asked), len(asked))
-    if target is not None:
+    if target is not None and first():
         write(target, answers)
     if cut:
         note(f"[{cut} of {len(asked)} answers cut by --max-tokens {draw['max_tokens']}]", err=True)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ..core.launched import launched
 from ..core.plain import plain
 from ..errors import KVRetError
 
@@ -30,9 +31,13 @@ def one_line(text: object) -> str:
 
 
 def tell(error: object) -> None:
-    """An error as one line on stderr, if anyone listens there."""
+    """An error as one line on stderr, if anyone listens there; of several processes it says whose."""
+    found = launched()
+    later = found is not None and found.rank > 0
+    whose = f"rank {found.rank}: " if found is not None and later else ""
     with contextlib.suppress(OSError, ValueError):
-        click.echo(f"error: {one_line(error)}", err=True)
+        # who is not the first says nothing else
+        click.echo(f"{whose}error: {one_line(error)}", file=sys.__stderr__ if later else sys.stderr)
 
 
 @contextlib.contextmanager

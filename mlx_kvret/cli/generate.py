@@ -15,6 +15,7 @@ from ..texts import read_picture, read_text
 from . import options as shared
 from .habits import older_names, refusals
 from .many import answer_many
+from .ranks import check_stdin
 from .screen import note, progress
 from .session import (
     chosen_template,
@@ -53,6 +54,11 @@ MANY_WITHOUT = (
 @shared.ignore_template_option
 @shared.eviction_options
 @shared.sampling_options
+@click.option(
+    "--split",
+    type=click.Choice(["heads", "layers"]),
+    help="What several processes share; see docs/ranks.md.  [default: heads]",
+)
 @click.option("--draft-model", help="Smaller model that proposes tokens (speculative decoding), on MLX.")
 @click.option("--num-draft-tokens", type=int, help="Tokens it proposes at a time.  [default: 3]")
 @click.option(
@@ -86,6 +92,8 @@ def command(context: click.Context, **options: Any) -> None:
       mlx-kvret generate --model ./qwen3-vl --image receipt.png --prompt "What did it cost?" --policy keydiff
       cat notes.txt | mlx-kvret generate --model ./model --gates ./gates --file -
       mlx-kvret generate --model ./model --prompts questions.jsonl > answers.jsonl
+      mlx.launch -n 2 python -m mlx_kvret.generate --model ./model --file book.txt --prompt "Who?"
+      torchrun --nproc-per-node 2 -m mlx_kvret.generate --model ./model --file book.txt --prompt "Who?"
 
     A line of --prompts is an object: {"prompt": "text"} or {"messages": [...]}, and if it likes "budget",
     "max_tokens" and "id". Each answer is one line, what it would be alone, printed when it is complete.
@@ -94,10 +102,12 @@ def command(context: click.Context, **options: Any) -> None:
 
     many, rows = options.pop("prompts"), options.pop("rows")
     if many is not None:
+        check_stdin(many)
         check_many(options)
         return answer_many(many, 8 if rows is None else rows, options, shared.eviction(options))
     if rows is not None:
         raise ConfigError("--rows has no effect without --prompts; drop it, or give both")
+    check_stdin(options["prompt"], options["file"], None if options["file"] or options["prompt"] else "-")
     text = prompt_text(options.pop("prompt"), options.pop("file"))
     saved = options.pop("cache")
     shared.check_cache_alone(context, saved, options)

@@ -22,9 +22,9 @@ REFUSED = {
     "files are read from Python, by its load_prompt_cache for an attached model",
     "--use-default-chat-template": "neither mlx_lm.generate nor transformers has a default template; put a "
     "chat_template.jinja into the model's folder",
+    "--pipeline": "in processes of mlx.launch, `generate --split layers` does it; a chat runs in one process",
     "--quantize-activations": "its layers do not run on CPUs and were not tried with a bounded cache; from "
     "Python, load the model with model_config={'quantize_activations': True}",
-    "--pipeline": "a model runs on one machine here",
 }
 # older names of our own flags, and what they are called now
 RENAMED = {

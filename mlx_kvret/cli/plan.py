@@ -19,6 +19,13 @@ from .screen import note
 @click.option("--memory", required=True, help="For weights and caches: 16GB, 11.5GiB.")
 @click.option("--context", help="Tokens of a conversation: 32768, 128k.  [default: the model's longest]")
 @click.option("--conversations", type=int, default=1, show_default=True, help="How many side by side.")
+@click.option(
+    "--machines",
+    type=int,
+    default=1,
+    show_default=True,
+    help="How many hold the model together, each with --memory.",
+)
 @click.option("--gates", default="auto", show_default=True, help="Folder or hub id of the retention gates.")
 @click.option(
     "--kv-bits",
@@ -28,7 +35,7 @@ from .screen import note
 )
 @leaving_at_once()
 def command(
-    model: str, memory: str, context: str | None, conversations: int, gates: str, kv_bits: str
+    model: str, memory: str, context: str | None, conversations: int, machines: int, gates: str, kv_bits: str
 ) -> None:
     """Which budget, and how many conversations, fit into a memory.
 
@@ -40,6 +47,7 @@ def command(
     Examples:
       mlx-kvret plan smollm2 --memory 2GB --context 8k
       mlx-kvret plan mlx-community/Qwen3-4B-4bit --memory 11GB --context 128k --conversations 4
+      mlx-kvret plan mlx-community/Qwen3-235B-A22B-4bit --memory 96GB --context 128k --machines 2
     """
     from ..api import any_backend
     from ..core.options import whole
@@ -48,13 +56,18 @@ def command(
     given, bits = parse_memory(memory), parse_bits(kv_bits)
     asked = None if context is None else parse_tokens(context)
     whole("--conversations", conversations, 1)
+    whole("--machines", machines, 1)
     folder = resolve(model)
     config, shape = any_backend().cache_shape(folder)
     tokens, weights = asked or longest(config), weight_bytes(folder)
     smallest, label = sound_from(folder, config, model, gates)
-    found = plan(shape, given, weights, tokens, conversations, smallest=smallest, kv_bits=bits)
+    found = plan(
+        shape, given, weights, tokens, conversations, smallest=smallest, kv_bits=bits, machines=machines
+    )
     note(
-        f"{one_line(model)}: {size(weights)} of weights, {size(found.room)} of {size(given)} left for "
+        f"{one_line(model)}: {size(weights)} of weights"
+        f"{'' if machines == 1 else f' over {machines} machines; on each'}, "
+        f"{size(found.room)} of {size(given)} left for "
         f"conversations of {tokens:,} tokens; K and V take {shape.itemsize * 8} bits per number"
         f"{'' if bits is None else f', once kept {said_bits(bits)}'}."
     )

@@ -11,6 +11,7 @@ from ..core.plan import size
 from ..errors import ConfigError
 from ..texts import read_text
 from . import options as shared
+from .ranks import check_stdin
 from .screen import note, progress
 from .session import chosen_template, load, required
 
@@ -40,6 +41,7 @@ def command(**options: Any) -> None:
     from ..reading import Reading, joined
 
     files, target = options.pop("files"), check_target(options.pop("save"))
+    check_stdin(*files)
     if files.count("-") > 1:
         raise ConfigError("standard input can be read once; give '-' once")
     text = joined([read_text(file) for file in files])

@@ -16,6 +16,7 @@ from ..core.prompts import has_chat_template
 from ..core.sampling import SAMPLING, Sampling
 from ..errors import ConfigError
 from ..texts import MOST_BYTES
+from . import ranks
 from .ending import leaving_at_once
 from .options import check_sampling, json_object
 from .screen import note
@@ -28,12 +29,13 @@ def load(options: dict[str, Any]) -> tuple[Any, Any]:
         from ..api import load
 
         gates = options.pop("gates")
+        split = ranks.loading(options, options.pop("split", None))
         named = {name: options.pop(name, None) for name in ("revision", "adapter_path", "trust_remote_code")}
         model, tokenizer = load(
             options.pop("model"),
             None if gates == "none" else gates,
             backend=options.pop("backend"),
-            **{name: value for name, value in named.items() if value},
+            **{name: value for name, value in named.items() if value} | split,
         )
     tokenizer = None if tokenizer is None else spoken_by(tokenizer)
     add_stops(model, tokenizer, options.pop("extra_eos_token", ()))

@@ -57,6 +57,20 @@ def check_loading(
         whole("rope_length", given["rope_length"], 1)
 
 
+def check_parallel(parallel: str | None, others: Mapping[str, Any]) -> None:
+    """Refuse a way of splitting a model that there is not, and options that do not go with it.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if parallel is None:
+        return
+    if parallel not in ("tensor", "pipeline"):
+        raise ConfigError(f"parallel is {parallel!r}; expected 'tensor' (by heads) or 'pipeline' (by layers)")
+    if given := [name for name, value in others.items() if value]:
+        raise ConfigError(f"{given[0]} does not work with parallel={parallel!r}; drop one of them")
+
+
 def check_needless(tokenizer_config: Mapping[str, Any] | None, folder: Path) -> None:
     """Refuse options of a tokenizer that is not there."""
     if tokenizer_config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from .budget import CacheShape, parse_budget, tokens_within
 from .config import MOST_TOKENS
 from .options import short, whole
 
+# how much more than its mean a machine may come to hold
+UNEVEN = 1.5
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
@@ -54,10 +57,13 @@ def plan(
     chunk: int = 2048,
     smallest: int | None = None,
     kv_bits: KVBits = None,
+    machines: int = 1,
 ) -> Plan:
     """What fits into a memory.
 
     Args:
+        machines: how many hold the model together, each with that memory; sizes are those of one. A selection
+            over all of them fills some more than others, so that each has room for 1.5 times its mean.
         shape: what the layers of the model that can be bounded cache.
         memory: bytes for the weights, the caches, and the text that is being read.
         weights: bytes of the weights.
@@ -74,8 +80,11 @@ def plan(
     """
     whole("context", context, 1, MOST_TOKENS)
     whole("conversations", conversations, 1, MOST_TOKENS)
-    taken = weights + shape.full_nbytes(min(chunk, context))
-    if taken + shape.nbytes(1, 1, kv_bits) > memory:
+    whole("machines", machines, 1, MOST_TOKENS)
+    spare = 1.0 if machines == 1 else UNEVEN / machines
+    weights = -(-weights // machines)
+    taken = weights + shape.full_nbytes(min(chunk, context)) // machines
+    if taken + spare * shape.nbytes(1, 1, kv_bits) > memory:
         raise ConfigError(
             f"the weights take {size(weights)}, and {size(taken - weights)} go to the text that is being "
             f"read, of {size(memory)} of memory; nothing is left for a cache: take a smaller model or one in "
@@ -85,7 +94,10 @@ def plan(
 
     def row(budget: int | None) -> Row:
         buffer = 0 if budget is None else max(1, budget // 8)
-        nbytes = shape.full_nbytes(context) if budget is None else shape.nbytes(budget, buffer, kv_bits)
+        if budget is None:
+            nbytes = -(-shape.full_nbytes(context) // machines)
+        else:
+            nbytes = math.ceil(spare * shape.nbytes(budget, buffer, kv_bits))
         sound = None if smallest is None or budget is None else budget >= smallest
         return Row(budget, nbytes, room // nbytes, sound)
 
@@ -95,7 +107,7 @@ def plan(
     budgets = {2**n for n in range(8, most.bit_length())} | ({smallest} if smallest else set())
     bounded = tuple(row(budget) for budget in sorted(budgets) if budget <= most)
     largest = None
-    share = room // conversations
+    share = int(room // conversations / spare)
     if full.conversations < conversations and shape.nbytes(1, 1, kv_bits) <= share:
         largest = row(min(tokens_within(share, shape, None, kv_bits), most))
     return Plan(room, context, conversations, full, bounded, largest)

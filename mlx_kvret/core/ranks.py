@@ -53,6 +53,12 @@ class Ranks(abc.ABC):
         """The first rank's array of int32, which all have in the same shape."""
         return self.sum(array if self.rank == 0 else np.zeros_like(array))
 
+    def first_mask(self, mask: Mask) -> Mask:
+        """The first rank's mask, of which all have one of the same shape."""
+        bits = np.packbits(np.concatenate([mask.reshape(-1), np.zeros(-mask.size % 32, bool)]))
+        found = np.unpackbits(self.first(bits.view(np.int32)).view(np.uint8))
+        return found[: mask.size].astype(bool).reshape(mask.shape)
+
     def agreed(self, action: Callable[[], object]) -> None:
         """Do what one rank may refuse, so that all refuse it.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedFeatureError, UnsupportedModelError
 from .budget import CacheShape
 from .config import EvictionConfig
 from .eviction import heads_per_group
@@ -41,9 +41,28 @@ class Share:
         own = np.arange(self.head, self.head + self.shape.kv_heads, dtype=np.int32)
         return (layers[:, None] * self.whole.kv_heads + own).reshape(-1)
 
+    def of_whole(self, size: int) -> int:
+        """What all heads take, if this rank's take ``size``."""
+        return size * self.whole.heads // self.shape.heads
+
     def first_head(self, layer: int) -> int:
         """Flat head of the whole that a layer of this rank begins with here."""
         return (self.layer + layer) * self.whole.kv_heads + self.head
+
+    def check(self, config: EvictionConfig) -> None:
+        """Refuse what one process can and several cannot.
+
+        Raises:
+            UnsupportedFeatureError: by options.
+        """
+        if config.scope == "modality":
+            raise UnsupportedFeatureError(
+                "the scope 'modality' does not work over several ranks; take 'global', 'layer' or 'head'"
+            )
+        if config.kv_bits is not None:
+            raise UnsupportedFeatureError(
+                "kept entries are not stored in few bits where several ranks hold a model; drop kv_bits"
+            )
 
     def spread(self, config: EvictionConfig) -> bool:
         """Whether heads of one group stand on several ranks, so that selecting needs them all."""
@@ -69,12 +88,25 @@ class Share:
 
         ``counts`` (heads,) says how many entries each head has, ``arrays`` (N, ...) hold them; an exchange.
         """
-        heads, held, *parts = (self.ranks.gather(a) for a in (self.heads, counts.astype(np.int32), *arrays))
+        held = self.ranks.gather(np.stack([self.heads, counts.astype(np.int32)]))
+        parts = [self.ranks.gather(array) for array in arrays]
         if self.copies:
-            return held[0], [part[0] for part in parts]
-        head, count = np.concatenate(heads), np.concatenate(held)
+            return held[0][1], [part[0] for part in parts]
+        head, count = np.concatenate(held, axis=1)
         order = np.argsort(np.repeat(head, count), kind="stable")
         return count[np.argsort(head)], [np.concatenate(part)[order] for part in parts]
+
+    def check_saved(self, others: bool) -> None:
+        """Refuse to save or to open layers that are not bounded, of which each rank has its own.
+
+        Raises:
+            UnsupportedFeatureError: there are some.
+        """
+        if others:
+            raise UnsupportedFeatureError(
+                "a cache whose layers are not all bounded (sliding windows, say) is neither saved nor opened "
+                "by several ranks; do it in one process"
+            )
 
     def own(self, head: Ints) -> tuple[Mask, Ints]:
         """Which entries of the whole, by flat heads (N,), are this rank's, and their flat heads here."""

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..core.config import EvictionConfig
 from ..core.probing import COMPARED, agrees, chunkings, distance, ordinary_ids, probe_length
+from ..core.ranks import Ranks
 from ..core.types import Array
 from ..errors import KVRetError, UnsupportedModelError
 from .vision import forget, logits_of
@@ -44,7 +45,7 @@ def check_agreement(
     Raises:
         UnsupportedModelError: the logits differ by more than rounding.
     """
-    ids = tokens_of(model, stock())
+    ids = tokens_of(model, stock(), None if layout.share is None else layout.share.ranks)
     plain, cut = chunkings(tokens := ids.shape[1])
     expected, eps = _logits(model, ids, plain, stock())
     config = EvictionConfig.create(budget=tokens, buffer=4, policy="recent")
@@ -69,15 +70,18 @@ def check_agreement(
         )
 
 
-def tokens_of(model: nn.Module, stock: list[Any]) -> mx.array:
-    """Ordinary tokens (1, T) to probe a model with; ``stock`` are new caches of its own."""
+def tokens_of(model: nn.Module, stock: list[Any], ranks: Ranks | None = None) -> mx.array:
+    """Ordinary tokens (1, T) to probe a model with, on all ``ranks`` the same; ``stock`` are new caches."""
     windows = [c.max_size for entry in stock for c in getattr(entry, "caches", (entry,)) if _has_window(c)]
     weights: Any = tree_flatten(model.parameters())
     # eight weights of four bits are one number
     count = sum(array.size * (8 if array.dtype == mx.uint32 else 1) for _, array in weights)
     # built, not computed
     vocabulary = logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1]
-    return mx.array(ordinary_ids(vocabulary, probe_length(count, windows)))[None]
+    length = probe_length(count, windows)
+    if ranks is not None:
+        length = int(ranks.first(np.array([length]))[0])
+    return mx.array(ordinary_ids(vocabulary, length))[None]
 
 
 def as_array(logits: mx.array) -> Array:

@@ -12,11 +12,11 @@ from mlx_lm.models.cache import KVCache
 from ..core.budget import CacheShape
 from ..core.checkpoint import GateCheckpoint
 from ..core.installed import missing
-from ..core.loading import check_loading
+from ..core.loading import check_loading, check_parallel
 from ..core.model_folder import model_config as stored_config
 from ..core.picture_prompts import Asked
 from ..core.sampling import Sampling, drawing
-from ..core.snapshot import read_snapshot, write_snapshot
+from ..core.saving import read_alike, write_once
 from ..core.vision import has_vision
 from ..errors import ConfigError
 from ..hub import resolve
@@ -29,7 +29,8 @@ from .generation import generate, stream_generate, vocabulary
 from .loading import TOKENIZERS, load_network, read_gates, read_tokenizer
 from .loading_vision import load_seeing, read_processor
 from .prefill import read_tokens, take_back
-from .sampling import processors_of, sampler_of
+from .ranks import split
+from .sampling import alike, processors_of, sampler_of
 from .seeing import processed as of_text
 from .seeing import reader_of
 from .vision import is_vision
@@ -74,6 +75,7 @@ def load(
     lazy: bool = False,
     strict: bool = True,
     text_only: bool = False,
+    parallel: str | None = None,
     **unknown: Any,
 ) -> tuple[nn.Module, Any]:
     """As :func:`mlx_kvret.load`; of a vision-language folder mlx-vlm's model, and its processor.
@@ -90,6 +92,7 @@ def load(
     folder = resolve(model, "model", revision, trust_remote_code)
     stored = stored_config(folder)
     sees = has_vision(stored) and not text_only
+    check_parallel(parallel, {"adapter_path": adapter_path, "a model that sees pictures": sees})
     if sees:
         given = {"adapter_path": adapter_path, "model_config": model_config, "rope_length": rope_length}
         _check_seeing(given | {"get_model_classes": get_model_classes}, stored)
@@ -98,13 +101,19 @@ def load(
     adapter = None if adapter_path is None else resolve(adapter_path, "adapter")
     searched = gates == auto.AUTO
     checkpoint = None if gates is None or searched else read_gates(gates, gates_revision)
-    options: dict[str, Any] = {"lazy": lazy, "strict": strict, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "lazy": lazy or parallel is not None,
+        "strict": strict,
+        "trust_remote_code": trust_remote_code,
+    }
     if get_model_classes is not None:
         options["get_model_classes"] = get_model_classes
     if sees:
         network, config = load_seeing(folder, stored, lazy, strict, trust_remote_code), stored
     else:
         network, config = load_network(folder, rope_length, model_config=model_config, **options)
+    if parallel is not None:
+        split(network, parallel)
     if adapter is not None:
         add_adapter(network, adapter)
     if sees and any((folder / name).exists() for name in TOKENIZERS):
@@ -142,7 +151,7 @@ def full_cache(model: nn.Module, cache: BoundedCache) -> tuple[int, int]:
     """
     attached = hooks.attachment(model)
     assert attached is not None
-    shape = attached.layout.shape
+    shape = attached.layout.whole
     if cache.shared is None:
         return shape.heads, cache.nbytes
     others = cache.nbytes - sum(layer.nbytes for layer in cache.competing)
@@ -169,13 +178,13 @@ def processed(model: nn.Module, processor: Any, text: str, pictures: Sequence[An
 
 def sampling(model: nn.Module, asked: Sampling) -> dict[str, Any]:
     """Options of :func:`stream_generate` that draw tokens as asked, for several calls: a seed is set once."""
-    return drawing(asked, vocabulary(model), sampler_of, processors_of)
+    return drawing(alike(model, asked), vocabulary(model), sampler_of, processors_of)
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """Tokens that end a text; mlx-lm's wrapper around the tokenizer has them all."""
     reader = reader_of(model, tokenizer) if is_vision(model) else tokenizer
-    return {int(token) for token in reader.eos_token_ids}
+    return {int(token) for token in getattr(reader, "eos_token_ids", ())}
 
 
 def add_stop_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[int]) -> None:
@@ -189,10 +198,13 @@ def save_cache(
     model: nn.Module, cache: BoundedCache, path: str | Path, notes: dict[str, str] | None = None
 ) -> None:
     """As :func:`mlx_kvret.save_cache`."""
-    write_snapshot(path, snapshots.take(hooks.checked_cache(model, cache), notes or {}))
+    snapshot = snapshots.take(hooks.checked_cache(model, cache), notes or {})
+    attached = hooks.attachment(model)
+    write_once(path, snapshot, None if attached is None else attached.layout.share)
 
 
 def load_cache(model: nn.Module, path: str | Path) -> tuple[BoundedCache, dict[str, str]]:
     """As :func:`mlx_kvret.load_cache`."""
-    snapshot = read_snapshot(path)
+    attached = hooks.attachment(model)
+    snapshot = read_alike(path, None if attached is None else attached.layout.share)
     return hooks.reopened_cache(model, snapshot), snapshot.notes

@@ -15,6 +15,7 @@ from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.eviction import heads_per_group
 from ..core.passes import Passes
+from ..core.shares import Share
 from ..core.slabs import Slabs
 from ..core.state import State
 from ..errors import CacheError
@@ -43,7 +44,8 @@ class Arena:
     ``config`` is the largest budget and buffer of its rows, and the policy and scope of all of them. All rows
     belong to one thread: while a pass is under way no other begins. Changes are decided upon first and then
     put in place, whole or not at all, by :meth:`put`. ``owner`` names the model and the gates, for caches
-    saved to a file, ``identity`` the very weights too.
+    saved to a file, ``identity`` the very weights too. ``shape`` is what this process holds, its ``share`` of
+    the whole where several hold the model together.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Arena:
         gates: RetentionGates | None = None,
         gate_layers: Sequence[int] | None = None,
         slabs: int = 1,
+        share: Share | None = None,
     ) -> None:
-        self.shape, self.config, self.owner = shape, config, owner
+        self.shape, self.config, self.owner, self.share = shape, config, owner, share
         self.gates, self.gate_layers = gates, gate_layers
         self.identity = ""
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
@@ -71,7 +74,13 @@ class Arena:
     def gate(self, layer: int, x: mx.array) -> mx.array:
         """log β (N, H) of a competing layer's attention inputs (N, hidden)."""
         assert self.gates is not None
-        return self.gates.log_beta(self.gate_layers[layer] if self.gate_layers else layer, x)
+        found = self.gates.log_beta(self.gate_layers[layer] if self.gate_layers else layer, x)
+        return found if self.share is None else found[..., self.share.head :][..., : self.shape.kv_heads]
+
+    @property
+    def whole(self) -> CacheShape:
+        """The shape over all ranks."""
+        return self.shape if self.share is None else self.share.whole
 
     @property
     def defer(self) -> int:
@@ -174,7 +183,8 @@ class Arena:
 
     def like(self, slabs: int, config: EvictionConfig | None = None) -> Arena:
         """An empty arena for the same model and gates."""
-        made = Arena(self.shape, config or self.config, self.owner, self.gates, self.gate_layers, slabs)
+        told = self.owner, self.gates, self.gate_layers, slabs, self.share
+        made = Arena(self.shape, config or self.config, *told)
         made.identity = self.identity
         return made
 

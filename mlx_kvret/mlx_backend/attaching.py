@@ -54,7 +54,7 @@ def make_cache(
     assert attached is not None
     if budget is None and buffer is None and not options:
         return hooks.new_cache(model, attached, attached.eviction)
-    config = eviction(attached.layout.shape, budget, buffer, gates=attached.gate_config, **options)
+    config = eviction(attached.layout.whole, budget, buffer, gates=attached.gate_config, **options)
     return hooks.new_cache(model, attached, config)
 
 
@@ -97,7 +97,7 @@ def attach_these(
         # a refusal leaves the model as it was
         if gates is not None:
             before.layout.check_gates(gates)
-        own = own_eviction(before.layout.shape, None if gates is None else gates.config, options or {})
+        own = own_eviction(before.layout.whole, None if gates is None else gates.config, options or {})
         before.layout.check_bits(own.kv_bits)
     hooks.remove(model)
     # gates and options do not change what the hooks give

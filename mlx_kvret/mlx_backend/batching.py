@@ -10,12 +10,13 @@ from .api import stop_tokens
 from .attaching import make_cache
 from .generation import TokenIds, vocabulary
 from .hooks import checked_cache, row_cache
-from .sampling import alone, processors_of
+from .sampling import alike, alone, processors_of
 from .vision import is_vision
 
 __all__ = [
     "BatchGenerator",
     "TokenIds",
+    "alike",
     "alone",
     "checked_cache",
     "make_cache",

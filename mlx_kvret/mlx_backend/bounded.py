@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.budget import CacheShape
+from ..core.budget import BOOKKEEPING, CacheShape
 from ..core.config import EvictionConfig
 from ..core.passes import Passes
 from ..core.pictures import forgotten
+from ..core.shares import Share
 from ..core.state import State
 from ..core.types import Ints
 from ..errors import CacheError, ConfigError, KVRetError
@@ -53,9 +54,10 @@ class Bounded:
         owner: dict[str, str],
         gates: RetentionGates | None = None,
         gate_layers: Sequence[int] | None = None,
+        share: Share | None = None,
     ) -> Bounded:
         """An empty sequence in an arena of its own."""
-        arena = Arena(shape, config, owner, gates, gate_layers)
+        arena = Arena(shape, config, owner, gates, gate_layers, share=share)
         arena.evaluate()
         return cls(arena, [new_row(arena)])
 
@@ -280,17 +282,28 @@ class Bounded:
         return sum(row.entries for row in self.rows)
 
     def kept_positions(self, row: int = 0) -> list[list[Ints]]:
-        """For each layer, for each KV head, the sorted positions of a row's entries (int64 arrays)."""
+        """For each layer, for each KV head, the sorted positions of a row's entries (int64 arrays).
+
+        Of several ranks all must ask, and all are told of the whole.
+        """
+        heads, share, size = self.own_positions(row), self.arena.share, self.arena.whole.kv_heads
+        if share is not None:
+            lengths = np.array([len(positions) for positions in heads], np.int32)
+            counts, (all_of_it,) = share.joined(lengths, np.concatenate(heads))
+            heads = np.split(all_of_it, np.cumsum(counts)[:-1])
+        return [heads[i : i + size] for i in range(0, len(heads), size)]
+
+    def own_positions(self, row: int = 0) -> list[Ints]:
+        """The sorted positions of a row's entries in each of this process's flat heads (int64 arrays)."""
         self.settle()
         self.confirm()
-        one, pool, size = self.rows[row], self.arena.pool, self.shape.kv_heads
+        one, pool = self.rows[row], self.arena.pool
         offsets, position = pool.kept(one.slab)
         recent = np.arange(one.seen - one.length, one.seen)
-        heads: list[Ints] = [
+        return [
             np.concatenate([np.sort(position[a:b]), recent]).astype(np.int64)
             for a, b in itertools.pairwise(offsets)
         ]
-        return [heads[i : i + size] for i in range(0, len(heads), size)]
 
     def arrays(self) -> list[Any]:
         """Everything to be evaluated."""
@@ -298,7 +311,13 @@ class Bounded:
 
     def layer_nbytes(self, layer: int) -> int:
         """A layer's share of the bytes of the rows' slabs and of what they hold; they add up to all of it."""
-        share, rest = divmod(self.arena.slab_nbytes(self.rows), self.shape.layers)
+        if self.arena.share is None:
+            size = self.arena.slab_nbytes(self.rows)
+        else:
+            # by arithmetic, for hosts on all ranks must decide the same by it
+            held = {row.slab: row.entries for row in self.rows}
+            size = sum(held.values()) * (self.shape.entry_bytes + BOOKKEEPING)
+        share, rest = divmod(size, self.shape.layers)
         return share + (rest if layer == 0 else 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bounded:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core.passes import Passes
 from ..core.pictures import Modality, Pictures, forgotten, of_modality
+from ..core.shares import Share
 from ..core.types import Ints
 from ..errors import ConfigError, UnsupportedFeatureError
 from .bounded import Bounded
@@ -25,8 +26,16 @@ class BoundedCache(list[Any]):
     own kind. ``shared`` is None if nothing is ever evicted (policy ``"full"``).
     """
 
-    def __init__(self, entries: Iterable[Any], shared: Bounded | None, competing: list[Any]) -> None:
+    def __init__(
+        self,
+        entries: Iterable[Any],
+        shared: Bounded | None,
+        competing: list[Any],
+        share: Share | None = None,
+    ) -> None:
         super().__init__(entries)
+        # of a cache that evicts nothing; others know it themselves
+        self._share = share
         self.shared, self.competing = shared, competing
         self.passes = Passes() if shared is None else shared.passes
         self._identity = ""
@@ -62,7 +71,8 @@ class BoundedCache(list[Any]):
         if self.shared is not None:
             return self.shared.unsettled_entries
         self.passes.repair()
-        return sum(c.offset * c.keys.shape[1] for c in self.competing if c.keys is not None)
+        held = sum(c.offset * c.keys.shape[1] for c in self.competing if c.keys is not None)
+        return held if self._share is None else self._share.of_whole(held)
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +84,8 @@ class BoundedCache(list[Any]):
     def unsettled_nbytes(self) -> int:
         """Bytes before a compaction that is due."""
         self.passes.repair()
-        return sum(c.nbytes for c in self)
+        held = sum(c.nbytes for c in self)
+        return held if self._share is None else self._share.of_whole(held)
 
     def settle(self) -> None:
         """Carry out a compaction that is due now instead of before the next forward pass."""
@@ -98,6 +109,9 @@ class BoundedCache(list[Any]):
         if self.shared is not None:
             return self.shared.kept_positions(row)
         self.passes.check()
+        if self._share is not None:
+            whole = self._share.whole
+            return [[np.arange(self.seen)] * whole.kv_heads for _ in range(whole.layers)]
         heads = [0 if c.keys is None else c.keys.shape[1] for c in self.competing]
         return [[np.arange(c.offset)] * n for c, n in zip(self.competing, heads, strict=True)]
 
@@ -213,7 +227,8 @@ class BoundedCache(list[Any]):
         self.settle()
         entries = copy.deepcopy(list(self), memo)
         # memo maps each old entry to its copy
-        twin = BoundedCache(entries, copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo))
+        shared, competing = copy.deepcopy(self.shared, memo), copy.deepcopy(self.competing, memo)
+        twin = BoundedCache(entries, shared, competing, self._share)
         twin.identity = self.identity
         twin.sight = copy.copy(self.sight)
         # another thread could not compute what this one has built

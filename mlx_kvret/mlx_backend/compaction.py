@@ -22,8 +22,9 @@ def compacted(row: Row, move: Move, pool: Pool, recent: Recent) -> dict[str, Any
 
     ``pool`` and ``recent`` are changed; returns what becomes of the row.
     """
-    shape, tokens, due, slab = row.arena.shape, move.tokens, move.due, row.slab
+    shape, tokens, share, slab = row.arena.shape, move.tokens, row.arena.share, row.slab
     start, config = row.seen - row.length, row.config
+    due = move.due if share is None else move.due[share.groups(config)]
     retention = retention_of(row, tokens)
     schedule = copy.copy(row.schedule)
     newest = [row.window(layer, recent) for layer in range(shape.layers)]
@@ -37,13 +38,16 @@ def compacted(row: Row, move: Move, pool: Pool, recent: Recent) -> dict[str, Any
 
     old = tuple(pool.rows(array, slab) for array in (pool.retention, pool.position, pool.owner))
     stays, survives = old[2] < shape.heads, mx.ones(new[2].shape, mx.bool_)
-    if due.any():
+    if move.due.any():
         joined = [mx.concatenate([a, b], axis=1) for a, b in zip(old, new, strict=True)]
         score = _score(row, pool, joined, newest, tokens)
-        keep = select(score, joined[1], joined[2], row.seen, config, pool.size, shape.heads, row.pictures)
+        args = score, joined[1], joined[2], row.seen, config, pool.size, shape.heads, row.pictures
+        keep = select(*args, share, due)
         if not due.all():
             keep = mx.where(mx.array(due)[:, None], keep, joined[2] < shape.heads)
         stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
+    if share is not None:
+        stays = _with_room(pool, stays, survives, *newest[0])
     slots = pool.destinations(stays, survives, slab)
     pool.admit(stays, slots, survives, *new, slab)
     by_layer = slots.reshape(shape.layers, -1)
@@ -75,13 +79,14 @@ def retention_of(row: Row, tokens: int) -> mx.array:
     if row.config.policy == "learned":
         row.arena.score()
         return log_beta_of(shortened(row.pieces, newest=row.length - tokens))
-    start, heads = row.seen - row.length, row.arena.shape.kv_heads
+    start, heads, share = row.seen - row.length, row.arena.shape.kv_heads, row.arena.share
     place = np.arange(start, start + tokens)
     layers = range(row.arena.shape.layers)
     keys = [row.window(layer)[0][0, :, :tokens] for layer in layers]
     if row.config.policy == "knorm":
         keys = [row.arena.pool.as_kept(one) for one in keys]
-    return mx.stack([static_score(row.config, keys[layer], layer * heads, place) for layer in layers])
+    first = [layer * heads if share is None else share.first_head(layer) for layer in layers]
+    return mx.stack([static_score(row.config, keys[layer], first[layer], place) for layer in layers])
 
 
 def _score(
@@ -97,8 +102,21 @@ def _score(
     return retention
 
 
+def _with_room(pool: Pool, stays: mx.array, survives: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """``stays`` once the pool has room for a rank's entries, of which there may be more than its mean."""
+    most = int((stays.sum(1) + survives.sum(1)).max())
+    need, before = -(-most // pool.size), pool.capacity
+    if need <= before:
+        return stays
+    pool.grow(need + need // 8, keys, values)
+    new = mx.zeros((pool.groups, (pool.capacity - before) * pool.size), mx.bool_)
+    return mx.concatenate([new, stays], axis=1)
+
+
 def _counted(row: Row, pool: Pool) -> Ints | None:
     """Entries per group where a threshold decides, read from the device; None where it is arithmetic."""
     if row.config.threshold is None:
         return None
-    return np.diff(pool.lookup.on_host(row.slab)[:: pool.size])
+    counts = np.diff(pool.lookup.on_host(row.slab)[:: pool.size])
+    share = row.arena.share
+    return counts if share is None else share.totals(counts, row.config)

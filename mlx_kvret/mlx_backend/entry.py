@@ -128,6 +128,21 @@ class BoundedKVCache(Batched):
             "entries; use another model"
         )
 
+    @property
+    def keys(self) -> mx.array:
+        """The layer's newest keys in a pass, where layers are split over ranks.
+
+        Models have them wait for what they send: what is put here holds the same values.
+        """
+        share = self.shared.arena.share
+        if share is None or share.shape.layers == share.whole.layers:
+            raise AttributeError("a bounded layer has no keys of its own that a model may change")
+        return self._reading().newest_keys(self.layer)
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._reading().put_newest_keys(self.layer, keys)
+
     def view(self) -> LayerView:
         """What the layer attends to, after :meth:`update_and_fetch`."""
         assert self.fetched is not None

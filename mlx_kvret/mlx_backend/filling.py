@@ -22,7 +22,15 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
     tokens = snapshot.recent(max(1, row.config.buffer))
     keys, values = to_array(snapshot.keys), to_array(snapshot.values)
     new = snapshot.position >= snapshot.seen - tokens
-    kept = np.flatnonzero(~new)
+    in_groups = snapshot.head[~new] // row.schedule.size
+    row.schedule.counts = np.bincount(in_groups, minlength=len(row.schedule.counts))
+    here, own = snapshot.head >= 0, snapshot.head
+    if arena.share is not None:
+        # of the whole, as what is decided upon; but only this rank's heads are its own
+        here, local = arena.share.own(snapshot.head)
+        own = np.zeros(len(here), np.int32)
+        own[here] = local
+    kept, new = np.flatnonzero(here & ~new), here & new
     if snapshot.packed is None:
         index = mx.array(kept.astype(np.int32))
         old = keys[index], values[index]
@@ -41,9 +49,9 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
             log_beta = mx.array(snapshot.retention[new])
             row.pieces = known(log_beta.reshape(shape.layers, shape.kv_heads, tokens))
 
-    head = snapshot.head[kept]
+    head = own[kept]
     group = head // pool.size
-    counts = row.schedule.counts = np.bincount(group, minlength=pool.groups)
+    counts = np.bincount(group, minlength=pool.groups)
     if len(kept):
         pool.grow(int(-(-counts.max() // pool.size)), keys, values)
         first = np.concatenate([[0], np.cumsum(counts)[:-1]])

@@ -20,9 +20,11 @@ from mlx_lm.generate import generation_stream
 from ..core.chunks import does_not_fit, largest_chunk
 from ..core.passes import Passes
 from ..core.state import State
+from ..core.watch import watched
 from ..errors import CacheError, KVRetError
 from .bounded import Bounded
 from .entry import BoundedKVCache, running
+from .ranks import drain
 from .reading import FEW
 from .vision import logits_of
 
@@ -51,9 +53,13 @@ def run(
     passes: Passes = whole.passes
     passes.check()
     one = _Pass(parts, shared, passes, _runs_ahead(), *(noted or (State([]), State([]))))
-    one.prepare(tokens)
+    together = shared is not None and shared.arena.share is not None
     try:
-        return one.run(tokens, forward)
+        with watched("a forward pass", together):
+            if together and not one.ahead:
+                drain()
+            one.prepare(tokens)
+            return one.run(tokens, forward)
     except (RuntimeError, MemoryError) as error:
         if tokens <= FEW or not out_of_memory(error):
             raise

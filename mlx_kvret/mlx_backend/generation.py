@@ -22,12 +22,13 @@ from ..core.picture_prompts import has_pictures, spoken_by
 from ..core.prompts import check_ids, prompt_ids
 from ..core.request import check_generation, check_max_tokens, figures, split_eviction
 from ..core.sampling import SAMPLING, drawing, split_sampling
+from ..core.watch import watched_steps
 from ..errors import ConfigError, UnsupportedFeatureError
 from . import hooks
 from .attaching import make_cache
 from .cache import BoundedCache
 from .loops import Text
-from .sampling import behind, processors_of, sampler_of
+from .sampling import alike, behind, processors_of, sampler_of
 from .seeing import Prepared, Seen, Speaker, check_no_pictures, prepared, reader_of
 from .vision import can_see, is_vision, speaking
 
@@ -110,7 +111,7 @@ def stream_generate(
         ids = prompt_ids(spoken_by(tokenizer), prompt, cache.seen == 0, vocabulary(model))
         check_no_pictures(model, ids)
     more = options.get("logits_processors")
-    options |= drawing(asked, vocabulary(model), sampler_of, processors_of, more)
+    options |= drawing(alike(model, asked), vocabulary(model), sampler_of, processors_of, more)
     held: list[Any] = cache
     if draft_model is not None:
         if hooks.attachment(draft_model) is not None:
@@ -171,6 +172,9 @@ def _responses(
     """mlx-lm's loop; what was asked has been checked."""
     alone = options["draft_model"] is None
     stream: Any = mlx_lm.stream_generate(model, reader, mx.array(ids), **options)
+    attached = hooks.attachment(model)
+    if attached is not None and attached.layout.share is not None:
+        stream = watched_steps(stream, "the next token")
     text, given, count = Text(model, cache, len(ids)), list[int](), 0
     # mlx-lm's own drops a space at the beginning
     spoken = Detokenizer(reader.decode)

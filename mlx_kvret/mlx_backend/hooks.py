@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +39,7 @@ from .forward import leaves, run
 from .gates import RetentionGates
 from .memory import free_bytes
 from .probe import probe
+from .ranks import split_of
 from .snapshots import reopen
 from .vision import family, forgetful, is_vision, speaking, tokens_of_pictures
 
@@ -103,9 +105,11 @@ def _install(
     try:
         latent = any(hasattr(attention, "kv_lora_rank") for attention in attentions)
         layout = probe(model, _stock_cache(model), name, latent)
+        places = [index for index, _ in layout.places]
+        layout = replace(layout, split=split_of(model, layout.shape, layout.latent, places, name))
         if gates is not None:
             layout.check_gates(gates)
-        own = own_eviction(layout.shape, None if gates is None else gates.config, options or {})
+        own = own_eviction(layout.whole, None if gates is None else gates.config, options or {})
         layout.check_bits(own.kv_bits)
     except BaseException:
         _restore_attention(attentions, namespaces)
@@ -143,7 +147,11 @@ def new_cache(model: nn.Module, made: Attachment, config: EvictionConfig) -> Bou
     """
     if config.policy == "learned" and made.gates is None:
         raise ConfigError(NO_GATES)
-    check_fits(made.layout.shape, config, free_bytes())
+    share, fits = made.layout.share, functools.partial(check_fits, made.layout.shape, config, free_bytes())
+    if share is None:
+        fits()
+    else:
+        share.ranks.agreed(fits)
     _dispatch(made.namespaces)
     cache = made.layout.bounded_cache(_stock_cache(model), config, made.gates, made.owner)
     cache.identity = made.identity(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..core.bits import KVBits
 from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.fitting import fit_gates
+from ..core.shares import Share
 from ..errors import ConfigError, ModelMismatchError, UnsupportedFeatureError, UnsupportedModelError
 from . import kernels
 from .bounded import Bounded
@@ -24,6 +25,7 @@ from .filling import fill
 from .gates import CODES, RetentionGates
 from .kinds import is_kind
 from .others import Other
+from .ranks import Split
 from .saved import Loaded, snapshot_of
 
 # where a competing entry stands in a prompt cache: its index, and its index in a CacheList there
@@ -44,10 +46,28 @@ class Layout:
     latent: bool
     dtype: str
     others: dict[Place, Other] = field(default_factory=dict)
+    # where several processes hold the model together
+    split: Split | None = None
+
+    @property
+    def share(self) -> Share | None:
+        """What this process holds of the whole; None if that is all."""
+        return None if self.split is None else self.split.share
+
+    @property
+    def whole(self) -> CacheShape:
+        """The shape over all ranks."""
+        return self.shape if self.share is None else self.share.whole
 
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
         """Which gate belongs to which competing layer. Raises as :func:`fit_gates`."""
-        return fit_gates(gates.config, self.shape, [index for index, _ in self.places], self.layers)
+        places: Sequence[int] = [index for index, _ in self.places]
+        layers = self.layers
+        if self.split is not None and self.split.places:
+            places, layers = self.split.places, self.split.layers
+        found = fit_gates(gates.config, self.whole, places, layers)
+        first = 0 if self.share is None else self.share.layer
+        return found[first : first + self.shape.layers]
 
     def check_bits(self, kv_bits: KVBits) -> None:
         """Refuse few bits where no kernel reads them, or the model computes on the cached keys.
@@ -82,9 +102,11 @@ class Layout:
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model. Raises as :meth:`check_bits`."""
         self.check_bits(config.kv_bits)
+        if self.share is not None:
+            self.share.check(config)
         if config.policy != "learned" or gates is None:
-            return Bounded.single(self.shape, config, owner)
-        return Bounded.single(self.shape, config, owner, gates, self.check_gates(gates))
+            return Bounded.single(self.shape, config, owner, share=self.share)
+        return Bounded.single(self.shape, config, owner, gates, self.check_gates(gates), self.share)
 
     def join(self, cache: list[Any], gates: RetentionGates | None, owner: dict[str, str]) -> Bounded | None:
         """Turn layers read from a prompt file into a working cache, in place; None if there are none.
@@ -96,6 +118,11 @@ class Layout:
         loaded = [_at(cache, place) for place in self.places]
         if not any(isinstance(entry, Loaded) for entry in loaded):
             return None
+        if self.share is not None:
+            raise UnsupportedFeatureError(
+                "a prompt file of mlx-lm holds what one rank has; save and open caches with "
+                "mlx_kvret.save_cache and load_cache, which do it for all"
+            )
         first = next(entry for entry in loaded if isinstance(entry, Loaded))
         if first.shape != self.shape:
             raise ModelMismatchError(
@@ -121,7 +148,7 @@ class Layout:
 
     def full(self, entries: list[Any]) -> BoundedCache:
         """A prompt cache that evicts nothing, from stock entries."""
-        return BoundedCache(entries, None, [_at(entries, place) for place in self.places])
+        return BoundedCache(entries, None, [_at(entries, place) for place in self.places], self.share)
 
     def reopened(
         self, entries: list[Any], gates: RetentionGates | None, owner: dict[str, str]

@@ -107,6 +107,19 @@ class Reading:
         self.fetched[layer] = self.view(layer).pair if single else (keys, values)
         return self.fetched[layer]  # type: ignore[return-value]
 
+    def newest_keys(self, layer: int) -> mx.array:
+        """Keys of the layer that the pass has changed."""
+        keys = self.arena.recent.keys[layer] if self.wide is None else self._wide(0, layer)[0]
+        assert keys is not None
+        return keys
+
+    def put_newest_keys(self, layer: int, keys: mx.array) -> None:
+        """Have these instead, which are the same and wait for something else."""
+        if self.wide is None:
+            self.arena.recent.keys[layer] = keys
+        else:
+            self.wide[0][layer] = keys, self._wide(0, layer)[1]
+
     # ------------------------------------------------------------------ what the layers see
 
     def view(self, layer: int) -> LayerView:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core.config import EvictionConfig
+from ..core.eviction import heads_per_group
 from ..core.pictures import Pictures, forgotten
 from ..core.schedule import Move, Schedule
 from ..core.slabs import Hold
@@ -28,7 +29,9 @@ class Row:
 
     def __init__(self, arena: Arena, config: EvictionConfig, hold: Hold) -> None:
         self.arena, self.config, self.hold = arena, config, hold
-        self.schedule = Schedule(config, arena.pool.groups, arena.pool.size)
+        # of all ranks' groups, so that all decide the same at the same time
+        size = heads_per_group(config, arena.whole.layers, arena.whole.kv_heads)
+        self.schedule = Schedule(config, arena.whole.heads // size, size)
         self.seen = self.length = 0
         self.wide: list[Pair] | None = None
         self.pieces: list[Piece] = []
@@ -43,8 +46,8 @@ class Row:
 
     @property
     def entries(self) -> int:
-        """Cached entries over all layers and heads, before anything that is due is carried out."""
-        return int(self.schedule.counts.sum()) + self.length * self.arena.shape.heads
+        """Cached entries over all layers, heads and ranks, before anything that is due is carried out."""
+        return int(self.schedule.counts.sum()) + self.length * self.arena.whole.heads
 
     def next(self) -> Move | None:
         """What is due of it, or None."""

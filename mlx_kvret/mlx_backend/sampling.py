@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ..core.sampling import Sampling
+from .attachment import attachment
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
+
+
+def alike(model: nn.Module, asked: Sampling) -> Sampling:
+    """How tokens are drawn, on several ranks by a seed of the first one's where none is given."""
+    attached = attachment(model)
+    if attached is None or attached.layout.share is None or asked.temp == 0 or asked.seed is not None:
+        return asked
+    seed = np.array([mx.random.randint(0, 2**31 - 1).item()])
+    return dataclasses.replace(asked, seed=int(attached.layout.share.ranks.first(seed)[0]))
 
 
 def sampler_of(asked: Sampling) -> Sampler | None:

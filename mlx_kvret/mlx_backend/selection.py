@@ -12,10 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.config import EvictionConfig
-from ..core.eviction import protected, quotas
+from ..core.eviction import heads_per_group, protected, quotas
 from ..core.pictures import Pictures, is_picture
 from ..core.policies import random_score
+from ..core.shares import Share
+from ..core.types import Mask
 from . import kernels
+from .digits import ascending_bits, over_ranks
 from .kernels import score_select
 
 
@@ -78,12 +81,15 @@ def select(
     size: int,
     heads: int,
     pictures: Pictures = (),
+    share: Share | None = None,
+    due: Mask | None = None,
 ) -> mx.array:
     """Which candidates stay, as a mask; all arguments (groups, N). A ``head`` ≥ ``heads`` marks no entry.
 
     The rule is that of :func:`mlx_kvret.core.eviction.select` for groups that are due: protected entries
     first, then by score, ties to the newer token and then to the lower head; of these the first M·``size``.
     With the scope ``"modality"`` the best of text and of ``pictures`` come before the rest.
+    Where the groups that are ``due`` have heads of other ranks too, all ranks ask at once.
     """
     must = (position < config.sinks) | (position >= seen - config.window)
     if config.min_per_head:
@@ -91,8 +97,15 @@ def select(
         must = must | (_rank_in_head(order, head, heads) < config.min_per_head)
     lowest = -math.inf if config.threshold is None else math.log(config.threshold)
     wanted = config.budget * size
+    if share is not None and due is not None and share.spread(config):
+        of_all = config.budget * heads_per_group(config, share.whole.layers, share.whole.kv_heads)
+        keep = over_ranks(score, must, position, head, of_all, seen, share, due)
+        return keep & (must | (score >= lowest)) if lowest > -math.inf else keep
     if config.scope != "modality":
-        return _first(score, must, position, head, wanted, seen, heads, lowest)
+        keep = _first(score, must, position, head, wanted, seen, heads, lowest)
+        if share is not None and share.copies:
+            keep = mx.array(share.ranks.first_mask(np.array(keep)))
+        return keep
     first = must | _within_quotas(score, must, position, head, seen, heads, config, pictures)
     keep = _first(score, first, position, head, wanted, seen, heads, -math.inf)
     return keep & (must | (score >= lowest)) if config.threshold is not None else keep
@@ -163,17 +176,10 @@ def _order(
     newest_first = (seen - position).astype(mx.int64) * (heads + 1) + head
     by_tie = mx.argsort(newest_first, axis=1)
     # every key is made unique by its place, so that no sort needs to be stable
-    key = mx.where(alive, _ascending_bits(score) + (must.astype(mx.int64) << 32) + 1, 0)
+    key = mx.where(alive, ascending_bits(score) + (must.astype(mx.int64) << 32) + 1, 0)
     key = (2**34 - mx.take_along_axis(key, by_tie, axis=1)) * score.shape[1]
     best_first = mx.sort(key + mx.arange(score.shape[1], dtype=mx.int64), axis=1)
     return mx.take_along_axis(by_tie, (best_first % score.shape[1]).astype(mx.uint32), axis=1)
-
-
-def _ascending_bits(score: mx.array) -> mx.array:
-    """float32 to int64 in [0, 2^32) of the same order; NaN counts as the lowest, -0 as 0."""
-    score = mx.where(mx.isnan(score), -math.inf, score) + 0.0
-    bits = score.view(mx.uint32)
-    return mx.where(bits >> 31, ~bits, bits | 0x80000000).astype(mx.int64)
 
 
 def _rank_in_head(order: mx.array, head: mx.array, heads: int) -> mx.array:

@@ -10,6 +10,7 @@ import numpy as np
 from ..core.packed import Packed
 from ..core.snapshot import Snapshot
 from ..core.tensors import Tensor
+from ..core.types import Ints
 from ..errors import CheckpointError, UnsupportedFeatureError
 from .cache import BoundedCache
 from .compaction import retention_of
@@ -36,25 +37,34 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         raise UnsupportedFeatureError(
             "a cache of policy 'full' is mlx-lm's own; save it with mlx_lm.models.cache.save_prompt_cache"
         )
-    kept = shared.kept_positions()
-    heads = [positions for layer in kept for positions in layer]
+    heads, share, whole = shared.own_positions(), shared.arena.share, shared.arena.whole
     row, pool = shared.row, shared.arena.pool.resized([shared.row.slab], 1)
     slots = _places(pool, row.length)
     keys, values = (_in_order(row, pool, name, slots) for name in ("keys", "values"))
     packed = None if pool.forms is None else _packed(row, pool, slots)
     newest = retention_of(row, row.length).reshape(-1) if row.length else mx.zeros((0,))
-    retention = mx.concatenate([pool.retention, newest])
+    retention = np.array(mx.concatenate([pool.retention, newest])[mx.array(slots)]).astype(np.float32)
+    extras = {i: _window_state(c) for i, c in enumerate(cache) if not isinstance(c, BoundedKVCache)}
+    counts: Ints = np.array([len(p) for p in heads], np.int32)
+    position = np.concatenate(heads).astype(np.int32)
+    stored = [to_tensor(keys), to_tensor(values)]
+    if share is not None:
+        share.check_saved(bool(extras))
+        counts, (position, retention, *bits) = share.joined(
+            counts, position, retention, *(tensor.bits for tensor in stored)
+        )
+        stored = [Tensor(old.dtype, new) for old, new in zip(stored, bits, strict=True)]
     return Snapshot(
         model=shared.owner["model"],
         gates=shared.owner.get("gates", ""),
         eviction=shared.config,
         seen=row.seen,
-        counts=np.array([[len(p) for p in layer] for layer in kept], np.int32),
-        position=np.concatenate(heads).astype(np.int32),
-        retention=np.array(retention[mx.array(slots)]).astype(np.float32),
-        keys=to_tensor(keys),
-        values=to_tensor(values),
-        extras={i: _window_state(c) for i, c in enumerate(cache) if not isinstance(c, BoundedKVCache)},
+        counts=counts.reshape(whole.layers, whole.kv_heads),
+        position=position,
+        retention=retention,
+        keys=stored[0],
+        values=stored[1],
+        extras=extras,
         notes=notes,
         pictures=row.pictures,
         packed=packed,
@@ -73,7 +83,9 @@ def reopen(snapshot: Snapshot, made: Attachment, stock: list[Any]) -> BoundedCac
     snapshot = snapshot.cast(made.layout.dtype)
     cache = made.layout.bounded_cache(stock, snapshot.eviction, made.gates, made.owner)
     others = [i for i, entry in enumerate(cache) if not isinstance(entry, BoundedKVCache)]
-    snapshot.check_shape(made.layout.shape, others)
+    snapshot.check_shape(made.layout.whole, others)
+    if made.layout.share is not None:
+        made.layout.share.check_saved(bool(others))
     assert cache.shared is not None
     if snapshot.seen:
         fill(cache.shared, snapshot)

@@ -135,6 +135,12 @@ def test_gather_takes_arrays_of_any_length():
         assert [part.tolist() for part in parts] == [[], [[1, 1, 1]], [[2, 2, 2], [2, 2, 2]]]
 
 
+def test_the_first_rank_decides():
+    masks = np.random.default_rng(0).random((2, 3, 47)) < 0.5
+    for found in together(2, lambda ranks: ranks.first_mask(masks[ranks.rank])):
+        assert (found == masks[0]).all()
+
+
 def test_what_one_rank_refuses_all_refuse():
     def work(ranks: Ranks):
         def action():

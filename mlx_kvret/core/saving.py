@@ -1,0 +1,55 @@
+"""Saved caches written by one rank for all, and read alike by all."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import numpy as np
+
+from ..errors import RankError
+from .shares import Share
+from .snapshot import Snapshot, read_snapshot, write_snapshot
+
+
+def write_once(path: str | os.PathLike[str], snapshot: Snapshot, share: Share | None) -> None:
+    """Write a snapshot of the whole, on several ranks by the first.
+
+    Raises:
+        ConfigError: the file cannot be written.
+        RankError: the first rank could not write it.
+    """
+    if share is None:
+        write_snapshot(path, snapshot)
+    else:
+        share.ranks.agreed(lambda: write_snapshot(path, snapshot) if share.ranks.rank == 0 else None)
+
+
+def read_alike(path: str | os.PathLike[str], share: Share | None) -> Snapshot:
+    """Read a snapshot, which all ranks must find under the same name.
+
+    Raises:
+        CheckpointError: as :func:`.snapshot.read_snapshot`.
+        RankError: another rank cannot read it, or finds something else.
+    """
+    if share is None:
+        return read_snapshot(path)
+    found: list[Snapshot] = []
+
+    def read() -> None:
+        found.append(read_snapshot(path))
+
+    share.ranks.agreed(read)
+    (snapshot,) = found
+    arrays = snapshot.counts, snapshot.position, snapshot.retention, snapshot.keys.bits, snapshot.values.bits
+    mark = 0
+    for array in arrays:
+        mark = zlib.crc32(np.ascontiguousarray(array).data, mark)
+
+    def same() -> None:
+        words = np.array([mark & 0xFFFF, mark >> 16, snapshot.seen], np.int32)
+        if (share.ranks.first(words) != words).any():
+            raise RankError(f"{path} is not the same file on all machines; copy the first rank's to them")
+
+    share.ranks.agreed(same)
+    return snapshot

@@ -1,0 +1,32 @@
+"""A model held by several processes on MLX keeps and says what one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from . import mlx_worker
+from .comparing import check
+from .processes import HERE, ring, run
+
+
+@pytest.mark.parametrize(("size", "splits"), [(3, ["heads"]), (2, ["heads", "layers", "copies"])])
+def test_several_processes_as_one(size: int, splits: list[str], tmp_path: Path) -> None:
+    """Heads, layers or copies of latents; what one saves the others open, and the other way round."""
+    alone = {}
+    for split in splits:
+        apart, together = tmp_path / "alone" / split, tmp_path / "together" / split
+        apart.mkdir(parents=True)
+        together.mkdir(parents=True)
+        alone[split] = mlx_worker.work(split, apart)
+        (together / "given.kv").write_bytes((apart / "made.kv").read_bytes())
+    done = run([str(HERE / "mlx_worker.py"), str(tmp_path / "together"), *splits], ring(size, tmp_path))
+    assert [one.returncode for one in done] == [0] * size, done[0].stderr + done[-1].stderr
+    for split in splits:
+        apart, together = tmp_path / "alone" / split, tmp_path / "together" / split
+        found = check(alone[split], apart, together, size)
+        (apart / "given.kv").write_bytes((together / "made.kv").read_bytes())
+        again = mlx_worker.work(split, apart, names=[])
+        assert again["went on"] == found["went on"]
+        assert again["reopened"] == found["reopened"]
