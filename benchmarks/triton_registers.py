@@ -49,7 +49,8 @@ def table() -> str:
         "# Registers of the Triton kernels\n",
         f"Triton {triton.__version__}, bfloat16: registers of a thread by ptxas, and bytes spilled (stored",
         "and loaded) where there are any. By `python benchmarks/triton_registers.py --write` without a GPU:",
-        "nothing was timed. Kernels that move and select are the same for all models.",
+        "nothing was timed. Kernels that move and select are the same for all models. Of a chunk the tiles",
+        "of sm_90 are compiled for both; sm_80 runs smaller ones.",
     ]
     for name, shape in MODELS.items():
         heads = f"{shape.kv_heads} KV heads, {shape.group} query heads each, D = {shape.dim}"

@@ -140,7 +140,8 @@ def prefill_attention(
 
 
 def tile_rows(view: LayerView, group: int) -> int:
-    """Query rows of a tile, at least one token's."""
-    width = max(view.keys.shape[-1], view.values.shape[-1])
-    usual = ROWS_FLOAT if view.keys.element_size() == 4 else ROWS if width <= 128 else ROWS_WIDE
+    """Query rows of a tile, at least one token's; GPUs before Hopper take fewer."""
+    keys, width = view.keys, max(view.keys.shape[-1], view.values.shape[-1])
+    small = width > 128 or (keys.is_cuda and torch.cuda.get_device_capability(keys.device)[0] < 9)
+    usual = ROWS_FLOAT if keys.element_size() == 4 else ROWS_WIDE if small else ROWS
     return max(usual, triton.next_power_of_2(group))
