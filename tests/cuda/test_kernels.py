@@ -223,6 +223,20 @@ def test_selection_equals_its_twin(data: st.DataObject) -> None:
         assert torch.equal(kept, expected[part])
 
 
+def test_heads_of_other_sequences_are_others() -> None:
+    rng = np.random.default_rng(0)
+    score = torch.from_numpy(rng.normal(size=(2, 24)).astype(np.float32)).to(DEVICE)
+    # what a head keeps in any case is far below the rest in one sequence, and far above in the other
+    head = (torch.arange(24) % 3).expand(2, -1)
+    score[0, head[0] == 1] -= 100
+    score[1, head[1] == 1] += 100
+    config = EvictionConfig(budget=3, buffer=1, min_per_head=2)
+    arrays = score, (torch.arange(24) // 3).expand(2, -1), head
+    expected = select(*arrays, 24, config, 3, 3)
+    assert torch.equal(select_triton(*arrays, 24, config, 3, 3), expected)
+    assert [(expected & (head == 1))[row].sum().item() for row in range(2)] == [2, 5]
+
+
 def test_selection_of_many_candidates() -> None:
     count, heads = 5000, 8
     score = -torch.rand(1, count).exp().round(decimals=2)
@@ -251,7 +265,9 @@ def test_filling_holes_equals_its_twin(
     # a constant, zeros, a large element, numbers far from 0 and near each other, and steps that are ties
     keys[0, 0, :5] = torch.tensor([0.7, 0.0, -0.0, 1e4, 3e-9]).to(dtype)[:, None]
     keys[0, 1, 0, 5], keys[0, 1, 1] = 900.0, 1000 + torch.arange(key_dim) / 8
-    values[1, 2, 6] = torch.arange(value_dim) / 2 - 7
+    # steps of 1 between whole numbers, so that halves tie
+    keys[0, 1, 2] = (torch.arange(key_dim) / 2).clamp(max=14.5)
+    keys[0, 1, 2, 1] = 15 if kv_bits == 4 else 255
     slots, keep = torch.randperm(43)[:42], torch.rand(42) < 0.6
     keep[:12] = True
     slabs = []
