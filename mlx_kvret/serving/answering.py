@@ -81,28 +81,28 @@ class Answer(Response):
     async def _send_stream(
         self, news: asyncio.Queue[News], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """What fails before the first token still has a status of its own."""
-        begun = False
-        async for found in _with_silence(news):
-            if isinstance(found, Refusal) and not begun:
-                await told(found)(scope, receive, send)
+        """What fails before the first token still has a status of its own; what has come goes at once."""
+        begun = last = False
+        async for come in _with_silence(news):
+            if not begun and come and isinstance(come[0], Refusal):
+                await told(come[0])(scope, receive, send)
                 return
+            events = []
             if not begun:
                 await send(_START)
-                events = self._reply.first()
-            else:
-                events = []
+                events += self._reply.first()
             begun = True
-            if found is None:
-                events = [WAITING, *events]
-            elif isinstance(found, Refusal):
-                events.append(event(found.body))
-            else:
-                events += await self._events(found)
-                if found.reason is not None:
-                    events.append(DONE)
-            last = isinstance(found, Refusal) or (found is not None and found.reason is not None)
-            await send({"type": "http.response.body", "body": b"".join(events), "more_body": not last})
+            for found in come:
+                if isinstance(found, Refusal):
+                    events.append(event(found.body))
+                else:
+                    events += await self._events(found)
+                    if found.reason is not None:
+                        events.append(DONE)
+                last = _last(found)
+            await send(
+                {"type": "http.response.body", "body": b"".join(events) or WAITING, "more_body": not last}
+            )
 
     async def _events(self, piece: Piece) -> list[bytes]:
         """Beside the loop where it takes long."""
@@ -121,17 +121,21 @@ _START: Any = {
 }
 
 
-async def _with_silence(news: asyncio.Queue[News]) -> AsyncIterator[News | None]:
-    """The news until the last; None for every while without any."""
-    while True:
-        found: News | None
-        try:
-            found = await within(SILENCE, news.get())
-        except asyncio.TimeoutError:
-            found = None
-        yield found
-        if isinstance(found, Refusal) or (found is not None and found.reason is not None):
-            return
+async def _with_silence(news: asyncio.Queue[News]) -> AsyncIterator[list[News]]:
+    """The news until the last, as many as have come; none for every while without any."""
+    last = False
+    while not last:
+        come = list[News]()
+        with contextlib.suppress(asyncio.TimeoutError):
+            come.append(await within(SILENCE, news.get()))
+        while come and not news.empty():
+            come.append(news.get_nowait())
+        yield come
+        last = any(map(_last, come))
+
+
+def _last(found: News) -> bool:
+    return isinstance(found, Refusal) or found.reason is not None
 
 
 async def _gone(receive: Receive) -> None:
