@@ -132,3 +132,13 @@ def test_models(client):
     assert model.id == "demo" and client.models.retrieve("demo").id == "demo"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+def test_a_stream_that_says_nothing_yet_is_kept_open(server, monkeypatch):
+    """Comments, which clients pass over, come before the first token and lose none."""
+    monkeypatch.setattr("mlx_kvret.serving.answering.SILENCE", 0.002)
+    body = {"messages": user(f"remember Stella salmon {facts(90)} recall Stella"), "max_tokens": 5}
+    whole = server.post("/v1/chat/completions", **body).json()["choices"][0]["message"]["content"]
+    reply = server.post("/v1/chat/completions", **body, cache_salt="new", stream=True)
+    assert ": waiting" in reply.text
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in reply.events()) == whole
