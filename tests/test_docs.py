@@ -146,7 +146,8 @@ def test_blocks_that_do_not_run_could(block: Block) -> None:
         if not name.startswith("-"):
             found = mlx_kvret.cli.main.get_command(click.Context(mlx_kvret.cli.main), name)
             assert found is not None, f"{block}: there is no command {name}"
-            found.make_parser(click.Context(found)).parse_args(list(arguments))
+            own = click.Context(found, **found.context_settings)
+            found.make_parser(own).parse_args(list(arguments))
 
 
 def _options() -> set[str]:
