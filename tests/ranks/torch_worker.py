@@ -20,7 +20,6 @@ from mlx_kvret.cuda_backend.cache import cache_argument
 from ranks import cases
 
 SIZES = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "vocab_size": cases.WORDS}
-SOME = ["global", "layer", "threshold", "ties over all heads"]
 
 
 def save(folder: Path) -> None:
