@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,21 +207,28 @@ class Seen:
         # a picture at the very end is read with the last token
         self._end = next((a for a, b in self._spans if a <= self.last < b), self.last)
 
-    @torch.no_grad()
     def read(self, cache: BoundedCache, step: int, progress: Progress | None = None) -> None:
         """Read all but what :meth:`finish` reads."""
-        start, total = 0, self.last + 1
+        total = self.last + 1
+        if progress is not None and self._end:
+            progress(0, total)
+        for end in self.chunks(cache, step):
+            if progress is not None and end < self._end:
+                progress(end, total)
+
+    def chunks(self, cache: BoundedCache, step: int) -> Iterator[int]:
+        """As :meth:`read`, by turns: after each chunk how many tokens are read."""
+        start = 0
         for end in chunk_ends(self._end, step, self._spans):
-            if progress is not None:
-                progress(start, total)
             self._pass(start, end, cache)
             start = end
+            yield end
 
-    @torch.no_grad()
     def finish(self, cache: BoundedCache) -> torch.Tensor:
         """Read the last token; returns the logits (1, V)."""
         return self._pass(self._end, self.last + 1, cache)
 
+    @torch.no_grad()
     def _pass(self, start: int, end: int, cache: BoundedCache) -> torch.Tensor:
         within = [at for at, (a, b) in enumerate(self._spans) if start <= a < end]
         given: dict[str, Any] = {name: kinds[:, start:end] for name, kinds in self._types.items()}

@@ -143,15 +143,21 @@ def command(**options: Any) -> None:
 
 
 def _half(model: str, backend: str) -> dict[str, Any]:
-    """Options that load what is served of a vision-language model: on MLX its text half, for its batches."""
+    """Options that load what is served of a vision-language model: its text half, where MLX lacks mlx-vlm."""
     from ..api import choose_backend
+    from ..core.installed import command_for, installed
     from ..core.model_folder import model_config
     from ..core.vision import has_vision
     from ..hub import resolve
 
     if choose_backend(backend) != "mlx" or not has_vision(model_config(resolve(model, "model"))):
         return {}
-    note(f"[pictures are not served: the text half of {model} answers]", err=True)
+    if installed("vlm"):
+        return {}
+    note(
+        f"[pictures need {command_for('vlm')}: without it the text half of {model} answers]",
+        err=True,
+    )
     return {"text_only": True}
 
 

@@ -65,7 +65,7 @@ def _named(text: str | bytes, name: str, folder: Path | None) -> Image:
     if isinstance(text, bytes):
         text = os.fsdecode(text)
     if text[:5].lower() == "data:":
-        return _decoded(io.BytesIO(_of_data_url(text, name)), name)
+        return _decoded(io.BytesIO(of_data_url(text, name)), name)
     scheme = _SCHEME.match(text)
     if scheme and text[:5].lower() == "file:":
         parts = urlparse(text)
@@ -88,7 +88,12 @@ def _named(text: str | bytes, name: str, folder: Path | None) -> Image:
         raise ConfigError(f"{name}: cannot read {short(str(path))}: {reason}; {FORMS}") from error
 
 
-def _of_data_url(text: str, name: str) -> bytes:
+def of_data_url(text: str, name: str) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        ConfigError: it is of another type, or damaged.
+    """
     head, comma, body = text[5:].partition(",")
     kind, *options = head.split(";")
     if not comma or not (

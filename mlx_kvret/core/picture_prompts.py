@@ -8,6 +8,7 @@ messages; messages whose content is a list of parts, ``{"type": "text", "text": 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,19 @@ def spoken_by(processor: Any) -> Any:
 def processor_of(tokenizer: Any) -> Any:
     """The processor that a tokenizer belongs to, as far as it is known; else what was given."""
     return getattr(tokenizer, "__dict__", {}).get("_kvret_processor", tokenizer)
+
+
+def unseeing(tokenizer: Any) -> Any:
+    """A tokenizer that knows no processor, which may be more than can be copied."""
+    # mlx-vlm hangs its end tokens on a tokenizer, and all it has made of a text with them
+    named = ("_kvret_", "stopping_criteria")
+    known = [name for name in getattr(tokenizer, "__dict__", {}) if name.startswith(named)]
+    if not known:
+        return tokenizer
+    found = copy.copy(tokenizer)
+    for name in known:
+        del vars(found)[name]
+    return found
 
 
 def is_processed(prompt: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,13 +182,21 @@ class Seen:
 
     def read(self, cache: BoundedCache, step: int, progress: Progress | None = None) -> None:
         """Read all but the last token, in chunks that cut no picture."""
-        start, total = 0, self.last + 1
+        total = self.last + 1
+        if progress is not None and self.last:
+            progress(0, total)
+        for end in self.chunks(cache, step):
+            if progress is not None and end < self.last:
+                progress(end, total)
+
+    def chunks(self, cache: BoundedCache, step: int) -> Iterator[int]:
+        """As :meth:`read`, by turns: after each chunk how many tokens are read."""
+        start = 0
         for end in chunk_ends(self.last, step, self._spans):
-            if progress is not None:
-                progress(start, total)
             self._pass(start, end, cache)
             mx.clear_cache()
             start = end
+            yield end
 
     def finish(self, cache: BoundedCache) -> Any:
         """Read the last token; returns the logits (1, 1, V)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..core.budget import CacheShape
@@ -27,6 +27,7 @@ class Backend(Protocol):
         vocabulary: how many token ids the model has.
         ends: the token ids that end an answer.
         batches: whether rows can decode in one pass.
+        eyes: the token ids that stand for pictures; none where the model reads text only.
     """
 
     shape: CacheShape
@@ -36,6 +37,7 @@ class Backend(Protocol):
     vocabulary: int | None
     ends: frozenset[int]
     batches: bool
+    eyes: frozenset[int]
 
     def new_cache(self, budget: int | None) -> Any:
         """An empty cache, with a budget of its own or the server's."""
@@ -51,6 +53,16 @@ class Backend(Protocol):
 
     def read(self, cache: Any, ids: list[int]) -> None:
         """One forward pass over tokens whose logits nobody wants."""
+
+    def processed(self, text: str, pictures: list[Any]) -> dict[str, Any]:
+        """What the model's processor makes of a rendered text and its pictures, for any thread.
+
+        Raises:
+            ConfigError: it refuses them.
+        """
+
+    def looking(self, cache: Any, made: dict[str, Any], chunk: int) -> Iterator[int]:
+        """Reads what :meth:`processed` made, but its last token, and tells after each chunk how much."""
 
     def decoder(self, cache: Any) -> Callable[[Any], Any]:
         """The next steps of a cache: from a token (1,), which it reads, to log probabilities (1, V)."""

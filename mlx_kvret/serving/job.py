@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..core.types import Array, Ints
 from .channels import Said, Splitter
 from .drawing import Drawing
 from .failures import Refusal
+from .pictures import Sights
 from .prefixes import Prefix
 from .stops import Stops
 
@@ -29,12 +30,15 @@ class Prompt:
         marks: lengths, at which a snapshot is worth keeping, of fewer than all tokens.
         pinned: those of them that end a system prompt.
         owner: whose snapshots may be used (:class:`.prefixes.Prefix`).
+        sights: the pictures among the tokens. Such a prompt takes no part in snapshots: tokens do not tell
+            one picture from another.
     """
 
     ids: Ints
     marks: frozenset[int] = frozenset()
     pinned: frozenset[int] = frozenset()
     owner: tuple[str, ...] = ()
+    sights: Sights | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class Job:
         self.cache: Any = None
         # the snapshot that was made of the cache last, or that it went on from
         self.parent: Callable[[], Any] = _none
+        # where there are pictures: reads a chunk, and tells how many tokens are read
+        self.looking: Iterator[int] | None = None
         # tokens of the prompt that the cache has read, and those of them that a snapshot had
         self.read = self.cached = 0
         self.answer: list[int] = []
@@ -156,7 +162,7 @@ class Job:
 
     def end(self, refusal: Refusal) -> None:
         """Tell that there will be no more, unless all has been said."""
-        self.cache = None
+        self.cache = self.looking = None
         if not self.over:
             self.over = True
             self.tell(refusal)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from mlx_kvret.cuda_backend import hooks, snapshots
-from mlx_kvret.cuda_backend.api import competing
+from mlx_kvret.cuda_backend.api import competing, processed
 from mlx_kvret.cuda_backend.attaching import make_cache
+from mlx_kvret.cuda_backend.attachment import attachment
 from mlx_kvret.cuda_backend.batch import BatchGenerator
 from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
 from mlx_kvret.cuda_backend.generation import stop_tokens, vocabulary
 from mlx_kvret.cuda_backend.memory import free_bytes
 from mlx_kvret.cuda_backend.sampling import alone
+from mlx_kvret.cuda_backend.seeing import Seen, taken
 from mlx_kvret.cuda_backend.step import decoder_step
 
 from ..core.installed import command_for, installed
+from ..core.picture_prompts import processor_of
 from ..core.types import Array
 from ..errors import UnsupportedFeatureError
 from .channels import Plain, Splitter
@@ -35,6 +38,9 @@ class OnTorch(Common):
         )
         super().__init__(rooms, model, options)
         self.ends = frozenset(stop_tokens(model, tokenizer))
+        self._processor, attached = processor_of(tokenizer), attachment(model)
+        eyes = None if attached is None or self._processor is tokenizer else attached.eyes
+        self.eyes = frozenset() if eyes is None else eyes.tokens
         self._marks: Any = importlib.import_module("mlx_kvret.serving.marks") if installed("mlx") else None
         self._speaker = None if self._marks is None else self._marks.wrapped(tokenizer)
 
@@ -42,6 +48,12 @@ class OnTorch(Common):
     def read(self, cache: BoundedCache, ids: list[int]) -> None:
         given = torch.tensor([ids], device=self.model.device)
         self.model(given, **cache_argument(self.model, cache), logits_to_keep=1)
+
+    def processed(self, text: str, pictures: list[Any]) -> dict[str, Any]:
+        return processed(self.model, self._processor, text, pictures)
+
+    def looking(self, cache: BoundedCache, made: dict[str, Any], chunk: int) -> Iterator[int]:
+        return Seen(self.model, taken(self.model, made)).chunks(cache, chunk)
 
     def decoder(self, cache: BoundedCache) -> Callable[[torch.Tensor], torch.Tensor]:
         step = decoder_step(self.model, cache)

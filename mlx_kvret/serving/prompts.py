@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..chat_template import Template
 from ..chat_template import speaker as speaker
+from ..core.picture_prompts import marks, processor_of
+from ..core.pictures import runs
 from ..core.plain import plain
 from ..core.prompts import check_ids, has_chat_template, prompt_ids
 from ..errors import ConfigError
+from .backend import Backend
 from .failures import Refusal
 from .job import Prompt
-from .requests import ChatRequest, CompletionRequest, Message
+from .pictures import Sights, opened
+from .requests import ChatRequest, CompletionRequest, Message, PicturePart
 
 # what apply_chat_template takes for itself
 _RESERVED = {
@@ -38,13 +43,18 @@ class Prompter:
     Args:
         owner: what must agree for a snapshot to be used: model, gates, eviction options.
         most: tokens that a prompt may have.
+        chunk: tokens that a picture may have.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int | None, owner: Sequence[str], most: int) -> None:
-        self._tokenizer, self._vocabulary, self._owner = tokenizer, vocabulary, tuple(owner)
-        self._most = most
+    def __init__(self, tokenizer: Any, backend: Backend, owner: Sequence[str], most: int, chunk: int) -> None:
+        self._tokenizer, self._backend, self._owner = tokenizer, backend, tuple(owner)
+        self._vocabulary, self._eyes = backend.vocabulary, backend.eyes
+        self._most, self._chunk = most, chunk
         self._chats = has_chat_template(tokenizer)
         self.speaker = speaker(tokenizer)
+        # templates of some models that see drop contents that are no lists of parts
+        probe = [{"role": "user", "content": _USERS[0]}]
+        self._lists = bool(self._chats and self._eyes) and _USERS[0] not in self._render(probe, {}, True)
 
     def completion(self, asked: CompletionRequest) -> Prompt:
         """Text or token ids as they are, with the begin token where text lacks it."""
@@ -54,18 +64,82 @@ class Prompter:
             ids = prompt_ids(self._tokenizer, text, True, self._vocabulary)
         except ConfigError as error:
             raise Refusal(400, str(error), param="prompt") from None
+        self._check_blind(ids, "prompt")
         return self._prompt(ids, [], [], asked.kv_budget, asked.cache_salt)
 
     def chat(self, asked: ChatRequest) -> Prompt:
         """Messages in the model's chat template, up to where the answer begins."""
         if not self._chats:
             raise Refusal(400, "this model has no chat template; use /v1/completions", param="messages")
-        messages, options = [_plain(m) for m in asked.messages], self._options(asked)
+        urls = self._urls(asked)
+        messages, options = [self._plain(m) for m in asked.messages], self._options(asked)
+        if urls:
+            return self._seeing(self._render(messages, options, True), urls, asked)
         ids = self._ids(messages, options, True)
         check_ids(ids, self._vocabulary)
+        self._check_blind(ids, "messages")
         before_tail = _common(ids, self._ids(messages, options, False))
         system = self._system_end(ids, messages, options)
         return self._prompt(ids, [before_tail], [system], asked.kv_budget, asked.cache_salt)
+
+    def _urls(self, asked: ChatRequest) -> list[str]:
+        """Of the pictures, in their order."""
+        for message in asked.messages:
+            if message.pictures and message.role != "user":
+                why = f"a message of role {message.role} holds a picture; give it in one of the user's"
+                raise Refusal(400, why, param="messages")
+        urls = [url for message in asked.messages for url in message.pictures]
+        if urls and not self._eyes:
+            raise Refusal(
+                400,
+                "messages holds a picture (image_url), and this model reads text only, or was opened for "
+                "text; this server fetches no URL either: give parts of type text",
+                param="messages",
+            )
+        return urls
+
+    def _seeing(self, text: str, urls: list[str], asked: ChatRequest) -> Prompt:
+        """A rendered chat with pictures: read anew each time, so without snapshots."""
+        alone, _ = marks(processor_of(self._tokenizer))
+        places = text.count(alone)
+        if places != len(urls):
+            raise Refusal(
+                400,
+                f"the messages hold {len(urls)} pictures, and {alone}, which stands for one, {places} times "
+                "in the model's chat template; leave it out of texts, or change roles or contents",
+                param="messages",
+            )
+        made = self._backend.processed(text, opened(urls))
+        ids = [int(token) for token in np.asarray(made["input_ids"]).reshape(-1)]
+        check_ids(ids, self._vocabulary)
+        pictures = runs(ids, self._eyes)
+        if ids[-1] in self._eyes:
+            raise Refusal(400, "the messages end with a picture; give text after it", param="messages")
+        longest = max(b - a for a, b in pictures)
+        if longest > self._chunk:
+            raise Refusal(
+                400,
+                f"a picture of the messages takes {longest:,} tokens, and this server reads {self._chunk:,} "
+                "at a time (--chunk), never a part of a picture; make it smaller",
+                param="messages",
+            )
+        prompt = self._prompt(ids, [], [], asked.kv_budget, asked.cache_salt)
+        return replace(prompt, marks=frozenset(), sights=Sights(made))
+
+    def _check_blind(self, ids: list[int], param: str) -> None:
+        """Refuse tokens of pictures where there are none."""
+        if not self._eyes.isdisjoint(ids):
+            why = (
+                "spells tokens that stand for pictures, and there are none; leave them out, or give pictures"
+            )
+            raise Refusal(400, f"{param} {why} (image_url, in a chat)", param=param)
+
+    def _plain(self, message: Message) -> dict[str, Any]:
+        found = _plain(message)
+        if message.pictures or self._lists:
+            parts = message.content if isinstance(message.content, list) else [message.content or ""]
+            found["content"] = [_part(part) for part in parts]
+        return found
 
     def _options(self, asked: ChatRequest) -> dict[str, Any]:
         """What the template is given besides the messages."""
@@ -158,6 +232,12 @@ def _plain(message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]  # fmt: skip
     return found
+
+
+def _part(part: Any) -> dict[str, Any]:
+    if isinstance(part, PicturePart):
+        return {"type": "image"}
+    return {"type": "text", "text": part if isinstance(part, str) else part.text}
 
 
 def _arguments(text: str) -> Any:

@@ -29,6 +29,16 @@ class TextPart(_Strict):
     text: Text
 
 
+class Url(_Strict):
+    url: Text
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class PicturePart(_Strict):
+    type: Literal["image_url"]
+    image_url: Url
+
+
 class Called(_Strict):
     """The function of a tool call that an assistant made."""
 
@@ -48,7 +58,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | list[TextPart | PicturePart] | None = None
     name: Name | None = None
     reasoning_content: Text | None = None
     tool_calls: list[ToolCall] | None = None
@@ -57,8 +67,14 @@ class Message(BaseModel):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "".join(part.text for part in self.content if isinstance(part, TextPart))
         return self.content or ""
+
+    @property
+    def pictures(self) -> list[str]:
+        """Their URLs."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, PicturePart)]
 
 
 class Function(_Strict):
@@ -198,8 +214,8 @@ def _refused(kind: type[Asked], error: ValidationError) -> Refusal:
         (p["input"] for p in problems if p["loc"][-1:] == ("type",) and _is_media(p["input"])), None
     ):
         message = (
-            f"messages holds a part of type {media}; this server reads text only and fetches no URL: give "
-            "parts of type text"
+            f"messages holds a part of type {media}; this server reads text and pictures only: give parts of "
+            "type text, or image_url with a data URL"
         )
         return Refusal(400, message, param=field)
     # of a field that may be several things, the one that fitted furthest
@@ -224,4 +240,4 @@ _FORMS = ("str", "int", "float", "bool", "dict")
 
 
 def _is_media(found: Any) -> bool:
-    return found in ("image_url", "input_image", "image", "input_audio", "video_url", "file")
+    return found in ("input_image", "image", "input_audio", "video_url", "file")

@@ -96,7 +96,8 @@ class Scheduler:
 
     def _start(self, job: Job) -> None:
         """Go on from the longest snapshot there is; PENDING leaves the job where it is."""
-        key = self.prefixes.longest(job.prefix, len(job.prompt.ids) - 1)
+        sights, last = job.prompt.sights, len(job.prompt.ids) - 1
+        key = None if sights is not None else self.prefixes.longest(job.prefix, last)
         while key is not None and job.cache is None:
             job.cache = self.prefixes.get(key)
             self._descends(job, self.prefixes.kept(key))
@@ -105,6 +106,8 @@ class Scheduler:
                 key = self.prefixes.longest(job.prefix, key.length - 1)
         if job.cache is None:
             job.cache, job.read, job.cached = self.backend.new_cache(job.budget), 0, 0
+            if sights is not None:
+                job.looking = self.backend.looking(job.cache, sights.take(), self.chunk)
         elif job.cache is PENDING:
             job.cache = None
             return
@@ -120,8 +123,11 @@ class Scheduler:
                 return False
             job.follow(lambda: job.cache)
             if job.unread > 0:
-                end = job.next_end(self.chunk)
-                self.backend.read(job.cache, job.prompt.ids[job.read : end].tolist())
+                if job.looking is not None:
+                    end = next(job.looking)
+                else:
+                    end = job.next_end(self.chunk)
+                    self.backend.read(job.cache, job.prompt.ids[job.read : end].tolist())
                 job.read = end
                 job.follow(lambda: job.cache)
                 if end in job.prompt.marks:
@@ -133,7 +139,7 @@ class Scheduler:
             if job.unread > 0:
                 self.reading.append(job)
                 return True
-            cache, job.cache = job.cache, None
+            cache, job.cache, job.looking = job.cache, None, None
             row = self.engine.join(cache, int(job.prompt.ids[-1]), self.backend.chooser(job.drawing))
             self.decoding[row] = job
         return True
@@ -163,6 +169,8 @@ class Scheduler:
                 job.news(piece)
         for job, cache in answered:
             self.metrics.ended(job.begun)
+            if job.prompt.sights is not None:
+                continue
             with self._failing([]):
                 ids = np.append(job.prompt.ids, job.answer)
                 key = job.prefix.longer(ids).key(len(ids))

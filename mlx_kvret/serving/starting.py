@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.options import whole
+from ..core.picture_prompts import unseeing
 from ..errors import ConfigError
 from .admission import Plan, plan
 from .app import Service
@@ -73,9 +74,9 @@ def start(
         memory = free // 2
     planned = plan(backend.shape, backend.eviction, room.chunk, memory, room.rows, room.snapshots)
     worker = Worker(lambda: _scheduler(backend, planned, settings, room), planned.rows, settings.queue)
-    prompter = Prompter(tokenizer, backend.vocabulary, owner_of(backend), settings.max_prompt)
+    prompter = Prompter(tokenizer, backend, owner_of(backend), settings.max_prompt, room.chunk)
     # the thread's own: a tokenizer changes while it encodes
-    reader = copy.deepcopy(tokenizer)
+    reader = copy.deepcopy(unseeing(tokenizer))
     scheduler = worker.start()
     return Service(settings, backend, prompter, tokenizer, reader, worker, scheduler), planned
 

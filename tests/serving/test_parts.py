@@ -249,8 +249,8 @@ def test_what_is_no_request_is_refused(body):
 def test_misspelt_fields_name_the_nearest_and_no_url_is_wanted():
     with pytest.raises(Refusal, match="did you mean temperature"):
         parsed(ChatRequest, json.dumps(CHAT | {"temprature": 1}).encode())
-    part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/admin"}}
-    with pytest.raises(Refusal, match="fetches no URL"):
+    part = {"type": "input_image", "image_url": "http://127.0.0.1/admin"}
+    with pytest.raises(Refusal, match="image_url with a data URL"):
         parsed(ChatRequest, json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode())
 
 
