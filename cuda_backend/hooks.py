@@ -42,6 +42,7 @@ from .modes import ordinary
 from .modules import attention_modules
 from .pictures import Eyes
 from .probe import layout_of, probe, stock_layers
+from .ranks import check_whole
 from .rope import Fixed, fix
 from .snapshots import reopen
 
@@ -62,6 +63,8 @@ def install(
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
     eyes = Eyes.of(model)
+    if eyes is not None:
+        check_whole(model)
     stock = model.config._attn_implementation
     hidden: dict[int, int] = {}
     handles = _observers(model, hidden)

@@ -152,11 +152,12 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
     in_groups = snapshot.head[before] // row.schedule.size
     row.schedule.counts = np.bincount(in_groups, minlength=len(row.schedule.counts)).astype(np.int64)
     # of the whole, as what is decided upon; but only this rank's heads are its own
-    here, own_head = (
-        (snapshot.head >= 0, snapshot.head) if arena.share is None else arena.share.own(snapshot.head)
-    )
-    keys, values, retention = (a[torch.from_numpy(here).to(device)] for a in (keys, values, retention))
-    places, kept = snapshot.position[here], before[here]
+    places, own_head, kept = snapshot.position, snapshot.head, before
+    if arena.share is not None:
+        # with few bits, where keys and values are the window's alone, there is no share
+        here, own_head = arena.share.own(snapshot.head)
+        keys, values, retention = (a[torch.from_numpy(here).to(device)] for a in (keys, values, retention))
+        places, kept = places[here], kept[here]
     position, head = (torch.from_numpy(a).to(device) for a in (places, own_head))
     new = position >= snapshot.seen - tokens
     if snapshot.packed is None:

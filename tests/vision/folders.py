@@ -22,8 +22,11 @@ ROPE = {
 }  # fmt: skip
 
 
-def qwen3_vl(folder, seed: int = 0):
-    """Write the folder; pictures have one token for each cell of 16 x 16 pixels."""
+def qwen3_vl(folder, seed: int = 0, head: int = 16):
+    """Write the folder; pictures have one token for each cell of 16 x 16 pixels.
+
+    ``head`` is the heads' size, a multiple of 16.
+    """
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -38,7 +41,8 @@ def qwen3_vl(folder, seed: int = 0):
         vision_end_token_id=first + 3, tie_word_embeddings=True, eos_token_id=1,
         text_config={
             "vocab_size": first + 4, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": ROPE,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head,
+            "rope_parameters": ROPE | {"mrope_section": [head // 16 * part for part in (2, 3, 3)]},
             "tie_word_embeddings": True, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
         },
         vision_config={
