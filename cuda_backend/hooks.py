@@ -27,6 +27,7 @@ from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fingerprint import check_identity
 from mlx_kvret.core.machine import check_fits
 from mlx_kvret.core.request import NO_GATES, eviction, own_eviction
+from mlx_kvret.core.shares import check_seeing
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.errors import CacheError, ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
@@ -42,7 +43,7 @@ from .modes import ordinary
 from .modules import attention_modules
 from .pictures import Eyes
 from .probe import layout_of, probe, stock_layers
-from .ranks import check_whole
+from .ranks import is_split
 from .rope import Fixed, fix
 from .snapshots import reopen
 
@@ -64,7 +65,7 @@ def install(
     """
     eyes = Eyes.of(model)
     if eyes is not None:
-        check_whole(model)
+        check_seeing(is_split(model))
     stock = model.config._attn_implementation
     hidden: dict[int, int] = {}
     handles = _observers(model, hidden)

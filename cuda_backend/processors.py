@@ -9,6 +9,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from mlx_kvret.core.checkpoint import read_json
+from mlx_kvret.core.installed import command_for, missing
 from mlx_kvret.core.loading import tried
 from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.core.picture_prompts import spoken_by
@@ -60,6 +61,10 @@ def _lacking(folder: Path, error: Exception) -> Exception:
     reason = " ".join(str(error).split()).partition(". ")[0]
     if not isinstance(error, ImportError):
         return error
+    if missing("pictures"):
+        return MissingDependencyError(
+            f"{folder} is a vision-language model, which needs Pillow; run `{command_for('pictures')}`"
+        )
     return MissingDependencyError(f"the processor of {folder} needs a package that is not there: {reason}")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.ranks import Ranks
-from mlx_kvret.core.shares import SEEING, Share
+from mlx_kvret.core.shares import Share
 from mlx_kvret.core.types import Array, Ints
 from mlx_kvret.core.watch import watched
 from mlx_kvret.errors import ConfigError, RankError, UnsupportedFeatureError, UnsupportedModelError
@@ -110,14 +110,9 @@ def ranks_of(model: PreTrainedModel) -> TorchRanks | None:
     return TorchRanks(group, model.device)
 
 
-def check_whole(model: PreTrainedModel) -> None:
-    """Refuse a model that sees, where several processes hold it.
-
-    Raises:
-        UnsupportedModelError: they do.
-    """
-    if ranks_of(model) is not None:
-        raise UnsupportedModelError(SEEING)
+def is_split(model: PreTrainedModel) -> bool:
+    """Whether several processes hold a model."""
+    return ranks_of(model) is not None
 
 
 def share_of(model: PreTrainedModel, shape: CacheShape) -> Share | None:

@@ -19,6 +19,7 @@ from urllib.request import url2pathname
 import numpy as np
 
 from ..errors import ConfigError, MissingDependencyError
+from .installed import command_for
 from .options import short
 
 # an alias: PIL is there only where pictures are
@@ -56,7 +57,7 @@ def _pillow() -> Any:
         import PIL.Image
     except ImportError as error:
         raise MissingDependencyError(
-            "pictures need Pillow, which is not installed; run `pip install pillow`"
+            f"pictures need Pillow, which is not installed; run `{command_for('pictures')}`"
         ) from error
     return PIL.Image
 

@@ -12,7 +12,7 @@ APPLE_SILICON = sys.platform == "darwin" and platform.machine() == "arm64"
 # packages that a backend imports; the extra of the same name installs them
 PACKAGES = {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "transformers"), "torch": ("torch", "transformers")}
 # packages beside those of a backend, under the names of their extras
-BESIDE = {"vlm": ("mlx_vlm", "PIL")}
+BESIDE = {"vlm": ("mlx_vlm", "PIL"), "pictures": ("PIL",)}
 # of NVIDIA's driver, on Linux and in WSL, and of AMD's
 DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/nvidia-smi", "/dev/kfd")
 

@@ -142,3 +142,16 @@ class Share:
 
 def _with(shape: CacheShape, **changed: int) -> CacheShape:
     return CacheShape(**(vars(shape) | changed))
+
+
+def check_seeing(split: bool) -> None:
+    """Refuse a model that sees pictures, where several ranks hold it.
+
+    Raises:
+        UnsupportedModelError: it is ``split`` so.
+    """
+    if split:
+        raise UnsupportedModelError(
+            "a model that sees pictures is not bounded where several ranks hold it; load all of it in one "
+            "process"
+        )

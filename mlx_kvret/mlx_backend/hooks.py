@@ -22,6 +22,7 @@ from ..core.config import EvictionConfig
 from ..core.fingerprint import check_identity
 from ..core.machine import check_fits
 from ..core.request import NO_GATES, own_eviction
+from ..core.shares import check_seeing
 from ..core.snapshot import Snapshot
 from ..core.vision import check_vision
 from ..errors import (
@@ -39,7 +40,7 @@ from .forward import leaves, run
 from .gates import RetentionGates
 from .memory import free_bytes
 from .probe import probe
-from .ranks import split_of
+from .ranks import is_split, split_of
 from .snapshots import reopen
 from .vision import family, forgetful, is_vision, speaking, tokens_of_pictures
 
@@ -72,6 +73,8 @@ def install(
         UnsupportedModelError: its attention cannot be hooked without giving wrong results.
     """
     check_vision(name := family(model))
+    if is_vision(model):
+        check_seeing(is_split(model))
     name = name or getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
     eyes, model = tokens_of_pictures(model), speaking(model)
     with forgetful(model):

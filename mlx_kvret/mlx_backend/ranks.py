@@ -143,6 +143,11 @@ def split_of(
     return Split(share, tuple(all_places), layers)
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether several processes hold a model."""
+    return _tensor_ranks(model) is not None or _stage(model) is not None
+
+
 def _tensor_ranks(model: nn.Module) -> MLXRanks | None:
     """Those over which ``model.shard`` has split the heads, or None."""
     found = (module.group for module in model.modules() if isinstance(module, _SHARDED))

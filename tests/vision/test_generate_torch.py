@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import mlx_kvret
-from mlx_kvret.cuda_backend import api
+from mlx_kvret.core import installed
+from mlx_kvret.cuda_backend import api, processors
 from mlx_kvret.cuda_backend.cache import cache_argument
 from mlx_kvret.cuda_backend.seeing import Seen, prepared
 from mlx_kvret.errors import ConfigError, MissingDependencyError
@@ -184,3 +185,19 @@ def test_the_users_own_calls_with_what_the_processor_makes(opened: Any) -> None:
     out = model.generate(**made, **cache_argument(model, cache), max_new_tokens=6, do_sample=False)
     stock = greedy(model, {key: value for key, value in made.items() if key != "attention_mask"})
     assert stops_at(model, out[0, made["input_ids"].shape[1] :].tolist()) == stops_at(model, stock)
+
+
+def test_a_folder_without_pillow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*args: Any, **options: Any) -> None:
+        raise ImportError("AutoImageProcessor requires the PIL library but it was not found")
+
+    path = folder("qwen3_vl", tmp_path)
+    there = installed._there
+    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", lacking)
+    monkeypatch.setattr(installed, "_there", lambda package: package != "PIL" and there(package))
+    with pytest.raises(
+        MissingDependencyError, match=r"needs Pillow; run `pip install 'mlx-kvret\[pictures\]'`"
+    ):
+        mlx_kvret.load(path, None, backend="torch")

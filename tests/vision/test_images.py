@@ -2,6 +2,7 @@
 
 import base64
 import io
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from mlx_kvret.core.images import open_picture
-from mlx_kvret.errors import ConfigError
+from mlx_kvret.errors import ConfigError, MissingDependencyError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
@@ -96,3 +97,10 @@ def test_an_animation_is_not_cut_to_its_first_frame():
 def test_a_folder_is_no_picture(tmp_path):
     with pytest.raises(ConfigError, match="Is a directory"):
         open_picture(tmp_path)
+
+
+def test_without_pillow_the_extra_is_named(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'mlx-kvret\[pictures\]'"):
+        open_picture(file)

@@ -1,4 +1,4 @@
-"""Gates released for Qwen3-VL, whose keys stand under its language model: read, attached and found by name."""
+"""Gates released for Qwen3-VL, under its language model's prefix: read, attached and found by name."""
 
 from __future__ import annotations
 
