@@ -61,10 +61,11 @@ $(VENV)/test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
-# Debian and Ubuntu: OpenBLAS for MLX, clang to compile the Metal kernels for the CPU, a browser for the pages
+# Debian and Ubuntu: OpenBLAS for MLX, clang to compile the Metal kernels for the CPU, a browser for the pages,
+# nginx as a router (outside containers Debian starts one on port 80, which no test needs)
 system:
 ifneq ($(shell command -v apt-get),)
-	@for package in libopenblas0-pthread clang-19 libclang-rt-19-dev chromium-headless-shell; do \
+	@for package in libopenblas0-pthread clang-19 libclang-rt-19-dev chromium-headless-shell nginx; do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; \
 	done; \
 	if [ -n "$$missing" ]; then \

@@ -6,6 +6,8 @@ import contextlib
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -117,6 +119,23 @@ def running(loaded: Any, options: Any = OPTIONS, settings: Any = None, room: Any
         yield made
     finally:
         made.stop()
+
+
+@contextlib.contextmanager
+def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str], str]]:
+    """``mlx-kvret serve``, what it says at its start, and where it listens."""
+    code = "from mlx_kvret.cli import main; main()"
+    line = [sys.executable, "-c", code, "serve", "--model", "demo", "--port", "0", "--memory", "20MB"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*line, *arguments], stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            said = list[str]()
+            while not said or " at http://" not in said[-1]:
+                said.append(process.stderr.readline())
+                assert said[-1], said
+            yield process, said, said[-1].split(" at ")[1].split("/v1")[0]
+        finally:
+            process.kill()
 
 
 def request(path: str, body: bytes, *headers: str, host: str = "127.0.0.1") -> bytes:

@@ -1,6 +1,5 @@
 """Clients that leave, a server that stops, a thread that fails: nobody waits for ever, nothing is left."""
 
-import contextlib
 import json
 import random
 import signal
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .running import CHAT, TEXT, facts, request, running, user
+from .running import CHAT, TEXT, command, facts, request, running, user
 
 # the token that ends answers, banned
 ENDLESS = {"logit_bias": {"1": -100}}
@@ -152,23 +151,6 @@ def test_stopping_ends_what_takes_longer_than_it_may(demo_mlx):
 
 
 # ------------------------------------------------------------------------------- the command, as a process
-
-
-@contextlib.contextmanager
-def command(*arguments):
-    """``mlx-kvret serve`` and where it listens."""
-    code = "from mlx_kvret.cli import main; main()"
-    line = [sys.executable, "-c", code, "serve", "--model", "demo", "--port", "0", "--memory", "20MB"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen([*line, *arguments], stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            said = []
-            while not said or " at http://" not in said[-1]:
-                said.append(process.stderr.readline())
-                assert said[-1], said
-            yield process, said, said[-1].split(" at ")[1].split("/v1")[0]
-        finally:
-            process.kill()
 
 
 def ask(address, path, **body):
