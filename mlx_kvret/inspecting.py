@@ -15,12 +15,13 @@ from .core.detokenizer import token_texts
 from .core.files import whole_file
 from .core.history import History, described
 from .core.options import of_type, whole
-from .core.picture_prompts import spoken_by
+from .core.picture_prompts import has_pictures, spoken_by
 from .core.prompts import has_chat_template, prompt_ids
 from .core.request import EVICTION
 from .core.sampling import SAMPLING
 from .errors import ConfigError
 from .page.files import page_of
+from .picture_template import SeeingTemplate
 
 BETWEEN = "\n\n"
 Progress = Callable[[int, int], None]
@@ -55,6 +56,7 @@ def inspect(
     text: str | None = None,
     *,
     prompt: str | None = None,
+    images: Any = None,
     system: str | None = None,
     raw: bool = False,
     title: str = "the model",
@@ -69,6 +71,8 @@ def inspect(
     Args:
         text: what is read first, if anything.
         prompt: what is asked about it; then the answer is part of what is shown.
+        images: pictures that the prompt is about, in any of the forms of :func:`mlx_kvret.generate`, of a
+            vision-language model with a chat template; they stand where the text says ``<image>``, or first.
         system: system message, where the model's chat template takes one.
         raw: read the text as it is, not as a message in the chat template.
         title: what the page calls the model.
@@ -87,7 +91,11 @@ def inspect(
     known = tuple(options) if prompt is None else EVICTION
     eviction = {name: options.pop(name) for name in known if name in options}
     tokenizer = spoken_by(tokenizer)
-    ids = _ids(tokenizer, text, prompt, system, raw)
+    ids: Any
+    if has_pictures(None, images):
+        ids = _shown(model, tokenizer, _joined(text, prompt), prompt is not None, images, system, raw)
+    else:
+        ids = _ids(tokenizer, text, prompt, system, raw)
     return look(
         model, tokenizer, ids, api.make_cache(model, **eviction), prompt is not None, title,
         prefill_step_size, prompt_progress_callback, **options
@@ -170,14 +178,33 @@ def _answer(
     history.follow(cache)
 
 
-def _ids(tokenizer: Any, text: str | None, prompt: str | None, system: str | None, raw: bool) -> list[int]:
-    """What is read: the text, and behind it the prompt."""
+def _shown(
+    model: Any, tokenizer: Any, text: str, asks: bool, images: Any, system: str | None, raw: bool
+) -> Any:
+    """What is read of a text with pictures: what the model's processor makes of them."""
+    if not asks:
+        raise ConfigError("images go with a question about them; give a prompt too")
+    if raw or not has_chat_template(tokenizer):
+        raise ConfigError("images need the model's chat template; drop raw, or images")
+    template = SeeingTemplate(tokenizer, model, tokenizer, api.backend_of(model))
+    single = isinstance(images, (str, bytes)) or not isinstance(images, Sequence)
+    asked = template.show([images] if single else images, text)
+    return template.prompt(Transcript(template, system).plan(asked).new)
+
+
+def _joined(text: str | None, prompt: str | None) -> str:
+    """The text, and behind it the prompt."""
     for name, part in (("text", text), ("prompt", prompt)):
         if part is not None:
             of_type(name, part, (str,), "text")
     whole_text = BETWEEN.join(part for part in (text, prompt) if part is not None)
     if not whole_text.strip():
         raise ConfigError("there is nothing to read; give a text, a prompt, or both")
+    return whole_text
+
+
+def _ids(tokenizer: Any, text: str | None, prompt: str | None, system: str | None, raw: bool) -> list[int]:
+    whole_text = _joined(text, prompt)
     if tokenizer is None:
         raise ConfigError("the model has no tokenizer, so that no text can be shown; add one to its folder")
     if not raw and has_chat_template(tokenizer):

@@ -14,7 +14,7 @@ import mlx_kvret
 from mlx_kvret import demo
 from mlx_kvret.demo.albums import album
 from mlx_kvret.demo.pictures import NAMES, PALETTE
-from mlx_kvret.errors import UnsupportedModelError
+from mlx_kvret.errors import ConfigError, UnsupportedModelError
 from mlx_kvret.evaluation import open_bench, parse_methods
 from mlx_kvret.evaluation.tasks import make_samples
 
@@ -169,3 +169,24 @@ def test_inspect_draws_a_picture_as_its_patches(tmp_path):
     assert len(told["compactions"]) >= 1
     alone = CliRunner().invoke(main, [*asked, "--out", str(page)])
     assert alone.exit_code != 0 and "--prompt" in alone.output
+    kept = {"budget": 8, "buffer": 1, "prefill_step_size": 16, "max_tokens": 2, "title": "demo-vision"}
+    loaded = mlx_kvret.load("demo-vision", backend="mlx")
+    same = mlx_kvret.inspect(*loaded, prompt="recall Ada", images=[demo.VISION_SAMPLE], **kept)
+    assert same.answer.startswith("red") and json.loads(json.dumps(same.data)) == told
+
+
+@pytest.mark.parametrize("backend", GENERATES)
+def test_inspect_takes_pictures(backend):
+    wanted(backend)
+    loaded = mlx_kvret.load("demo-vision", backend=backend)
+    asked = {"prompt": "<image> recall Oscar", "images": demo.VISION_SAMPLE, "budget": 24}
+    found = mlx_kvret.inspect(*loaded, "remember Max amber", **asked, max_tokens=1)
+    assert found.answer.strip() == "green" and found.data["pictures"] == [[5, 41, 6]]
+    with pytest.raises(ConfigError, match="give a prompt too"):
+        mlx_kvret.inspect(*loaded, "a", images=[demo.VISION_SAMPLE], budget=8)
+    with pytest.raises(ConfigError, match="drop raw"):
+        mlx_kvret.inspect(*loaded, raw=True, **asked)
+    with pytest.raises(ConfigError, match="1 places for a picture"):
+        mlx_kvret.inspect(*loaded, **asked | {"images": [demo.VISION_SAMPLE] * 2})
+    with pytest.raises(ConfigError, match="reads text only"):
+        mlx_kvret.inspect(*mlx_kvret.load("demo", backend=backend), **asked)
