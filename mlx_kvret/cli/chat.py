@@ -18,6 +18,7 @@ from .session import load, required, sampling, template_of
 
 @click.command("chat")
 @shared.model_options
+@shared.compile_option
 @click.option("--cache", help="Go on with a conversation or a reading that was saved in this file.")
 @click.option("--file", multiple=True, help="Text to read first, repeatable; 'demo' is the demo's story.")
 @shared.prompt_options

@@ -43,6 +43,7 @@ MANY_WITHOUT = (
 
 @click.command("generate")
 @shared.model_options
+@shared.compile_option
 @click.option("--prompt", "-p", help="The prompt, '-' for stdin; after --file: what to ask about the file.")
 @click.option("--file", help="Text to read first; '-' is stdin, 'demo' the demo's story of 4,096 tokens.")
 @shared.image_option

@@ -177,6 +177,12 @@ def image_option(function: F) -> F:
     return click.option("--image", multiple=True, cls=Several, help=text)(function)
 
 
+def compile_option(function: F) -> F:
+    """``--compile``, of :func:`mlx_kvret.load` on torch."""
+    text = "Have torch fuse the kernels of a decoding step, on a GPU; takes a minute at the first answer."
+    return click.option("--compile", is_flag=True, help=text)(function)
+
+
 def ignore_template_option(function: F) -> F:
     """``--ignore-chat-template``."""
     text = "Take the text as it is, without the model's chat template."

@@ -13,13 +13,14 @@ from ..core.picture_prompts import spoken_by
 from ..errors import ConfigError, MissingDependencyError
 from . import options as shared
 from .ending import leaving_at_once
-from .session import note
+from .session import loading, note
 
 NEEDED = ("starlette", "uvicorn", "pydantic")
 
 
 @click.command("serve")
 @shared.model_options
+@shared.compile_option
 @shared.eviction_options
 @click.option("--memory", help="For all KV caches: 8GB.  [default: half of what is free]")
 @click.option(
@@ -130,7 +131,8 @@ def command(**options: Any) -> None:
             options["model"],
             None if gates == "none" else gates,
             backend=options["backend"],
-            **_half(options["model"], options["backend"]),
+            **_half(options["model"], options["backend"], options["revision"]),
+            **loading(options),
         )
         service, planned = start(model, spoken_by(tokenizer), evict, settings, room)
     note(str(planned), err=True)
@@ -142,7 +144,7 @@ def command(**options: Any) -> None:
     Serving(service, ready).run_until_told()
 
 
-def _half(model: str, backend: str) -> dict[str, Any]:
+def _half(model: str, backend: str, revision: str | None) -> dict[str, Any]:
     """Options that load what is served of a vision-language model: its text half, where MLX lacks mlx-vlm."""
     from ..api import choose_backend
     from ..core.installed import command_for, installed
@@ -150,7 +152,7 @@ def _half(model: str, backend: str) -> dict[str, Any]:
     from ..core.vision import has_vision
     from ..hub import resolve
 
-    if choose_backend(backend) != "mlx" or not has_vision(model_config(resolve(model, "model"))):
+    if choose_backend(backend) != "mlx" or not has_vision(model_config(resolve(model, "model", revision))):
         return {}
     if installed("vlm"):
         return {}

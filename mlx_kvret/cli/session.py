@@ -30,16 +30,23 @@ def load(options: dict[str, Any]) -> tuple[Any, Any]:
 
         gates = options.pop("gates")
         split = ranks.loading(options, options.pop("split", None))
-        named = {name: options.pop(name, None) for name in ("revision", "adapter_path", "trust_remote_code")}
+        further = loading(options)
         model, tokenizer = load(
             options.pop("model"),
             None if gates == "none" else gates,
             backend=options.pop("backend"),
-            **{name: value for name, value in named.items() if value} | split,
+            **further | split,
         )
     tokenizer = None if tokenizer is None else spoken_by(tokenizer)
     add_stops(model, tokenizer, options.pop("extra_eos_token", ()))
     return model, tokenizer
+
+
+def loading(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of :func:`mlx_kvret.load` beside model, gates, backend that were given; takes them out."""
+    names = ("revision", "adapter_path", "trust_remote_code", "compile")
+    named = {name: options.pop(name, None) for name in names}
+    return {name: value for name, value in named.items() if value}
 
 
 def add_stops(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:

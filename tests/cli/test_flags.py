@@ -293,6 +293,35 @@ def test_code_of_a_folder_runs_only_if_that_is_said(backend, tmp_path, monkeypat
     assert run(*given, "--trust-remote-code").exit_code == 0 and ran.exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_what_is_loaded_is_loaded_as_said(command, monkeypatch):
+    given = [command, "--model", "demo", *(["-p", PROMPT] if command == "generate" else [])]
+    refused(run(*given, "--backend", "torch", "--compile"), "compile=True compiles recorded steps")
+    refused(run(*given, "--backend", "mlx", "--compile"), "compile", "it is of torch")
+    refused(run(*given, "--backend", "torch", "--adapter-path", "there"), "merge one of PEFT")
+    asked = {}
+
+    def load(model, gates, **options):
+        asked.update(options)
+        raise mlx_kvret.errors.ConfigError("seen")
+
+    monkeypatch.setattr(api, "load", load)
+    more = [
+        "--revision",
+        "r",
+        "--trust-remote-code",
+        "--adapter-path",
+        "a",
+        "--compile",
+        "--backend",
+        "torch",
+    ]
+    refused(run(*given, *more), "seen")
+    assert asked == {
+        "backend": "torch", "revision": "r", "trust_remote_code": True, "adapter_path": "a", "compile": True,
+    }  # fmt: skip
+
+
 def test_a_draft_model(folder):
     for flags in ([], ["--num-draft-tokens", 1], ["--repetition-penalty", 2]):
         plain = said("mlx", *(flags if flags[:1] != ["--num-draft-tokens"] else []))
