@@ -22,7 +22,7 @@ from ..mlx_backend.seeing import Seen, Speaker, reader_of, taken
 from ..mlx_backend.vision import can_see, is_vision, speaking, tokens_of_pictures
 from .channels import Splitter
 from .common import Common, Rooms
-from .marks import splitter
+from .marks import splitter, wrapped
 
 
 class OnMLX(Common):
@@ -33,15 +33,16 @@ class OnMLX(Common):
             hooks, snapshots, make_cache, competing, vocabulary, BatchGenerator, alone, greedy, _batches
         )
         super().__init__(rooms, model, options)
-        self._processor, self._reader = processor_of(tokenizer), tokenizer
+        self._processor, self._marked, reader = processor_of(tokenizer), tokenizer, tokenizer
         # what speaks of a model that sees, whose rows cannot stand in a batch
         self._speaker = model
         if is_vision(model):
-            self._reader, self._speaker = reader_of(model, tokenizer), Speaker(speaking(model))
-            self.batches = False
+            self._speaker, self.batches = Speaker(speaking(model)), False
+            # the former has the model's end tokens, the latter a parser of tool calls
+            reader, self._marked = reader_of(model, tokenizer), wrapped(tokenizer)
         sees = can_see(model) and self._processor is not tokenizer
         self.eyes = tokens_of_pictures(model) if sees else frozenset()
-        self.ends = frozenset(int(token) for token in self._reader.eos_token_ids)
+        self.ends = frozenset(int(token) for token in reader.eos_token_ids)
 
     def read(self, cache: BoundedCache, ids: list[int]) -> None:
         self._speaker(mx.array([ids]), cache=cache)
@@ -73,7 +74,7 @@ class OnMLX(Common):
         return hooks.checked_cache(self.model, found[0])
 
     def splitter(self, tokenizer: Any, ids: list[int], tools: list[dict[str, Any]] | None) -> Splitter:
-        return splitter(self._reader, ids, tools)
+        return splitter(self._marked, ids, tools)
 
     def free_bytes(self) -> int | None:
         return free_bytes()

@@ -1,6 +1,7 @@
 """Pictures in chats: answered as the library answers them, in any turn, beside texts, or refused."""
 
 import base64
+import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,10 +10,11 @@ import openai
 import pytest
 
 import mlx_kvret
-from mlx_kvret.core.picture_prompts import spoken_by
+from mlx_kvret.core.picture_prompts import spoken_by, unseeing
 from mlx_kvret.demo import VISION_SAMPLE
 from mlx_kvret.errors import KVRetError
 from mlx_kvret.serving import pictures
+from mlx_kvret.serving.backend import backend_for
 from mlx_kvret.serving.pictures import Sights
 
 from .running import CHAT, TEXT, running, user
@@ -184,6 +186,17 @@ def test_a_bomb_is_refused_before_it_is_decoded(server, monkeypatch):
     assert answer.status == 400 and "up to number 3" in answer.json()["error"]["message"]
     monkeypatch.undo()
     assert text_of(says(server, [asking(part(ALBUM), "recall Ada")])).split()[0] == "red"
+
+
+def test_tool_calls_of_a_model_that_sees_are_found(seeing):
+    model, processor = seeing
+    tokenizer = copy.copy(unseeing(spoken_by(processor)))
+    tokenizer.chat_template = "{{ messages }}<tool_call>tool_call.name"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    found = backend_for(model, tokenizer, OPTIONS).splitter(tokenizer, [5], tools)
+    said = found.add('a <tool_call>{"name": "look", "arguments": {}}</tool_call>')
+    said.add(found.end())
+    assert said.content == "a " and said.calls == [("look", "{}")]
 
 
 def test_a_prompt_with_pictures_may_be_too_long(seeing):
