@@ -6,7 +6,8 @@ Both servers stand at once and take turns, so that a busy machine slows both: fi
 rounds, ratios medians of a round's ratios. Clients ask at the same time, each with a prompt of its own that
 no server has read before, and stream the answer. Tokens/s are all answers' tokens in the time from the first
 question to the last answer, reading included; memory is the process's peak in the cell (Linux: /proc),
-weights included. Cells of several models are gathered in one file: those that are there stay.
+weights included. CPU seconds are the process's, all threads, by request: busy machines change them least.
+Cells of several models are gathered in one file: those that are there stay.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import re
 import statistics
@@ -32,8 +34,9 @@ from mlx_kvret.zoo.names import model_folder
 OURS = "from mlx_kvret.cli import main; main()"
 HEAD = (
     "| model, budget | context | clients | tokens/s | mlx_lm.server | ratio "
-    "| first token | mlx_lm.server | ratio | peak MB | mlx_lm.server | rounds |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "| first token | mlx_lm.server | ratio | peak MB | mlx_lm.server | rounds "
+    "| CPU s a request | mlx_lm.server |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -46,6 +49,7 @@ class Server:
     model: str
     rates: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
     def wait(self) -> None:
         for _ in range(600):
@@ -68,6 +72,12 @@ class Server:
         """MB."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+)", text)[0]) / 1024
+
+    @property
+    def worked(self) -> float:
+        """CPU seconds so far, those of threads that have ended too."""
+        told = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
 
     def ask(self, prompt: str, most: int) -> tuple[float, int]:
         """Seconds to the first token, and tokens of the answer."""
@@ -96,7 +106,7 @@ class Server:
             found[at] = self.ask(prompts[at], most)
 
         threads = [threading.Thread(target=run, args=(at,)) for at in range(len(prompts))]
-        begun = time.monotonic()
+        begun, worked = time.monotonic(), self.worked
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -105,6 +115,7 @@ class Server:
             raise SystemExit(f"the server on port {self.port} did not answer")
         self.rates.append(sum(tokens for _, tokens in found) / (time.monotonic() - begun))
         self.firsts.append(statistics.median(first for first, _ in found))
+        self.cpu.append((self.worked - worked) / len(prompts))
 
 
 def servers(model: str, budget: str, memory: str) -> tuple[Server, Server]:
@@ -153,7 +164,7 @@ def prompts(tokenizer: Any, tokens: int, count: int, drawn: random.Random) -> li
 def cell(pair: tuple[Server, Server], tokenizer: Any, context: int, clients: int, options: Any) -> str:
     drawn = random.Random(context * 100 + clients)
     for server in pair:
-        server.rates, server.firsts = [], []
+        server.rates, server.firsts, server.cpu = [], [], []
         server.forget_peak()
     for at in range(options.rounds):
         for server in pair if at % 2 else pair[::-1]:
@@ -166,7 +177,7 @@ def cell(pair: tuple[Server, Server], tokenizer: Any, context: int, clients: int
         f"| {options.model}, {options.budget} | {context:,} | {clients} | {middle(ours.rates):.1f} | "
         f"{middle(stock.rates):.1f} | {rate:.2f} × | {middle(ours.firsts):.2f} s | "
         f"{middle(stock.firsts):.2f} s | {first:.2f} × | {ours.peak:.0f} | {stock.peak:.0f} | "
-        f"{options.rounds} |"
+        f"{options.rounds} | {statistics.mean(ours.cpu):.2f} | {statistics.mean(stock.cpu):.2f} |"
     )
 
 
