@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "train_real"))
-from page import write_page
+from real_page import write_page
 from records import write_records
 from texts import measured_texts, training_texts
 

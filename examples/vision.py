@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "train_vision"))
 from package import write_gates
-from page import write_page
 from train_gates import STEPS, TOKENS, train
+from vision_page import write_page
 
 from mlx_kvret import demo
 from mlx_kvret.core.checkpoint import load_gates

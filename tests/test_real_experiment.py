@@ -16,7 +16,7 @@ from mlx_kvret.evaluation import Cell
 from mlx_kvret.evaluation.runner import FULL
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "train_real"))
-import page
+import real_page
 import records
 import texts
 
@@ -95,7 +95,7 @@ def test_page(tmp_path):
         cell("h2o", "1/4", [x + 0.05 for x in full]),
         cell("recent", "1/4", [x + 0.005 for x in full]),
     ]
-    page.write_page(cells, tmp_path / "out" / "page.md")
+    real_page.write_page(cells, tmp_path / "out" / "page.md")
     text = (tmp_path / "out" / "page.md").read_text()
     assert "3 pieces, 2 sets of gates; full cache 3.2000 nats per token." in text
     assert "| **learned, global** | +0.0200 ± 0.0100 |" in text

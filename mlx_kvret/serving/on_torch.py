@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,8 +42,13 @@ class OnTorch(Common):
         self._processor, attached = processor_of(tokenizer), attachment(model)
         eyes = None if attached is None or self._processor is tokenizer else attached.eyes
         self.eyes = frozenset() if eyes is None else eyes.tokens
+        self._tokenizer = tokenizer
         self._marks: Any = importlib.import_module("mlx_kvret.serving.marks") if installed("mlx") else None
-        self._speaker = None if self._marks is None else self._marks.wrapped(tokenizer)
+
+    @functools.cached_property
+    def _speaker(self) -> Any:
+        """mlx-lm's wrapper of the tokenizer, which knows its thoughts and tool calls; None without mlx-lm."""
+        return None if self._marks is None else self._marks.wrapped(self._tokenizer)
 
     @torch.no_grad()
     def read(self, cache: BoundedCache, ids: list[int]) -> None:

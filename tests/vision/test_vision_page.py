@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def vision(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    shared = ("model", "package", "page", "streams", "align", "train_gates", "vision")
+    shared = ("model", "package", "streams", "align", "train_gates", "vision")
     before = {name: sys.modules.pop(name, None) for name in shared}
     import vision
 
@@ -29,7 +29,7 @@ def vision(monkeypatch):
 
 @pytest.mark.parametrize("tiny", (False, True))
 def test_every_cell_is_shown(vision, tmp_path, tiny):
-    from page import write_page
+    from vision_page import write_page
 
     run = vision.Run(tmp_path, samples=4, seeds=2, steps=1, batch=2)
     found = {}
