@@ -31,12 +31,14 @@ bench: $(VENV)/demo
 # What has MLX fail on purpose, or runs it in many threads, gets a process of its own: once, MLX 0.32 waited for
 # ever in a test that came long after these
 APART := $(addprefix tests/,serving cross/test_broken_passes.py cross/test_contract.py mlx_backend/test_server.py \
-  mlx_backend/test_hosts.py mlx_backend/test_threads.py)
+  mlx_backend/test_batch_failures.py mlx_backend/test_hosts.py mlx_backend/test_threads.py)
+# two processes of one thread each take half the time of one process of two
+TWO := -n 2 --dist loadfile
 
 .PHONY: pytest
 pytest:
 ifeq ($(ARGS),)
-	$(RUN) $(BIN)/python -m pytest $(APART:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest $(TWO) $(APART:%=--ignore=%)
 	$(RUN) $(BIN)/python -m pytest $(APART)
 else
 	$(RUN) $(BIN)/python -m pytest $(ARGS)
