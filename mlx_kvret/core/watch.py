@@ -6,6 +6,7 @@ What waits for another rank waits inside of a library that cannot be interrupted
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -13,11 +14,13 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RankError
 
 T = TypeVar("T")
 VARIABLE, SECONDS = "MLX_KVRET_RANK_TIMEOUT", 300.0
 STATUS = 75
+# what errors of MLX's connections begin with
+_LOST = re.compile(r"\[(ring|jaccl|mpi|nccl)\]")
 
 
 def limit() -> float:
@@ -90,6 +93,11 @@ def watched(what: str, together: bool = True) -> Iterator[None]:
     _watch.waits.append(wait)
     try:
         yield
+    except RuntimeError as error:
+        # MLX says so where another's watch was quicker, and has closed its connections
+        if not _LOST.match(str(error)):
+            raise
+        raise RankError(f"another rank is gone ({error}); start all of them again") from error
     finally:
         _watch.waits.remove(wait)
         for outer in _watch.waits:

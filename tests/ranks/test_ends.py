@@ -10,7 +10,7 @@ import pytest
 import mlx_kvret
 from mlx_kvret.core import watch
 from mlx_kvret.core.launched import launched
-from mlx_kvret.errors import ConfigError
+from mlx_kvret.errors import ConfigError, RankError
 
 from . import torch_worker
 from .processes import HERE, gloo, ring, run
@@ -48,6 +48,13 @@ def test_a_rank_is_gone(backend: str, how: str, tmp_path: Path) -> None:
         assert first.returncode == watch.STATUS
         assert time.monotonic() - start < 100
     assert list(tmp_path.glob("*.kv*")) == []
+
+
+def test_a_lost_connection_says_that_a_rank_is_gone() -> None:
+    with pytest.raises(RankError, match="another rank is gone"), watch.watched("a pass"):
+        raise RuntimeError("[ring] connection to a peer was lost")
+    with pytest.raises(RuntimeError, match="something else"), watch.watched("a pass"):
+        raise RuntimeError("something else")
 
 
 def test_who_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
