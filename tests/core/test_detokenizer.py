@@ -74,7 +74,7 @@ def parts_of(tokenizer):
     plain = [[i] for token, i in vocabulary.items() if not token.startswith("<0x")]
     if len(plain) == len(vocabulary):
         return st.sampled_from(plain)
-    # no encoder spells the mark for a space in bytes, and what a decoder makes of it hangs on all bytes before
+    # no encoder spells the mark for a space in bytes, and what those mean hangs on all that stand before
     any_other = st.characters(codec="utf-8", exclude_characters="\u2581")
     spelt = any_other.map(lambda c: [vocabulary[f"<0x{b:02X}>"] for b in c.encode()])
     return st.sampled_from(plain) | spelt

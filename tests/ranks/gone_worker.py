@@ -34,8 +34,8 @@ def main(backend: str, how: str, folder: Path) -> None:
     model, rank = model_of(backend, folder)
     left = 5
     if rank:
-        # only the other one is to look at its watch
-        os.environ["MLX_KVRET_RANK_TIMEOUT"] = "100"
+        # the other one is to look at its watch first
+        os.environ["MLX_KVRET_RANK_TIMEOUT"] = "15"
 
     def processor(tokens: Any, logits: Any) -> Any:
         nonlocal left
