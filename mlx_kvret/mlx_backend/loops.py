@@ -6,7 +6,9 @@ gives out tokens it has not fed. What was fed for nobody is taken back in the en
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -101,7 +103,7 @@ def _kept(steps: Iterator[Any], model: nn.Module, cache: list[Any] | None, lengt
 def _given(steps: Iterator[Any], model: nn.Module, cache: list[Any], length: int) -> Iterator[Any]:
     text, given, count = Text(model, cache, length), list[int](), 0
     try:
-        for step in steps:
+        for step in _on_their_stream(steps):
             given.append(int(step[0]))
             # nothing comes between this and giving it out
             count += 1
@@ -113,5 +115,35 @@ def _given(steps: Iterator[Any], model: nn.Module, cache: list[Any], length: int
         text.failed(error)
         raise
     finally:
-        steps.close()  # type: ignore[attr-defined]
+        with _callers_stream():
+            steps.close()  # type: ignore[attr-defined]
         text.end(given[:count])
+
+
+def _on_their_stream(steps: Iterator[Any]) -> Iterator[Any]:
+    """The loop's steps; whoever takes them has the default stream that was theirs.
+
+    mlx-lm gives out its tokens with its own stream in force. Of two loops taken in turns each would put back
+    the other's, and it would stay in force when both have ended.
+    """
+    theirs, thread = None, threading.get_ident()
+    while True:
+        with _callers_stream():
+            if theirs is not None and thread == threading.get_ident():
+                mx.set_default_stream(theirs)
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            theirs = mx.default_stream(mx.default_device())
+        yield step
+
+
+@contextmanager
+def _callers_stream() -> Iterator[None]:
+    """Put the default stream back in the end."""
+    before = mx.default_stream(mx.default_device())
+    try:
+        yield
+    finally:
+        mx.set_default_stream(before)

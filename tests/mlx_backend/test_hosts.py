@@ -2,6 +2,7 @@
 
 import copy
 
+import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.models import cache as mlx_cache
@@ -125,3 +126,21 @@ def test_attached_without_gates_and_options_a_cache_must_be_given():
     cache = mlx_kvret.make_cache(model, policy="recent", budget=8)
     assert mlx_lm.generate(model, TokenIds(), [1, 2], prompt_cache=cache, max_tokens=2)
     assert cache.seen == 4
+
+
+def test_loops_taken_in_turns_leave_the_callers_stream_in_force():
+    """mlx-lm's own would stay in force after both, and passes of the user's would run ahead of the device."""
+    model = gated()
+    before, seen = mx.default_stream(mx.default_device()), []
+    caches = [mlx_kvret.make_cache(model, budget=8) for _ in range(2)]
+    loops = [mlx_kvret.stream_generate(model, None, [1, 2, 3], cache=cache, max_tokens=5) for cache in caches]
+    for _ in zip(*loops, strict=True):
+        seen.append(mx.default_stream(mx.default_device()))
+    loops = [mlx_kvret.stream_generate(model, None, [1, 2], budget=8, max_tokens=5) for _ in range(2)]
+    for loop in loops:
+        next(loop)
+    for loop in loops:
+        loop.close()
+    seen.append(mx.default_stream(mx.default_device()))
+    assert seen == [before] * 6
+    assert caches[0].seen == caches[1].seen == 8
