@@ -13,7 +13,7 @@ from mlx_kvret.core.budget import BOOKKEEPING, CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.pictures import forgotten
-from mlx_kvret.core.shares import Share
+from mlx_kvret.core.shares import Share, by_layer
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Ints
 from mlx_kvret.errors import CacheError, ConfigError, ModelMismatchError, UnsupportedFeatureError
@@ -263,12 +263,7 @@ class Bounded:
 
         Of several ranks all must ask, and all are told of the whole.
         """
-        heads, share, width = self._own_positions(row), self.arena.share, self.arena.whole.kv_heads
-        if share is not None:
-            lengths = np.array([len(positions) for positions in heads], np.int32)
-            counts, (all_of_it,) = share.joined(lengths, np.concatenate(heads))
-            heads = np.split(all_of_it, np.cumsum(counts)[:-1])
-        return [heads[i : i + width] for i in range(0, len(heads), width)]
+        return by_layer(self.arena.share, self._own_positions(row), self.arena.whole.kv_heads)
 
     def _own_positions(self, row: int) -> list[Ints]:
         """Those of each of this process's flat heads."""

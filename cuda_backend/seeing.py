@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mlx_kvret.core.picture_prompts import Asked, asked, is_processed, processor_of, tokenizer_of
-from mlx_kvret.core.pictures import chunk_ends, runs
+from mlx_kvret.core.pictures import InChunks, runs
 from mlx_kvret.core.vision import picture_tokens
 from mlx_kvret.errors import ConfigError, KVRetError, UnsupportedFeatureError
 
@@ -19,7 +19,6 @@ from .attachment import attachment
 from .cache import BoundedCache, cache_argument
 from .pictures import TYPES, Eyes
 
-Progress = Callable[[int, int], None]
 FEATURES = "mm_encoder_outputs"
 GRIDS = "image_grid_thw"
 
@@ -177,7 +176,7 @@ def _rows(features: Any) -> torch.Tensor:
     return torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
 
 
-class Seen:
+class Seen(InChunks):
     """A prompt with its pictures seen, which is then read in chunks that cut none.
 
     Raises:
@@ -187,10 +186,10 @@ class Seen:
     def __init__(self, model: PreTrainedModel, prompt: Prepared) -> None:
         self.model, self.ids = model, prompt.ids
         self.last, tokens = prompt.ids.shape[1] - 1, eyes_of(model).tokens
-        self._spans = runs(prompt.tokens, tokens)
+        self.spans = runs(prompt.tokens, tokens)
         with torch.no_grad():
             self._features = Features.of(model, prompt.given)
-        count = sum(b - a for a, b in self._spans)
+        count = sum(b - a for a, b in self.spans)
         rows = 0 if self._features is None else len(self._features.rows)
         if rows != count:
             raise ConfigError(
@@ -199,41 +198,20 @@ class Seen:
             )
         self._types = {name: prompt.given[name] for name in TYPES if name in prompt.given}
         self._grids = prompt.given.get(GRIDS)
-        if self._grids is not None and len(self._grids) != len(self._spans):
+        if self._grids is not None and len(self._grids) != len(self.spans):
             raise ConfigError(
-                f"the prompt has {len(self._spans)} pictures among its tokens and {len(self._grids)} "
+                f"the prompt has {len(self.spans)} pictures among its tokens and {len(self._grids)} "
                 f"{GRIDS}; give one for each"
             )
         # a picture at the very end is read with the last token
-        self._end = next((a for a, b in self._spans if a <= self.last < b), self.last)
-
-    def read(self, cache: BoundedCache, step: int, progress: Progress | None = None) -> None:
-        """Read all but what :meth:`finish` reads."""
-        total = self.last + 1
-        if progress is not None and self._end:
-            progress(0, total)
-        for end in self.chunks(cache, step):
-            if progress is not None and end < self._end:
-                progress(end, total)
-
-    def chunks(self, cache: BoundedCache, step: int) -> Iterator[int]:
-        """As :meth:`read`, by turns: after each chunk how many tokens are read."""
-        start = 0
-        for end in chunk_ends(self._end, step, self._spans):
-            self._pass(start, end, cache)
-            start = end
-            yield end
-
-    def finish(self, cache: BoundedCache) -> torch.Tensor:
-        """Read the last token; returns the logits (1, V)."""
-        return self._pass(self._end, self.last + 1, cache)
+        self.until = next((a for a, b in self.spans if a <= self.last < b), self.last)
 
     @torch.no_grad()
-    def _pass(self, start: int, end: int, cache: BoundedCache) -> torch.Tensor:
-        within = [at for at, (a, b) in enumerate(self._spans) if start <= a < end]
+    def one_pass(self, start: int, end: int, cache: BoundedCache) -> torch.Tensor:
+        within = [at for at, (a, b) in enumerate(self.spans) if start <= a < end]
         given: dict[str, Any] = {name: kinds[:, start:end] for name, kinds in self._types.items()}
         if within and self._features is not None:
-            before = [b - a for a, b in self._spans]
+            before = [b - a for a, b in self.spans]
             first = sum(before[: within[0]])
             rows = sum(before[at] for at in within)
             given[FEATURES] = {"image": self._features.part(first, first + rows)}

@@ -7,9 +7,10 @@ A cache owns the pictures it has seen, and so the position of whatever comes nex
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import abc
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -110,6 +111,42 @@ def chunk_ends(length: int, step: int, pictures: Iterable[tuple[int, int]]) -> l
         ends.append(end)
         at = end
     return ends
+
+
+class InChunks(abc.ABC):
+    """A prompt with pictures that is read in passes, none of which cuts a picture.
+
+    ``last`` is the index of the last token, ``until`` that of the first token which is not read in chunks,
+    ``spans`` are the (start, end) of pictures.
+    """
+
+    last: int
+    until: int
+    spans: Sequence[tuple[int, int]]
+
+    def read(self, cache: Any, step: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read all up to ``until``; ``progress`` is told the tokens read and those of the whole prompt."""
+        if progress is not None and self.until:
+            progress(0, self.last + 1)
+        for end in self.chunks(cache, step):
+            if progress is not None and end < self.until:
+                progress(end, self.last + 1)
+
+    def chunks(self, cache: Any, step: int) -> Iterator[int]:
+        """As :meth:`read`, by turns: after each chunk how many tokens are read."""
+        start = 0
+        for end in chunk_ends(self.until, step, self.spans):
+            self.one_pass(start, end, cache)
+            start = end
+            yield end
+
+    def finish(self, cache: Any) -> Any:
+        """Read the rest; returns the logits of the last token."""
+        return self.one_pass(self.until, self.last + 1, cache)
+
+    @abc.abstractmethod
+    def one_pass(self, start: int, end: int, cache: Any) -> Any:
+        """Read tokens ``start`` to ``end`` - 1; returns their logits."""
 
 
 def is_picture(pictures: Iterable[Picture], seen: int) -> Mask:

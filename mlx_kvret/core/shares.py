@@ -140,6 +140,18 @@ class Share:
         return cls(ranks, shape, whole, layer=found.index(places[0])), found
 
 
+def by_layer(share: Share | None, heads: list[Ints], width: int) -> list[list[Ints]]:
+    """Sorted positions of each flat head of this process as lists of ``width`` heads for each layer.
+
+    Of several ranks (``share``) all must ask, and all are told of the whole; an exchange.
+    """
+    if share is not None:
+        lengths = np.array([len(positions) for positions in heads], np.int32)
+        counts, (all_of_it,) = share.joined(lengths, np.concatenate(heads))
+        heads = np.split(all_of_it, np.cumsum(counts)[:-1])
+    return [heads[i : i + width] for i in range(0, len(heads), width)]
+
+
 def _with(shape: CacheShape, **changed: int) -> CacheShape:
     return CacheShape(**(vars(shape) | changed))
 

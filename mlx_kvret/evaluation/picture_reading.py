@@ -38,7 +38,7 @@ def read_on_mlx(model: Any, processor: Any, turn: Turn, cache: Any, chunk: int) 
     made = {name: mx.array(x) for name, x in _made(processor, turn.pictures, "np").items()}
     seen = Seen(model, Prepared(mx.array([turn.ids]), made.pop("pixel_values"), made))
     # to the last token, in chunks as on torch: the turn is not one that is answered at once
-    seen.last = len(turn.ids)
+    seen.until = len(turn.ids)
     seen.read(cache, chunk)
     mx.eval([layer.state for layer in cache])
 

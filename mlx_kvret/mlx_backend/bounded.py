@@ -14,7 +14,7 @@ from ..core.budget import BOOKKEEPING, CacheShape
 from ..core.config import EvictionConfig
 from ..core.passes import Passes
 from ..core.pictures import forgotten
-from ..core.shares import Share
+from ..core.shares import Share, by_layer
 from ..core.state import State
 from ..core.types import Ints
 from ..errors import CacheError, ConfigError, KVRetError
@@ -286,12 +286,7 @@ class Bounded:
 
         Of several ranks all must ask, and all are told of the whole.
         """
-        heads, share, size = self.own_positions(row), self.arena.share, self.arena.whole.kv_heads
-        if share is not None:
-            lengths = np.array([len(positions) for positions in heads], np.int32)
-            counts, (all_of_it,) = share.joined(lengths, np.concatenate(heads))
-            heads = np.split(all_of_it, np.cumsum(counts)[:-1])
-        return [heads[i : i + size] for i in range(0, len(heads), size)]
+        return by_layer(self.arena.share, self.own_positions(row), self.arena.whole.kv_heads)
 
     def own_positions(self, row: int = 0) -> list[Ints]:
         """The sorted positions of a row's entries in each of this process's flat heads (int64 arrays)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,10 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..core.picture_prompts import Asked, asked, is_processed, processor_of, tokenizer_of
-from ..core.pictures import chunk_ends, runs
+from ..core.pictures import InChunks, runs
 from ..errors import ConfigError, KVRetError
 from .cache import BoundedCache
 from .vision import can_see, family, logits_of, speaking, tokens_of_pictures
-
-Progress = Callable[[int, int], None]
 
 
 def reader_of(model: nn.Module, processor: Any) -> Any:
@@ -162,7 +160,7 @@ def check_no_pictures(model: nn.Module, ids: Sequence[int]) -> None:
         )
 
 
-class Seen:
+class Seen(InChunks):
     """A prompt's embeddings (1, T, D), and what the language model is given with each of its chunks."""
 
     def __init__(self, model: nn.Module, prompt: Prepared) -> None:
@@ -178,31 +176,14 @@ class Seen:
         self.given = prompt.given | rest
         spans = runs(prompt.tokens, tokens_of_pictures(model))
         self.last = len(prompt.tokens) - 1
-        self._spans = [(a, min(b, self.last)) for a, b in spans if a < self.last]
-
-    def read(self, cache: BoundedCache, step: int, progress: Progress | None = None) -> None:
-        """Read all but the last token, in chunks that cut no picture."""
-        total = self.last + 1
-        if progress is not None and self.last:
-            progress(0, total)
-        for end in self.chunks(cache, step):
-            if progress is not None and end < self.last:
-                progress(end, total)
+        self.until, self.spans = self.last, [(a, min(b, self.last)) for a, b in spans if a < self.last]
 
     def chunks(self, cache: BoundedCache, step: int) -> Iterator[int]:
-        """As :meth:`read`, by turns: after each chunk how many tokens are read."""
-        start = 0
-        for end in chunk_ends(self.last, step, self._spans):
-            self._pass(start, end, cache)
+        for end in super().chunks(cache, step):
             mx.clear_cache()
-            start = end
             yield end
 
-    def finish(self, cache: BoundedCache) -> Any:
-        """Read the last token; returns the logits (1, 1, V)."""
-        return self._pass(self.last, self.last + 1, cache)
-
-    def _pass(self, start: int, end: int, cache: BoundedCache) -> Any:
+    def one_pass(self, start: int, end: int, cache: BoundedCache) -> Any:
         out = self.model(
             self.ids[:, start:end], inputs_embeds=self.embeds[:, start:end], cache=cache, **self.given
         )

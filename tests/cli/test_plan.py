@@ -19,7 +19,8 @@ def run(*arguments):
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
 def backend(request):
-    pytest.importorskip({"mlx": "mlx.core", "torch": "torch"}[request.param])
+    library = {"mlx": "mlx.core", "torch": "torch"}[request.param]
+    pytest.importorskip(library, reason="the backend is not installed")
     return request.param
 
 

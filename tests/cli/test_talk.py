@@ -15,7 +15,8 @@ FILLER = "the weary miller walks past a quiet river and "
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
 def loaded(request):
-    pytest.importorskip({"mlx": "mlx.core", "torch": "torch"}[request.param])
+    library = {"mlx": "mlx.core", "torch": "torch"}[request.param]
+    pytest.importorskip(library, reason="the backend is not installed")
     return mlx_kvret.load("demo", backend=request.param)
 
 
