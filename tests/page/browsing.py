@@ -28,10 +28,15 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium; on Debian: apt-get install chromium-headless-shell")
-    with playwright.sync_playwright() as found:
-        made = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
+    with pytest.MonkeyPatch.context() as patch:
+        # put in front of this process for MLX's sake, OpenBLAS would start threads in Chromium, which dies of it
+        patch.delenv("LD_PRELOAD", raising=False)
+        started = playwright.sync_playwright().start()
+    try:
+        with started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as made:
+            yield made
+    finally:
+        started.stop()
 
 
 @contextlib.contextmanager
