@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no Chromium; on Debian: apt-get install chromium-headless-shell")
     with pytest.MonkeyPatch.context() as patch:
-        # OpenBLAS, put in front of this process for MLX's sake, starts threads in Chromium too, which dies of it
+        # OpenBLAS, put in front of this process for the sake of MLX, starts threads in Chromium, which dies
         patch.delenv("LD_PRELOAD", raising=False)
         started = playwright.sync_playwright().start()
     try:
