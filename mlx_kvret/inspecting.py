@@ -15,7 +15,7 @@ from .core.detokenizer import token_texts
 from .core.files import whole_file
 from .core.history import History, described
 from .core.options import of_type, whole
-from .core.picture_prompts import has_pictures, spoken_by
+from .core.picture_prompts import has_pictures, listed, spoken_by
 from .core.prompts import has_chat_template, prompt_ids
 from .core.request import EVICTION
 from .core.sampling import SAMPLING
@@ -187,8 +187,7 @@ def _shown(
     if raw or not has_chat_template(tokenizer):
         raise ConfigError("images need the model's chat template; drop raw, or images")
     template = SeeingTemplate(tokenizer, model, tokenizer, api.backend_of(model))
-    single = isinstance(images, (str, bytes)) or not isinstance(images, Sequence)
-    asked = template.show([images] if single else images, text)
+    asked = template.show(listed(images), text)
     return template.prompt(Transcript(template, system).plan(asked).new)
 
 

@@ -15,7 +15,7 @@ from . import api
 from .batching import stream_batch
 from .conversation import BETWEEN, Transcript, Turn
 from .core.options import of_type, whole
-from .core.picture_prompts import spoken_by
+from .core.picture_prompts import listed, spoken_by
 from .core.prompts import has_chat_template, prompt_ids
 from .core.sampling import SAMPLING
 from .errors import CacheError, ConfigError, UnsupportedFeatureError
@@ -39,7 +39,7 @@ def read(
     *,
     system: str | None = None,
     raw: bool = False,
-    images: Sequence[Any] = (),
+    images: Any = None,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Progress | None = None,
     **options: Any,
@@ -53,8 +53,8 @@ def read(
         text: text, or the path of a file in UTF-8; several are read one after another, a blank line between.
         system: system message, where the model's chat template takes one.
         raw: read the text as it is, not as the beginning of a message in the chat template.
-        images: pictures of a vision-language model, in any form that :func:`mlx_kvret.generate` takes; they
-            stand where the text says ``<image>``, or first.
+        images: pictures of a vision-language model, or one, in any form that :func:`mlx_kvret.generate`
+            takes; they stand where the text says ``<image>``, or first.
         prefill_step_size: tokens read in one forward pass.
         prompt_progress_callback: called with tokens read and tokens in all; what it raises ends the reading.
         options: ``budget`` and the others of :func:`mlx_kvret.make_cache`.
@@ -68,13 +68,13 @@ def read(
     parts = [text] if isinstance(text, (str, Path)) else text
     whole_text = joined([read_text(str(part)) if isinstance(part, Path) else part for part in parts])
     template = None
-    if len(images):
+    if shown := listed(images):
         if raw or not has_chat_template(spoken_by(tokenizer)):
             raise ConfigError(
                 "pictures are read through the chat template; leave raw out, or generate with them"
             )
         template = SeeingTemplate(spoken_by(tokenizer), model, spoken_by(tokenizer), api.backend_of(model))
-        whole_text = template.show(images, whole_text)
+        whole_text = template.show(shown, whole_text)
     cache = api.make_cache(model, **options)
     reading = Reading.begun(model, spoken_by(tokenizer), cache, system, raw, template)
     reading.read(whole_text, prefill_step_size, prompt_progress_callback)

@@ -117,7 +117,7 @@ class Conversation:
         """A message with the marks of its pictures."""
         return self.template.show(images, text) if isinstance(self.template, SeeingTemplate) else text
 
-    def picture(self, path: Path) -> None:
+    def picture(self, name: str) -> None:
         """Have a picture go with the next message.
 
         Raises:
@@ -125,7 +125,7 @@ class Conversation:
         """
         from ..api import backend_of
 
-        image = read_picture(str(path), "the picture")
+        image = read_picture(name, "the picture")
         if not isinstance(self.template, SeeingTemplate):
             self.template = SeeingTemplate(self.template, self.model, self.tokenizer, backend_of(self.model))
             self.transcript.template = self.template
@@ -297,6 +297,9 @@ class Conversation:
         if bool(argument) != _TAKES_FILE[name]:
             wrong = f"{name} takes nothing behind it" if argument else f"{name} needs a file behind it"
             raise ConfigError(f"{wrong}; to say this to the model, begin the line with a space")
+        from .typed import unquoted
+
+        argument = unquoted(argument)
         path = Path(os.path.expanduser(argument))
         if name == "/reset":
             self.reset()
@@ -313,7 +316,7 @@ class Conversation:
         elif name == "/continue":
             self.go_on(options)
         elif name == "/image":
-            self.picture(path)
+            self.picture(argument)
         elif name == "/read":
             self.read(path, options.get("prefill_step_size", 2048))
         elif name == "/save":

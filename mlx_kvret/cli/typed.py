@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +120,12 @@ def next_message(ask: Callable[[], str | None]) -> str | None:
             return ask()
         except KeyboardInterrupt:
             click.echo("(ctrl-D or /quit leaves)")
+
+
+def unquoted(name: str) -> str:
+    """A file's name as terminals write what is dropped on them: in quotes, or with backslashes."""
+    try:
+        words = shlex.split(name)
+    except ValueError:
+        return name
+    return words[0] if len(words) == 1 and not os.path.exists(os.path.expanduser(name)) else name

@@ -40,7 +40,7 @@ def nearest(name: str, known: Collection[str], others: Iterable[str] = ()) -> st
     ]
     if close:
         return f"did you mean {lower[close[0]]}?"
-    return f"there are {', '.join(sorted(known))}"
+    return f"there are {', '.join(sorted(set(known)))}"
 
 
 def whole(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -3,7 +3,8 @@
 The processors of both libraries take just that. Of the forms: ``images=[...]`` beside a text or beside
 messages; messages whose content is a list of parts, ``{"type": "text", "text": ...}`` and ``{"type":
 "image"}``, the latter with its picture (``image``, ``path``, ``url``, ``base64``), or to be filled from
-``images`` in order; OpenAI's ``{"type": "image_url", "image_url": {"url": "data:..."}}``.
+``images`` in order; OpenAI's ``{"type": "image_url", "image_url": {"url": "data:..."}}``, and Anthropic's
+``{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "..."}}``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any
 from ..errors import ConfigError
 from .images import Image, open_picture
 from .options import short
+from .prompts import TEXTS
 
 # of LLaVA's records and LLaMA-Factory's, whatever the model's own mark is
 COMMON_MARK = "<image>"
 _PICTURES = ("image", "image_url", "input_image")
-_TEXTS = ("text", "input_text", "output_text")
-_SOURCES = ("image", "image_url", "path", "url", "base64")
+_SOURCES = ("image", "image_url", "path", "url", "base64", "source")
+# of what else a part may hold, that changes nothing
+_BESIDE = ("type", "detail", "cache_control", "text")
+_VIDEOS = ("video", "video_url", "input_video")
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,10 @@ def has_pictures(prompt: Any, images: Any = None) -> bool:
     """Whether a prompt, or what stands beside it, has any picture."""
     if is_processed(prompt):
         return True
-    if images is not None and (not isinstance(images, Sequence) or isinstance(images, str) or len(images)):
+    if listed(images):
         return True
     return _is_messages(prompt) and any(
-        isinstance(part, Mapping) and part.get("type") in (*_PICTURES, "video")
+        isinstance(part, Mapping) and _kind(part) in (*_PICTURES, *_VIDEOS)
         for message in prompt
         if isinstance(message, Mapping) and isinstance(message.get("content"), Sequence)
         for part in message["content"]
@@ -241,14 +245,16 @@ def _checked(processor: Any, text: str, pictures: int) -> str:
     return text
 
 
-def _opened(images: Any, folder: Path | None) -> list[Image]:
+def listed(images: Any) -> list[Any]:
+    """What is given as ``images``: a list, or a single picture, or nothing."""
     if images is None:
         return []
-    single = isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Sequence)
-    return [
-        open_picture(one, f"images[{number}]", folder)
-        for number, one in enumerate([images] if single else images)
-    ]
+    single = isinstance(images, (str, bytes, bytearray, memoryview, Mapping))
+    return [images] if single or not isinstance(images, Sequence) else list(images)
+
+
+def _opened(images: Any, folder: Path | None) -> list[Image]:
+    return [open_picture(one, f"images[{n}]", folder) for n, one in enumerate(listed(images))]
 
 
 def _is_messages(prompt: Any) -> bool:
@@ -272,19 +278,42 @@ def _plain(message: Any, number: int) -> dict[str, Any]:
 def _part(part: Any, number: int) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _TEXTS and isinstance(part.get("text"), str):
+    kind = _kind(part) if isinstance(part, Mapping) else None
+    if kind in TEXTS and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in _PICTURES:
-        source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
-        if isinstance(source, Mapping):
-            source = source.get("url")
-        if isinstance(source, str) and part.get("base64") is source:
-            source = f"data:image/png;base64,{source}"
-        return {"type": "image", "source": source}
-    if kind == "video":
+        return {"type": "image", "source": _source(part, number)}
+    if kind in _VIDEOS:
         raise ConfigError(f"message {number} holds a video; give its frames as image parts, in their order")
     raise ConfigError(f"message {number} holds the part {short(part)}; expected parts of type text or image")
+
+
+def _kind(part: Mapping[str, Any]) -> Any:
+    """A part's type; by what it holds, as templates of many models tell it, where it does not say."""
+    if "type" in part:
+        return part["type"]
+    return next((name for name in ("image", "image_url", "video", "text") if name in part), None)
+
+
+def _source(part: Mapping[str, Any], number: int) -> Any:
+    """A part's picture; None for one that is to be filled."""
+    name = next((name for name in _SOURCES if part.get(name) is not None), None)
+    if name is None:
+        if unknown := [str(one) for one in part if one not in (*_SOURCES, *_BESIDE)]:
+            raise ConfigError(
+                f"message {number} holds an image with {unknown[0]!r}; give the picture as image, path, url "
+                "or base64, or as images beside the messages"
+            )
+        return None
+    source = part[name]
+    if isinstance(source, Mapping):
+        if isinstance(data := source.get("data"), str):
+            return f"data:{source.get('media_type', 'image/png')};base64,{data}"
+        found = source.get("url")
+        if found is None:
+            raise ConfigError(f"message {number} holds an image whose {name} is {short(source)}; give a url")
+        return found
+    return f"data:image/png;base64,{source}" if name == "base64" and isinstance(source, str) else source
 
 
 def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ FORMS = (
     "give text, token ids (a list, or an array of shape (n,) or (1, n)), what apply_chat_template returns, "
     "or messages"
 )
+# types of a message's parts that are texts
+TEXTS = ("text", "input_text", "output_text")
 # what a tokenizer's answer may hold beside the ids without changing what they mean
 _BESIDE_IDS = ("attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length")
 
@@ -83,6 +85,13 @@ def _of_messages(tokenizer: Any, messages: Sequence[Any], first: bool) -> list[i
             raise ConfigError(
                 f"the prompt holds {short(message)} among messages; expected mappings with role and content"
             )
+        content = message.get("content")
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if isinstance(part, Mapping) and part.get("type", "text") not in TEXTS:
+                raise ConfigError(
+                    f"the messages hold a part of type {short(part['type'])}; text and pictures are read: "
+                    "give parts of type text or image"
+                )
     if not has_chat_template(tokenizer):
         raise ConfigError(
             "the prompt is messages, and the model has no chat template; give text or token ids instead"

@@ -20,6 +20,12 @@ NO_GATES = (
     "known for it, `mlx-kvret train` makes some), or choose a policy that needs none (recent, "
     "knorm, keydiff, random, full), for the model's own caches too: attach(model, policy='recent')"
 )
+# what others call pictures, or give instead
+ELSEWHERE = {
+    "image": "pictures are given as images",
+    **dict.fromkeys(("video", "videos"), "a video is given as its frames, as images in their order"),
+    **dict.fromkeys(("audio", "audios"), "sound is not read"),
+}
 
 
 class Finished(Protocol):
@@ -94,7 +100,7 @@ def split_eviction(
     Raises:
         ConfigError: an unknown option, or eviction options for a cache that has been made.
     """
-    check_known(options, (*EVICTION, *known), "generate", elsewhere)
+    check_known(options, (*EVICTION, *known), "generate", ELSEWHERE | dict(elsewhere or {}))
     evict = {name: value for name, value in options.items() if name in EVICTION}
     if evict and has_cache:
         raise ConfigError(f"{', '.join(evict)} were decided when the cache was made; drop them or drop cache")

@@ -207,7 +207,7 @@ def _loop_options(draft: bool) -> tuple[set[str], dict[str, str]]:
     """Options of mlx-lm's loop with or without a draft model, and why those of the other do nothing."""
     loops = generate_step, speculative_generate_step
     taken, other = (set(inspect.signature(loop).parameters) for loop in (loops[draft], loops[not draft]))
-    ours = {"max_tokens", "cache", "draft_model", *SAMPLING}
+    ours = {"max_tokens", "cache", "draft_model", "images", *SAMPLING}
     known = (taken - {"model", "prompt", "stream", *CACHE_OPTIONS}) | ours
     why = "mlx-lm drops it where there is a draft model" if draft else "it needs a draft_model"
     return known, dict.fromkeys(other - known - {"model", "prompt", "stream"}, why)

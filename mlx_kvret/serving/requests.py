@@ -35,8 +35,13 @@ class Url(_Strict):
 
 
 class PicturePart(_Strict):
+    # some clients give the URL itself
     type: Literal["image_url"]
-    image_url: Url
+    image_url: Url | Text
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
 class Called(_Strict):
@@ -74,7 +79,7 @@ class Message(BaseModel):
     def pictures(self) -> list[str]:
         """Their URLs."""
         parts = self.content if isinstance(self.content, list) else []
-        return [part.image_url.url for part in parts if isinstance(part, PicturePart)]
+        return [part.url for part in parts if isinstance(part, PicturePart)]
 
 
 class Function(_Strict):

@@ -104,6 +104,16 @@ def test_openais_client_streamed_and_a_second_turn(server, seeing):
     assert third.usage.prompt_tokens > second.usage.prompt_tokens + 36
 
 
+def test_the_url_may_stand_by_itself(server, seeing):
+    bare = {"type": "image_url", "image_url": ALBUM}
+    found = says(server, [asking(bare, "recall Ada")])
+    assert text_of(found) == alone(seeing, [asking(part(ALBUM), "recall Ada")])
+    answer = server.post(
+        CHAT, messages=[asking(bare | {"image_url": "http://127.0.0.1/a.png"})], max_tokens=1
+    )
+    assert answer.status == 400 and "fetches no URL" in answer.json()["error"]["message"]
+
+
 def test_another_picture_of_the_same_tokens_is_not_answered_from_a_snapshot(server, seeing):
     blank = png(96, 96, 255)
     asked = [[asking(part(one), "recall Gilda")] for one in (ALBUM, blank, ALBUM)]

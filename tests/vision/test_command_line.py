@@ -79,6 +79,17 @@ def test_wrong_use_is_one_line(folder, files, arguments, words):
     assert found.exit_code == 1 and words in found.stderr and len(found.stderr.strip().splitlines()) == 1
 
 
+def test_a_file_that_a_terminal_has_quoted_goes_with_the_message(folder, files):
+    spaced = files / "a picture.png"
+    PIL.Image.fromarray(folders.picture(1)).save(spaced)
+    escaped = str(spaced).replace(" ", "\\ ")
+    for name in (f"'{spaced}'", f'"{spaced}"', escaped, spaced):
+        talk = run("chat", "--model", folder, *EVICTION, text=f"/image {name}\n")
+        assert "a picture of 64 x 48" in talk.stdout, talk.output
+    wrong = run("chat", "--model", folder, *EVICTION, text="/image https://a.b/c.png\n/image 'no\n")
+    assert "'https://a.b/c.png', and nothing is fetched" in wrong.stderr and "cannot read" in wrong.stderr
+
+
 def test_a_model_of_text_says_so(files):
     found = run(
         "generate", "--model", "demo", "--prompt", "x", "--image", files / "one.png", "--policy", "recent"

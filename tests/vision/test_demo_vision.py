@@ -18,6 +18,7 @@ from mlx_kvret.errors import ConfigError, UnsupportedModelError
 from mlx_kvret.evaluation import open_bench, parse_methods
 from mlx_kvret.evaluation.tasks import make_samples
 
+PIL = pytest.importorskip("PIL")
 pytest.importorskip("PIL.Image")
 ROOT = Path(__file__).parents[2]
 # what the sample picture states, and what its decoys say of the same names
@@ -58,6 +59,27 @@ def test_answers_what_the_sample_picture_states(bench):
             max_tokens=4,
         )
         assert said.split()[0] == value
+
+
+def test_one_picture_needs_no_list_and_a_video_is_named(bench):
+    model = generating(bench).engines[0].model
+    given = {"budget": 24, "max_tokens": 2}
+    pixels = np.array(PIL.Image.open(demo.VISION_SAMPLE).convert("RGB"))
+    said = set()
+    for one in (demo.VISION_SAMPLE, str(demo.VISION_SAMPLE), pixels, [demo.VISION_SAMPLE]):
+        read = mlx_kvret.read(model, bench.tokenizer, "recall Max", images=one, budget=24)
+        said.add((read.seen, *mlx_kvret.answer(model, bench.tokenizer, read, "recall Ada", max_tokens=2)))
+    assert len(said) == 1 and "red" in next(iter(said))[1]
+    for wrong, words in (
+        ({"videos": ["a.mp4"]}, "a video is given as its frames, as images"),
+        ({"image": demo.VISION_SAMPLE}, "pictures are given as images"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            mlx_kvret.generate(model, bench.tokenizer, "recall Ada", **wrong, **given)
+    for kind, words in (("video_url", "give its frames"), ("input_audio", "parts of type text or image")):
+        with pytest.raises(ConfigError, match=words):
+            messages = [{"role": "user", "content": [{"type": kind, kind: "a"}]}]
+            mlx_kvret.generate(model, bench.tokenizer, messages, **given)
 
 
 def test_a_question_in_a_later_turn_within_a_small_budget(bench):

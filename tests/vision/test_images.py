@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import PIL.Image
+import PIL.ImageSequence
 import pytest
 import torch
 
@@ -50,12 +51,83 @@ def test_grey_alpha_and_turned_pictures():
     grey = PIXELS[..., 0]
     for form in (grey, grey[..., None], PIL.Image.fromarray(grey)):
         np.testing.assert_array_equal(pixels(form), np.repeat(grey[..., None], 3, 2))
-    clear = np.concatenate([PIXELS, np.zeros((5, 7, 1), np.uint8)], 2)
-    np.testing.assert_array_equal(pixels(clear), PIXELS)
     exif = PIL.Image.Exif()
     exif[0x0112] = 3  # upside down
     turned = encoded(form="PNG", exif=exif)
     np.testing.assert_array_equal(pixels(turned), PIXELS[::-1, ::-1])
+
+
+def test_what_is_transparent_is_seen_on_white():
+    alpha = np.full((5, 7, 1), 255, np.uint8)
+    alpha[0], alpha[1] = 0, 51
+    expected = np.rint(255 + (PIXELS - 255.0) * alpha / 255)
+    given = np.concatenate([PIXELS, alpha], 2)
+    premultiplied = PIL.Image.fromarray(given).convert("RGBa")
+    for form in (given, given / 255.0, encoded(PIL.Image.fromarray(given)), premultiplied):
+        np.testing.assert_allclose(pixels(form), expected, atol=2)
+    black = [PIL.Image.new("RGB", (2, 2)), PIL.Image.new("L", (2, 2)), PIL.Image.new("P", (2, 2))]
+    for image, colour in zip(black, ((0, 0, 0), 0, 0), strict=True):
+        assert pixels(encoded(image, transparency=colour)).min() == 255
+    assert pixels(PIL.Image.new("LA", (2, 2), (0, 0))).min() == 255
+
+
+def test_more_than_8_bits_are_rounded_and_not_cut():
+    deep = np.linspace(0, 65535, 35).astype(np.uint16).reshape(5, 7)
+    expected = np.repeat(np.rint(deep / 257).astype(np.uint8)[..., None], 3, 2)
+    forms = [PIL.Image.fromarray(deep), encoded(PIL.Image.fromarray(deep)), deep.astype(np.int32)]
+    forms += [encoded(PIL.Image.fromarray(deep), "TIFF"), (deep / 65535).astype(np.float32)]
+    forms += [(deep / 257).astype(np.float32)]
+    for form in forms:
+        image = PIL.Image.fromarray(form) if isinstance(form, np.ndarray) else form
+        np.testing.assert_allclose(pixels(image), expected, atol=1)
+    for wrong in (deep.astype(np.int32) - 9, deep.astype(np.float32)):
+        with pytest.raises(ConfigError, match="expected bytes of 0 to 255"):
+            pixels(PIL.Image.fromarray(wrong))
+
+
+def test_colours_that_are_not_red_green_and_blue():
+    assert pixels(encoded(PIL.Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "JPEG"))[0, 0].tolist() == [
+        255,
+        0,
+        0,
+    ]
+    assert pixels(encoded(PIL.Image.new("1", (2, 2), 1))).min() == 255
+    palette = PIL.Image.fromarray(PIXELS).quantize(256)
+    np.testing.assert_array_equal(pixels(encoded(palette)), np.array(palette.convert("RGB")))
+
+
+def test_arrays_that_numpy_cannot_take_as_they_are():
+    expected = np.rint(np.asarray(PIXELS / 255.0) * 255)
+    half = [torch.from_numpy(PIXELS / 255.0).bfloat16(), mx.array(PIXELS / 255.0).astype(mx.bfloat16)]
+    for form in (*half, torch.from_numpy(PIXELS / 255.0).requires_grad_()):
+        np.testing.assert_allclose(pixels(form), expected, atol=1)
+    # a picture that was made larger is a rounding error out of 0 to 1
+    assert pixels(np.full((2, 2, 3), np.float32(1.0000001))).min() == 255
+
+
+def test_an_open_file_is_read_whole_and_left_where_it_stood(file):
+    with file.open("rb") as opened:
+        opened.seek(7)
+        for form in (opened, io.BytesIO(encoded()), memoryview(encoded())):
+            np.testing.assert_array_equal(pixels(form), PIXELS)
+        assert opened.tell() == 7
+    with pytest.raises(ConfigError, match="a file that cannot be read"):
+        pixels(opened)
+
+
+def test_names_of_files_as_people_write_them(tmp_path, monkeypatch):
+    path = tmp_path / "ä #1? b.png"
+    path.write_bytes(encoded())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forms = [
+        f"file://{path}",
+        f"file:{path}",
+        f"file://localhost{path}",
+        f"~/{path.name}",
+        f"file://~/{path.name}",
+    ]
+    for form in forms:
+        np.testing.assert_array_equal(pixels(form), PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +144,9 @@ def test_grey_alpha_and_turned_pictures():
         (b"no picture", "no picture that can be read"),
         (encoded()[:60], "no picture that can be read"),
         (None, "is None; give a file"),
+        ("  ", "is an empty text"),
+        (base64.b64encode(encoded()).decode() * 9, "base64 begins with data:image/png;base64,"),
+        (b"no picture", "of no format that Pillow knows"),
         (7, "is 7; give a file"),
         (np.zeros((2, 5, 7, 3), np.uint8), "expected one picture"),
         (np.zeros((0, 7, 3), np.uint8), "expected one picture"),
@@ -92,6 +167,12 @@ def test_an_animation_is_not_cut_to_its_first_frame():
     file = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     with pytest.raises(ConfigError, match="an animation of 2 frames"):
         open_picture(file)
+    # one that is open stands at some frame, and all that walk through it are the same object
+    opened = PIL.Image.open(io.BytesIO(file))
+    with pytest.raises(ConfigError, match="ImageSequence"):
+        open_picture(opened)
+    walked = [pixels(frame.copy()) for frame in PIL.ImageSequence.Iterator(opened)]
+    assert len(walked) == 2 and (walked[0] != walked[1]).any()
 
 
 def test_a_folder_is_no_picture(tmp_path):

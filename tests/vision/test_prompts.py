@@ -66,7 +66,7 @@ def test_messages_have_them_in_their_parts():
     assert found.text == "[system]s[end][user]a[end][assistant]b[end][user]<v><pad></v>c[end][assistant]"
 
 
-@pytest.mark.parametrize("key", ["image", "path", "url", "image_url", "base64"])
+@pytest.mark.parametrize("key", ["image", "path", "url", "image_url", "base64", "source"])
 def test_parts_name_their_picture_in_many_ways(tmp_path, key):
     import base64
 
@@ -75,12 +75,20 @@ def test_parts_name_their_picture_in_many_ways(tmp_path, key):
     path = tmp_path / "red.png"
     PIL.Image.fromarray(RED).save(path)
     encoded = base64.b64encode(path.read_bytes()).decode()
-    source = {"base64": encoded, "image_url": {"url": f"data:image/png;base64,{encoded}"}}.get(key, "red.png")
+    source = {"base64": encoded, "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+    source["source"] = {"type": "base64", "media_type": "image/png", "data": encoded}
+    source = source.get(key, "red.png")
     part = {"type": "image_url" if key == "image_url" else "image", key: source}
     messages, pictures = filled([{"role": "user", "content": [part]}], folder=tmp_path)
     assert messages == [{"role": "user", "content": [{"type": "image"}]}] and colours(pictures) == [
         [255, 0, 0]
     ]
+    if key.startswith("image"):
+        assert has_pictures([{"role": "user", "content": [{key: source}]}])
+        assert (
+            len(filled([{"role": "user", "content": [{key: source}, {"text": "x"}]}], folder=tmp_path)[1])
+            == 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,9 @@ def test_parts_name_their_picture_in_many_ways(tmp_path, key):
         ([{"role": "user", "content": [{"type": "image"}]}], [], "1 image parts without a picture"),
         ([{"role": "user", "content": [{"type": "image"}]}], [RED, BLUE], "there are 2 images beside"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], [], "give its frames"),
+        ([{"role": "user", "content": [{"type": "video_url", "video_url": "a"}]}], [], "give its frames"),
+        ([{"role": "user", "content": [{"type": "image", "file": "a.png"}]}], [], "an image with 'file'"),
+        ([{"role": "user", "content": [{"type": "image", "image": {"a": 1}}]}], [], "give a url"),
         ([{"role": "user", "content": [{"type": "audio"}]}], [], "expected parts of type text or image"),
         ([{"role": "user", "content": [7]}], [], "expected parts of type text or image"),
         ([{"role": "user", "content": 7}], [RED], "expected a text or a list of parts"),
