@@ -219,10 +219,9 @@ class Bounded:
         capacity = arena.pool.capacity
         try:
             pool, recent = copy.copy(arena.pool), arena.recent.copy()
-            rows = [
-                (row, folded(row, recent) if move is None else compacted(row, move, pool, recent))
-                for row, move in todo
-            ]
+            rows = [(row, folded(row, recent)) for row, move in todo if move is None]
+            if due := [(row, move) for row, move in todo if move is not None]:
+                rows += compacted(due, pool, recent)
         except (RuntimeError, MemoryError) as error:
             if arena.passes.in_flight and not isinstance(error, KVRetError):
                 arena.lose(error)

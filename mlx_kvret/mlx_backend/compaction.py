@@ -1,4 +1,4 @@
-"""A row's newest tokens decided upon: its best entries of all stay, or join, in the pool."""
+"""Rows' newest tokens decided upon: the best entries of each row stay, or join, in the pool."""
 
 from __future__ import annotations
 
@@ -10,53 +10,63 @@ import numpy as np
 
 from ..core.schedule import Move
 from ..core.types import Ints
+from .candidates import Due, candidates
 from .observed import known, log_beta_of, shortened
 from .pool import Pool
-from .recent import Recent
+from .recent import Pair, Recent
 from .row import Row
-from .selection import keydiff_score, retention_score, select, static_score
+from .selection import Asked, select_rows
+
+# entries that select together; each takes some 60 bytes meanwhile
+TOGETHER = 1 << 22
+After = tuple[Row, dict[str, Any]]
 
 
-def compacted(row: Row, move: Move, pool: Pool, recent: Recent) -> dict[str, Any]:
-    """The oldest tokens of the window moved into ``pool``; groups that are due select first.
+def compacted(due: Due, pool: Pool, recent: Recent) -> list[After]:
+    """The oldest tokens of rows' windows moved into ``pool``; groups that are due select first.
 
-    ``pool`` and ``recent`` are changed; returns what becomes of the row.
+    All rows of an arena that are due at a time select and move in the same operations, unless they are too
+    many entries. ``pool`` and ``recent`` are changed; returns what becomes of the rows.
     """
-    shape, tokens, share, slab = row.arena.shape, move.tokens, row.arena.share, row.slab
-    start, config = row.seen - row.length, row.config
-    due = move.due if share is None else move.due[share.groups(config)]
-    retention = retention_of(row, tokens)
-    schedule = copy.copy(row.schedule)
-    newest = [row.window(layer, recent) for layer in range(shape.layers)]
-    if move.capacity > pool.capacity:
-        room = max(move.capacity, 2 * pool.capacity)
-        pool.grow(min(schedule.most, room), *newest[0])
-    rows = (pool.groups, -1)
-    position = mx.broadcast_to(mx.arange(start, start + tokens, dtype=mx.int32), (shape.heads, tokens))
-    head = mx.broadcast_to(mx.arange(shape.heads, dtype=mx.int32)[:, None], (shape.heads, tokens))
-    new = retention.reshape(rows), position.reshape(rows), head.reshape(rows)
+    first = due[0][0]
+    needed = max(move.capacity for _, move in due)
+    if needed > pool.capacity:
+        most = max(row.schedule.most for row, _ in due)
+        like = first.window(0, recent)
+        pool.grow(max(needed, min(most, 2 * pool.capacity)), *like)
+    entries = (pool.capacity + max(move.tokens for _, move in due)) * pool.heads
+    # several ranks, whose pools differ, must all ask of the same row
+    size = max(1, TOGETHER // entries) if first.arena.share is None else 1
+    parts = [due[start : start + size] for start in range(0, len(due), size)]
+    return [after for part in parts for after in _compacted(part, pool, recent)]
 
-    old = tuple(pool.rows(array, slab) for array in (pool.retention, pool.position, pool.owner))
-    stays, survives = old[2] < shape.heads, mx.ones(new[2].shape, mx.bool_)
-    if move.due.any():
-        joined = [mx.concatenate([a, b], axis=1) for a, b in zip(old, new, strict=True)]
-        score = _score(row, pool, joined, newest, tokens)
-        args = score, joined[1], joined[2], row.seen, config, pool.size, shape.heads, row.pictures
-        keep = select(*args, share, due)
-        if not due.all():
-            keep = mx.where(mx.array(due)[:, None], keep, joined[2] < shape.heads)
-        stays, survives = keep[:, : stays.shape[1]], keep[:, stays.shape[1] :]
-    if share is not None:
-        stays = _with_room(pool, stays, survives, *newest[0])
-    slots = pool.destinations(stays, survives, slab)
-    pool.admit(stays, slots, survives, *new, slab)
-    by_layer = slots.reshape(shape.layers, -1)
-    for layer, pair in enumerate(newest):
-        keys, values = (array[0, :, :tokens] for array in pair)
-        pool.fill(by_layer[layer], keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]))
-    rest = folded(row, recent, tokens)
-    schedule.done(move, start, _counted(row, pool))
-    return rest | {"schedule": schedule}
+
+def _compacted(due: Due, pool: Pool, recent: Recent) -> list[After]:
+    arena, slabs = due[0][0].arena, tuple(row.slab for row, _ in due)
+    newest = _newest(due, recent)
+    found = candidates(due, pool, newest)
+    keep = found.head < pool.heads
+    if any(move.due.any() for _, move in due):
+        asked = [Asked(row.seen, row.config, _own_due(row, move), row.pictures) for row, move in due]
+        keep = select_rows(
+            found.score, found.must, found.position, found.head, asked, pool.size, pool.heads, arena.share
+        )
+    slots = pool.capacity * pool.size
+    new = (found.retention[:, slots:], found.position[:, slots:], found.head[:, slots:])
+    if arena.share is not None:
+        keep = _with_room(pool, keep, due)
+    places = pool.destinations(keep, slabs)
+    slots = pool.capacity * pool.size
+    pool.admit(keep[:, :slots], places, keep[:, slots:], *new, slabs)
+    for own, (keys, values) in zip(_by_layer(places, due, arena.shape.layers), newest, strict=True):
+        pool.fill(own, keys, values)
+    after = []
+    for row, move in due:
+        schedule = copy.copy(row.schedule)
+        rest = folded(row, recent, move.tokens)
+        schedule.done(move, row.seen - row.length, _counted(row, pool))
+        after.append((row, rest | {"schedule": schedule}))
+    return after
 
 
 def folded(row: Row, recent: Recent, tokens: int = 0) -> dict[str, Any]:
@@ -74,43 +84,55 @@ def folded(row: Row, recent: Recent, tokens: int = 0) -> dict[str, Any]:
     return {"length": left, "wide": None, "pieces": pieces}
 
 
-def retention_of(row: Row, tokens: int) -> mx.array:
-    """What is stored with the oldest ``tokens`` of the window, (L, H, tokens) float32."""
-    if row.config.policy == "learned":
-        row.arena.score()
-        return log_beta_of(shortened(row.pieces, newest=row.length - tokens))
-    start, heads, share = row.seen - row.length, row.arena.shape.kv_heads, row.arena.share
-    place = np.arange(start, start + tokens)
-    layers = range(row.arena.shape.layers)
-    keys = [row.window(layer)[0][0, :, :tokens] for layer in layers]
-    if row.config.policy == "knorm":
-        keys = [row.arena.pool.as_kept(one) for one in keys]
-    first = [layer * heads if share is None else share.first_head(layer) for layer in layers]
-    return mx.stack([static_score(row.config, keys[layer], first[layer], place) for layer in layers])
+def _newest(due: Due, recent: Recent) -> list[Pair]:
+    """Keys and values (n, D) that are to move, by layer: each row's heads one after another."""
+    layers = range(due[0][0].arena.shape.layers)
+    if len(due) > 1 and all(row.wide is None for row, _ in due):
+        # nothing but these tokens is read, whatever stands beside them
+        return [recent.gathered(layer, [(row.slab, move.tokens) for row, move in due]) for layer in layers]
+    found = []
+    for layer in layers:
+        windows = [row.window(layer, recent) for row, _ in due]
+        parts = [
+            [window[side][0, :, : move.tokens] for window, (_, move) in zip(windows, due, strict=True)]
+            for side in (0, 1)
+        ]
+        keys, values = ([part.reshape(-1, part.shape[-1]) for part in side] for side in parts)
+        found.append(
+            (keys[0], values[0]) if len(due) == 1 else (mx.concatenate(keys), mx.concatenate(values))
+        )
+    return found
 
 
-def _score(
-    row: Row, pool: Pool, candidates: list[mx.array], newest: list[tuple[mx.array, mx.array]], tokens: int
-) -> mx.array:
-    retention, position, head = candidates
-    if row.config.policy == "learned":
-        return retention_score(retention, position, row.seen, row.config.lookahead)
-    if row.config.policy == "keydiff":
-        new = pool.as_kept(mx.stack([keys[0, :, :tokens] for keys, _ in newest]))
-        keys = mx.concatenate([pool.slab_keys(row.slab), new.reshape(pool.groups, -1, new.shape[-1])], axis=1)
-        return keydiff_score(keys, head, row.arena.shape.heads)
-    return retention
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
-def _with_room(pool: Pool, stays: mx.array, survives: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """``stays`` once the pool has room for a rank's entries, of which there may be more than its mean."""
-    most = int((stays.sum(1) + survives.sum(1)).max())
-    need, before = -(-most // pool.size), pool.capacity
+def _by_layer(places: mx.array, due: Due, layers: int) -> mx.array:
+    """Slots of newcomers (R·groups, N) as (layers, n), in the order of :func:`_newest`."""
+    places = places.reshape(len(due), layers, -1)
+    if len({move.tokens for _, move in due}) == 1:
+        return places.swapaxes(0, 1).reshape(layers, -1)
+    tokens = max(move.tokens for _, move in due)
+    wide = np.arange(places[0, 0].size).reshape(-1, tokens)
+    rows = [row * wide.size + wide[:, : move.tokens].reshape(-1) for row, (_, move) in enumerate(due)]
+    return places.swapaxes(0, 1).reshape(layers, -1)[:, mx.array(np.concatenate(rows).astype(np.int32))]
+
+
+def _own_due(row: Row, move: Move) -> Any:
+    """Which of this process's groups select."""
+    share = row.arena.share
+    return move.due if share is None else move.due[share.groups(row.config)]
+
+
+def _with_room(pool: Pool, keep: mx.array, due: Due) -> mx.array:
+    """``keep`` once the pool has room for a rank's entries, of which there may be more than its mean."""
+    most, before = int(keep.sum(1).max()), pool.capacity
+    need = -(-most // pool.size)
     if need <= before:
-        return stays
-    pool.grow(need + need // 8, keys, values)
-    new = mx.zeros((pool.groups, (pool.capacity - before) * pool.size), mx.bool_)
-    return mx.concatenate([new, stays], axis=1)
+        return keep
+    pool.grow(need + need // 8, *due[0][0].window(0))
+    return mx.pad(keep, [(0, 0), ((pool.capacity - before) * pool.size, 0)])
 
 
 def _counted(row: Row, pool: Pool) -> Ints | None:

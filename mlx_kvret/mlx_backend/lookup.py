@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -50,14 +51,14 @@ class Lookup:
         start = mx.arange(slabs, dtype=mx.int32) * used
         return cls(mx.zeros((slabs * used,), mx.int32), mx.repeat(start, heads + 1), heads, used)
 
-    def replaced(self, slab: int, table: mx.array, offsets: mx.array) -> Lookup:
-        """With another slab's ``table`` (used,) and ``offsets`` (heads + 1,)."""
-        if len(self.offsets) == self.heads + 1:
-            return Lookup(table, offsets, self.heads, len(table))
-        made = Lookup(self.table[...], self.offsets[...], self.heads, self.used)
-        made.table[slab * self.used : (slab + 1) * self.used] = table
-        made.offsets[slab * (self.heads + 1) : (slab + 1) * (self.heads + 1)] = offsets
-        made._host = {other: host for other, host in self._host.items() if other != slab}
+    def replaced(self, slabs: Sequence[int], table: mx.array, offsets: mx.array) -> Lookup:
+        """With other ``table`` (R, used) and ``offsets`` (R, heads + 1) of R slabs."""
+        size = self.heads + 1
+        count = len(self.offsets) // size
+        whole = with_part(self.table.reshape(count, self.used), slabs, table).reshape(-1)
+        starts = with_part(self.offsets.reshape(count, size), slabs, offsets).reshape(-1)
+        made = Lookup(whole, starts, self.heads, self.used)
+        made._host = {other: host for other, host in self._host.items() if other not in slabs}
         return made
 
     def on_host(self, slab: int = 0) -> Ints:
@@ -132,6 +133,26 @@ class Lookup:
         pairs += [(part.slots, part.real) for parts, _ in self._parts.values() for part in parts]
         made = [array for pair in pairs for array in pair if array is not None]
         return sum(array.nbytes for array in [self.table, self.offsets, *made])
+
+
+def part_of(array: mx.array, slabs: Sequence[int]) -> mx.array:
+    """Of an array (slabs, ...) those of ``slabs``, a view where they are neighbours."""
+    first, end = slabs[0], slabs[-1] + 1
+    if list(slabs) == list(range(first, end)):
+        return array if end - first == len(array) else array[first:end]
+    return array[mx.array(list(slabs), mx.int32)]
+
+
+def with_part(array: mx.array, slabs: Sequence[int], parts: mx.array) -> mx.array:
+    """An array (slabs, ...) with those of ``slabs`` replaced, in place where MLX can."""
+    first, end = slabs[0], slabs[-1] + 1
+    if list(slabs) == list(range(len(array))):
+        return parts
+    array = array[...]  # an array of its own on the same values
+    array[
+        slice(first, end) if list(slabs) == list(range(first, end)) else mx.array(list(slabs), mx.int32)
+    ] = parts
+    return array
 
 
 def _members(chosen: Ints, rows: int, count: int) -> Members:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.state import State
+from ..core.types import Ints
 
 # of whose tokens, from which to which: where the log β of a row's newest tokens are found
 Piece = tuple["Observed", int, int]
@@ -74,14 +75,29 @@ def known(log_beta: mx.array) -> list[Piece]:
 
 def log_beta_of(pieces: Sequence[Piece]) -> mx.array:
     """log β (L, H, tokens) of pieces that have been scored."""
-    parts: list[tuple[mx.array, list[int]]] = []
-    for one, start, end in pieces:
-        assert one.log_beta is not None
-        if not parts or parts[-1][0] is not one.log_beta:
-            parts.append((one.log_beta, []))
-        parts[-1][1].extend(range(one.first + start, one.first + end))
-    found = [_columns(array, columns) for array, columns in parts]
-    return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
+    found, (columns,) = log_beta_in([pieces])
+    first = int(columns[0])
+    if (columns == np.arange(first, first + len(columns))).all():
+        return found[:, :, first : first + len(columns)]
+    return found[:, :, mx.array(columns.astype(np.int32))]
+
+
+def log_beta_in(rows: Sequence[Sequence[Piece]]) -> tuple[mx.array, list[Ints]]:
+    """log β (L, H, K) of the pieces of several rows, which have been scored, and each row's columns."""
+    begin: dict[int, int] = {}
+    arrays: list[mx.array] = []
+    found: list[Ints] = []
+    for pieces in rows:
+        columns = []
+        for one, start, end in pieces:
+            assert one.log_beta is not None
+            if id(one.log_beta) not in begin:
+                begin[id(one.log_beta)] = sum(array.shape[2] for array in arrays)
+                arrays.append(one.log_beta)
+            first = begin[id(one.log_beta)] + one.first
+            columns.append(np.arange(first + start, first + end))
+        found.append(np.concatenate(columns))
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=2), found
 
 
 def shortened(pieces: Sequence[Piece], oldest: int = 0, newest: int = 0) -> list[Piece]:
@@ -100,10 +116,3 @@ def shortened(pieces: Sequence[Piece], oldest: int = 0, newest: int = 0) -> list
         if start + drop < end:
             left.append((one, start, end - drop))
     return left
-
-
-def _columns(array: mx.array, columns: list[int]) -> mx.array:
-    first, last = columns[0], columns[-1] + 1
-    if columns == list(range(first, last)):
-        return array[:, :, first:last]
-    return array[:, :, mx.array(columns, mx.int32)]

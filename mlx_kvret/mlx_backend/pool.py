@@ -8,6 +8,8 @@ a scatter has a fixed shape whatever survives. What belongs to which head is tol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
@@ -15,7 +17,7 @@ from ..core.bits import Packing
 from ..core.types import Ints
 from . import kernels
 from .kernels import compaction_plan, score_select
-from .lookup import Lookup
+from .lookup import Lookup, part_of, with_part
 from .packing import pack, unpack
 
 _ARRAYS = ("keys", "values", "retention", "position", "owner")
@@ -116,21 +118,15 @@ class Pool:
             theirs = getattr(other, name)
             # gathered, for a slice would hold on to its array, which may be ours: then all would be copied
             by_slab = theirs.reshape(other.slabs, other.room, *theirs.shape[1:])
-            own = by_slab[mx.array([source], mx.int32)].reshape(
-                theirs.shape[0] // other.slabs, *theirs.shape[1:]
-            )
-            setattr(self, name, self._with(getattr(self, name), slab, own))
+            own = by_slab[mx.array([source], mx.int32)]
+            setattr(self, name, self._with(getattr(self, name), (slab,), own))
         self.index(slab)
 
     # ------------------------------------------------------------------ entries of one slab
 
-    def slab(self, array: mx.array, slab: int) -> mx.array:
-        """The part of an array over slots that belongs to a slab."""
-        return array if self.slabs == 1 else array[slab * self.room : (slab + 1) * self.room]
-
     def rows(self, array: mx.array, slab: int = 0) -> mx.array:
         """A slab's part of an array over slots as (groups, C, ...), without the spill slots."""
-        own = self.slab(array, slab)
+        own = self.of(array, (slab,))
         return own.reshape(self.groups, self.capacity * self.size + 1, *array.shape[1:])[:, :-1]
 
     def kept(self, slab: int = 0) -> tuple[Ints, Ints]:
@@ -139,52 +135,40 @@ class Pool:
         slots = self.lookup.table[slab * used : (slab + 1) * used]
         return self.lookup.on_host(slab) - slab * used, np.array(self.position[slots])
 
-    def destinations(self, keep: mx.array, survives: mx.array, slab: int = 0) -> mx.array:
-        """Slots for newcomers: the n-th survivor of a group fills the group's n-th hole, others are spilled.
+    def destinations(self, keep: mx.array, slabs: Sequence[int] = (0,)) -> mx.array:
+        """Slots for newcomers: the n-th that stays fills its group's n-th hole, others are spilled.
 
-        ``keep`` (groups, C) marks entries that stay, ``survives`` (groups, N) newcomers; returns (groups, N)
-        slot ids, int32.
+        ``keep`` (R·groups, C + N) marks entries and then newcomers that stay, of the groups of each of R
+        ``slabs``; returns (R·groups, N) slot ids, int32.
         """
-        local = kernels.either(
-            lambda: compaction_plan.destinations(keep, survives),
-            lambda: self.destinations_reference(keep, survives),
-        )
-        return local + slab * self.room if slab else local
-
-    def destinations_reference(self, keep: mx.array, survives: mx.array) -> mx.array:
-        """:meth:`destinations` in plain MLX, in the first slab."""
         slots = self.capacity * self.size
-        local = mx.arange(slots, dtype=mx.int32)
-        holes = mx.sort(mx.where(keep, slots, local), axis=1)
-        rank = mx.clip(mx.cumsum(survives.astype(mx.int32), axis=1) - 1, 0, slots - 1)
-        place = mx.where(survives, mx.take_along_axis(holes, rank, axis=1), slots)
-        return place + mx.arange(self.groups, dtype=mx.int32)[:, None] * (slots + 1)
+        base = np.array(slabs)[:, None] * self.room + np.arange(self.groups) * (slots + 1)
+        given = keep, base.reshape(-1).astype(np.int32), slots
+        return kernels.either(
+            lambda: compaction_plan.destinations(*given), lambda: destinations_reference(*given)
+        )
 
     def admit(
         self,
-        keep: mx.array,
+        stays: mx.array,
         slots: mx.array,
         survives: mx.array,
         retention: mx.array,
         position: mx.array,
         head: mx.array,
-        slab: int = 0,
+        slabs: Sequence[int] = (0,),
     ) -> None:
-        """Free what ``keep`` (groups, C) drops and enter newcomers, all (groups, N), into ``slots``.
+        """Free what ``stays`` (R·groups, C) does not mark, and enter newcomers, all (n,), into ``slots``.
 
         Keys and values follow with :meth:`fill`.
         """
-        free = mx.array(self.heads, mx.int32)
-        spill = mx.zeros((self.groups, 1), mx.bool_)
-        slots = slots.reshape(-1)
-        stays = mx.concatenate([keep, spill], axis=1).reshape(-1)
-        owner = mx.where(stays, self.slab(self.owner, slab), free)
-        local = slots - slab * self.room if slab else slots
-        owner = _scattered(owner, local, mx.where(survives, head, free).reshape(-1))
-        self.owner = self._with(self.owner, slab, owner)
+        free, slots = mx.array(self.heads, mx.int32), slots.reshape(-1)
+        stays = mx.pad(stays, [(0, 0), (0, 1)]).reshape(len(slabs), -1)
+        owner = self._with(self.owner, slabs, mx.where(stays, self.of(self.owner, slabs), free))
+        self.owner = _scattered(owner, slots, mx.where(survives, head, free).reshape(-1))
         self.retention = _scattered(self.retention, slots, retention.reshape(-1))
         self.position = _scattered(self.position, slots, position.reshape(-1))
-        self.index(slab)
+        self.index(*slabs)
 
     def fill(self, slots: mx.array, keys: mx.array, values: mx.array) -> None:
         """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place where MLX can.
@@ -223,32 +207,37 @@ class Pool:
         used = self.groups * self.capacity * self.size
         if not (slabs and self.capacity):
             self.lookup = Lookup.empty(self.slabs, self.heads, used)
-        for slab in slabs or range(self.slabs) if self.capacity else ():
-            owner = self.slab(self.owner, slab)
-            counts = self._counts(owner)
-            offsets = mx.concatenate([mx.zeros((1,), mx.int32), mx.cumsum(counts[:-1])]).astype(mx.int32)
-            table = mx.argsort(owner)[:used].astype(mx.int32)
-            if slab:
-                offsets, table = offsets + slab * used, table + slab * self.room
-            self.lookup = self.lookup.replaced(slab, table, offsets)
+        which = slabs or tuple(range(self.slabs)) if self.capacity else ()
+        if not which:
+            return
+        owner = self.of(self.owner, which)
+        ends = mx.cumsum(self._counts(owner)[:, :-1], axis=1).astype(mx.int32)
+        offsets = mx.pad(ends, [(0, 0), (1, 0)])
+        table = mx.argsort(owner, axis=1)[:, :used].astype(mx.int32)
+        if any(which):
+            first = mx.array(which, mx.int32)[:, None]
+            offsets, table = offsets + first * used, table + first * self.room
+        self.lookup = self.lookup.replaced(which, table, offsets)
 
     def _counts(self, owner: mx.array) -> mx.array:
-        """Entries of each head and, last, of none (heads + 1,)."""
+        """Entries of each head and, last, of none (R, heads + 1)."""
 
         def plain() -> mx.array:
-            return mx.zeros((self.heads + 1,), mx.int32).at[owner].add(1)
+            rows = mx.arange(len(owner))[:, None]
+            return mx.zeros((len(owner), self.heads + 1), mx.int32).at[rows, owner].add(1)
 
         if self.heads > score_select.MAX_HEADS:
             return plain()
         return kernels.either(lambda: score_select.head_counts(owner, self.heads), plain)
 
-    def _with(self, array: mx.array, slab: int, part: mx.array) -> mx.array:
-        """An array over slots with the part that belongs to a slab replaced."""
-        if self.slabs == 1:
-            return part
-        array = array[...]  # an array of its own on the same values
-        array[slab * self.room : (slab + 1) * self.room] = part
-        return array
+    def of(self, array: mx.array, slabs: Sequence[int]) -> mx.array:
+        """The part of an array over slots that belongs to each of R slabs, (R, room, ...)."""
+        return part_of(array.reshape(self.slabs, self.room, *array.shape[1:]), slabs)
+
+    def _with(self, array: mx.array, slabs: Sequence[int], parts: mx.array) -> mx.array:
+        """An array over slots with the parts (R, room, ...) that belong to R slabs replaced."""
+        shape = array.shape
+        return with_part(array.reshape(self.slabs, self.room, *shape[1:]), slabs, parts).reshape(shape)
 
     def arrays(self) -> list[mx.array]:
         """Everything to be evaluated, saved or counted."""
@@ -265,6 +254,16 @@ class Pool:
         if self.capacity == 0:
             return 0
         return sum(a.nbytes for a in self.arrays()) + self.lookup.nbytes
+
+
+def destinations_reference(keep: mx.array, base: Ints, slots: int) -> mx.array:
+    """:meth:`Pool.destinations` in plain MLX, of groups of so many slots that begin at ``base`` (groups,)."""
+    stays, survives = keep[:, :slots], keep[:, slots:]
+    local = mx.arange(slots, dtype=mx.int32)
+    holes = mx.sort(mx.where(stays, slots, local), axis=1)
+    rank = mx.clip(mx.cumsum(survives.astype(mx.int32), axis=1) - 1, 0, slots - 1)
+    place = mx.where(survives, mx.take_along_axis(holes, rank, axis=1), slots)
+    return place + mx.array(base)[:, None]
 
 
 def _scattered(array: mx.array, slots: mx.array, new: mx.array) -> mx.array:

@@ -25,7 +25,7 @@ from ..core.reading import exactly, parse_json
 from ..core.snapshot import Snapshot
 from ..core.tensors import FLOATS, Tensor, checksum, verify
 from ..errors import CheckpointError, ConfigError
-from .compaction import retention_of
+from .candidates import retention_of
 from .gates import CODES, to_tensor
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ Candidates stand in rows, one row per group of competing heads. Nothing here wai
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,7 @@ from ..core.eviction import heads_per_group, protected, quotas
 from ..core.pictures import Pictures, is_picture
 from ..core.policies import random_score
 from ..core.shares import Share
-from ..core.types import Mask
+from ..core.types import Floats, Ints, Mask
 from . import kernels
 from .digits import ascending_bits, over_ranks
 from .kernels import score_select
@@ -24,16 +25,6 @@ from .kernels import score_select
 
 def retention_score(log_beta: mx.array, position: mx.array, seen: int, lookahead: int = 1) -> mx.array:
     """As :func:`mlx_kvret.core.retention.retention_score`; any shape, float32."""
-    given = log_beta, position, seen, lookahead
-    return kernels.either(
-        lambda: score_select.retention_score(*given), lambda: retention_score_reference(*given)
-    )
-
-
-def retention_score_reference(
-    log_beta: mx.array, position: mx.array, seen: int, lookahead: int = 1
-) -> mx.array:
-    """:func:`retention_score` in plain MLX."""
     score = (seen + 1 - position).astype(mx.float32) * log_beta
     return score + _log_geometric_sum(log_beta, lookahead) if lookahead > 1 else score
 
@@ -95,25 +86,99 @@ def select(
     if config.min_per_head:
         order = _order(score, must, head < heads, position, head, seen, heads)
         must = must | (_rank_in_head(order, head, heads) < config.min_per_head)
-    lowest = -math.inf if config.threshold is None else math.log(config.threshold)
-    wanted = config.budget * size
+    lowest, groups = _lowest(config), len(score)
+    wanted, clocks = np.full(groups, config.budget * size), np.full(groups, seen)
+    none = np.full(groups, -math.inf)
     if share is not None and due is not None and share.spread(config):
         of_all = config.budget * heads_per_group(config, share.whole.layers, share.whole.kv_heads)
         keep = over_ranks(score, must, position, head, of_all, seen, share, due)
         return keep & (must | (score >= lowest)) if lowest > -math.inf else keep
     if config.scope != "modality":
-        keep = _first(score, must, position, head, wanted, seen, heads, lowest)
+        keep = _first(score, must, position, head, wanted, clocks, heads, np.full(groups, lowest))
         if share is not None and share.copies:
             keep = mx.array(share.ranks.first_mask(np.array(keep)))
         return keep
     first = must | _within_quotas(score, must, position, head, seen, heads, config, pictures)
-    keep = _first(score, first, position, head, wanted, seen, heads, -math.inf)
+    keep = _first(score, first, position, head, wanted, clocks, heads, none)
     return keep & (must | (score >= lowest)) if config.threshold is not None else keep
 
 
-def _first(*given: Any) -> mx.array:
-    """:func:`select_reference`, by kernels where there are any."""
-    return kernels.either(lambda: score_select.select(*given), lambda: select_reference(*given))
+@dataclass(frozen=True)
+class Asked:
+    """What a row's entries are selected by; its groups that are not ``due`` (groups,) keep all of them."""
+
+    seen: int
+    config: EvictionConfig
+    due: Mask
+    pictures: Pictures = ()
+
+
+def select_rows(
+    score: mx.array,
+    must: mx.array,
+    position: mx.array,
+    head: mx.array,
+    asked: Sequence[Asked],
+    size: int,
+    heads: int,
+    share: Share | None = None,
+) -> mx.array:
+    """As :func:`select` for the groups of several rows, one row's after the other's (R·groups, N).
+
+    ``must`` marks what sinks and windows protect.
+    """
+    groups = len(score) // len(asked)
+    if (
+        share is None
+        and asked[0].config.scope != "modality"
+        and not any(a.config.min_per_head for a in asked)
+    ):
+        due = np.concatenate([one.due for one in asked])
+        seen = np.repeat([one.seen for one in asked], groups)
+        wanted = np.where(due, np.repeat([one.config.budget * size for one in asked], groups), score.shape[1])
+        lowest = np.where(due, np.repeat([_lowest(one.config) for one in asked], groups), -math.inf)
+        return _first(score, must, position, head, wanted, seen, heads, lowest)
+    keep = []
+    for at, one in enumerate(asked):
+        own = slice(at * groups, (at + 1) * groups)
+        told = one.seen, one.config, size, heads, one.pictures, share, one.due
+        mine = select(score[own], position[own], head[own], *told)
+        keep.append(mine if one.due.all() else mx.where(mx.array(one.due)[:, None], mine, head[own] < heads))
+    return keep[0] if len(keep) == 1 else mx.concatenate(keep)
+
+
+def _lowest(config: EvictionConfig) -> float:
+    return -math.inf if config.threshold is None else math.log(config.threshold)
+
+
+def _first(
+    score: mx.array,
+    must: mx.array,
+    position: mx.array,
+    head: mx.array,
+    wanted: Ints,
+    seen: Ints,
+    heads: int,
+    lowest: Floats,
+) -> mx.array:
+    """:func:`select_reference` of all groups, by kernels where there are any, else of a few after the other.
+
+    ``wanted``, ``seen`` and ``lowest`` are (groups,).
+    """
+
+    def plain() -> mx.array:
+        told = list(zip(wanted.tolist(), seen.tolist(), lowest.tolist(), strict=True))
+        first = [at for at, own in enumerate(told) if at == 0 or own != told[at - 1]]
+        found = []
+        for begin, end in zip(first, [*first[1:], len(told)], strict=True):
+            own, (most, clock, least) = slice(begin, end), told[begin]
+            given = score[own], must[own], position[own], head[own]
+            found.append(select_reference(*given, most, clock, heads, least))
+        return found[0] if len(found) == 1 else mx.concatenate(found)
+
+    return kernels.either(
+        lambda: score_select.select(score, must, position, head, wanted, seen, heads, lowest), plain
+    )
 
 
 def select_reference(

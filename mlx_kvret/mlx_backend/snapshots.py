@@ -13,7 +13,7 @@ from ..core.tensors import Tensor
 from ..core.types import Ints
 from ..errors import CheckpointError, UnsupportedFeatureError
 from .cache import BoundedCache
-from .compaction import retention_of
+from .candidates import retention_of
 from .entry import BoundedKVCache
 from .filling import fill
 from .gates import to_array, to_tensor

@@ -40,7 +40,7 @@ _PLACES: dict[str, list[tuple[Any, str]]] = {
         *((mlx_bounded.Bounded, name) for name in ("settle", "prepare", "begin", "finish")),
         *((mlx_arena.Arena, name) for name in ("put", "score", "gate", "tidy")),
         (mlx_row.Row, "window"),
-        *((mlx_compaction, name) for name in ("select", "retention_of")),
+        *((mlx_compaction, name) for name in ("select_rows", "candidates")),
         *((mlx_bounded, name) for name in ("compacted", "folded")),
         (mlx_reading, "attend"),
     ],

@@ -27,8 +27,9 @@ def plan(pool, share):
     """Most entries stay, and so do as many newcomers as fit: which stay, and slots by layer."""
     keep = mx.random.bernoulli(share, (1, pool.capacity * pool.size)) & (pool.rows(pool.owner) < pool.heads)
     newcomers = mx.ones((1, LAYERS * NEWCOMERS), mx.bool_)
+    both = mx.concatenate([keep, newcomers], axis=1)
     with installed():
-        slots = compaction_plan.destinations(keep, newcomers)
+        slots = compaction_plan.destinations(both, np.zeros(1, np.int32), keep.shape[1])
     mx.eval(keep, slots)
     return keep, slots.reshape(LAYERS, -1)
 

@@ -78,7 +78,7 @@ def test_a_kernel_that_cannot_be_built_says_which(monkeypatch):
     with pytest.raises(
         KernelError, match=r"(?s)cannot build .*/head_counts\.metal for int32, .*BINS=6.*no such type"
     ):
-        score_select.head_counts(mx.zeros((20,), mx.int32), 5)
+        score_select.head_counts(mx.zeros((1, 20), mx.int32), 5)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_other_errors_stay_what_they_are(monkeypatch):
 
     monkeypatch.setattr(mx.fast, "metal_kernel", lambda **options: kernel)
     with pytest.raises(RuntimeError, match="out of memory") as caught:
-        score_select.head_counts(mx.zeros((20,), mx.int32), 5)
+        score_select.head_counts(mx.zeros((1, 20), mx.int32), 5)
     assert not isinstance(caught.value, KernelError)
 
 
@@ -135,7 +135,7 @@ def test_metal_without_metal_says_what_to_set():
     with pytest.raises(
         KernelError, match="needs Metal and this MLX has none; set MLX_KVRET_KERNELS=reference"
     ):
-        score_select.head_counts(mx.zeros((20,), mx.int32), 5)
+        score_select.head_counts(mx.zeros((1, 20), mx.int32), 5)
 
 
 @pytest.mark.skipif(not EMULATED, reason="counts what is handed to the emulator")
@@ -158,7 +158,14 @@ def test_a_kernel_is_made_once():
     with installed():
         for bins in (3, 3, 4):
             kernel(
-                [mx.zeros((9,), mx.int32)], [((bins,), mx.int32)], (1, 1, 1), 32, 0, S=1, BLOCK=9, BINS=bins
+                [mx.zeros((1, 9), mx.int32)],
+                [((1, bins), mx.int32)],
+                (1, 1, 1),
+                32,
+                0,
+                S=1,
+                BLOCK=9,
+                BINS=bins,
             )
         (made,) = kernel._made.values()
     assert len(made.builds) == 2

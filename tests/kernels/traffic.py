@@ -102,9 +102,11 @@ def compaction(kept, new, heads, ties=False):
     index = mx.arange(count, dtype=mx.int32)[None]
     arrays = score, mx.zeros(score.shape, mx.bool_), index // heads, index % heads
 
+    wanted, seen, lowest = np.array([kept]), np.array([count // heads + 1]), np.full(1, -np.inf, np.float32)
+
     def plan():
-        keep = score_select.select(*arrays, kept, count // heads + 1, heads, -np.inf)
-        return keep, compaction_plan.destinations(keep[:, :kept], keep[:, kept:])
+        keep = score_select.select(*arrays, wanted, seen, heads, lowest)
+        return keep, compaction_plan.destinations(keep, np.zeros(1, np.int32), kept)
 
     traffic = metal_host.count(plan)
     with metal_host.installed():

@@ -1,26 +1,64 @@
-"""Where survivors go; the twin is :meth:`mlx_kvret.mlx_backend.pool.Pool.destinations_reference`.
+"""What competes in a compaction, and where what stays of it goes, of all rows in one launch each.
 
-Only the plan is a kernel. The moves are MLX's scatter updates, which write into the pool itself as long as no
-one else holds it: see ``tests/kernels/test_in_place.py``.
+The twins are in :mod:`..candidates` and :meth:`mlx_kvret.mlx_backend.pool.Pool.destinations_reference`. Only
+the plan is a kernel. The moves are MLX's scatter updates, which write into the pool itself as long as no one
+else holds it: see ``tests/kernels/test_in_place.py``.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
-from .launch import Kernel
+from ...core.types import Ints
+from .launch import Kernel, constant, rows
+from .score_select import BLOCK, SIMDGROUPS
 
-_fill = Kernel("hole_filling", ["keep", "survives"], ["holes", "slots"])
+if TYPE_CHECKING:
+    from ..pool import Pool
+
+_candidates = Kernel(
+    "candidates",
+    ["pool_retention", "pool_position", "pool_owner", "newest", "column", "numbers", "room"],
+    ["score", "retention", "position", "head", "must"],
+    header="scoring.metal",
+)
+_fill = Kernel("hole_filling", ["keep", "base", "room"], ["holes", "slots"])
+OUTPUTS = (mx.float32, mx.float32, mx.int32, mx.int32, mx.bool_)
 
 
-def destinations(keep: mx.array, survives: mx.array) -> mx.array:
-    """Slots (groups, N) int32 for newcomers that ``survives`` marks, in the holes of ``keep`` (groups, C)."""
-    groups, slots = keep.shape
+def candidates(pool: Pool, newest: mx.array, column: Ints, numbers: Ints, learned: bool) -> list[mx.array]:
+    """As :func:`..candidates.candidates_reference`."""
+    slots, newcomers = pool.capacity * pool.size, pool.size * column.shape[1]
+    shape = len(numbers) * pool.groups, slots + newcomers
+    return _candidates(
+        [
+            *(pool.retention, pool.position, pool.owner, newest),
+            *(rows(column), rows(numbers), constant(slots)),
+        ],
+        [(shape, dtype) for dtype in OUTPUTS],
+        (-(-shape[1] // BLOCK), shape[0], 1),
+        SIMDGROUPS * 32,
+        GROUPS=pool.groups,
+        SIZE=pool.size,
+        S=SIMDGROUPS,
+        BLOCK=BLOCK,
+        LEARNED=learned,
+    )
+
+
+def destinations(keep: mx.array, base: Ints, slots: int) -> mx.array:
+    """Slots (groups, N) int32 for newcomers that ``keep`` (groups, C + N) marks, in the holes among C slots.
+
+    C = ``slots``; a group's first one is ``base`` (groups,).
+    """
+    groups, newcomers = len(keep), keep.shape[1] - slots
     # more than 512 threads are not for every device
     simdgroups = 16 if slots > 8192 else 8
     _, places = _fill(
-        [keep, survives],
-        [(keep.shape, mx.int32), (survives.shape, mx.int32)],
+        [keep, rows(base), constant(slots)],
+        [((groups, slots), mx.int32), ((groups, newcomers), mx.int32)],
         (groups, 1, 1),
         simdgroups * 32,
         S=simdgroups,

@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ...errors import KernelError
 
@@ -23,6 +24,18 @@ def _source(file: str) -> str:
 def constant(*values: float, dtype: mx.Dtype = mx.int32) -> mx.array:
     """A small array of host numbers, made once."""
     return mx.array(values, dtype)
+
+
+def rows(numbers: Any) -> mx.array:
+    """Host numbers of each row (R, ...) on the device, with spare rows to make at least 8 numbers.
+
+    MLX hands smaller arrays over in another way, for which it builds a kernel anew.
+    """
+    numbers = np.asarray(numbers)
+    spare = -(-(8 - numbers.size) // max(1, numbers[:1].size))
+    if spare > 0:
+        numbers = np.concatenate([numbers, np.zeros((spare, *numbers.shape[1:]), numbers.dtype)])
+    return mx.array(numbers)
 
 
 class Kernel:

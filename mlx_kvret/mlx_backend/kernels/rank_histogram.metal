@@ -1,7 +1,7 @@
 // How many candidates of a group have each value of the next digit, among those that share the prefix so far.
-// numbers: seen, heads. state: per group prefix, wanted, equal.
+// Of each group numbers: seen, heads; state: prefix, wanted, equal.
 const uint self = thread_index_in_threadgroup;
-const int group = int(threadgroup_position_in_grid.y), count = score_shape[1], heads = numbers[1];
+const int group = int(threadgroup_position_in_grid.y), count = score_shape[1], heads = numbers[group * 3 + 1];
 const int begin = int(threadgroup_position_in_grid.x) * BLOCK, end = min(begin + BLOCK, count);
 const ulong prefix = state[group * 3] >> (SHIFT + BITS);
 

@@ -1,4 +1,4 @@
-"""Scores and radix selection of what stays; the twins are in :mod:`mlx_kvret.mlx_backend.selection`.
+"""Radix selection of what stays; the twin is :func:`mlx_kvret.mlx_backend.selection.select_reference`.
 
 The last candidate to stay is found digit by digit (12, 11 and 11 bits of a rank of 34), so the scores are
 read four times: three histograms and one verdict. Ties are then decided among the verdicts.
@@ -7,15 +7,16 @@ read four times: three histograms and one verdict. Ties are then decided among t
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
-from .launch import Kernel, constant
+from ...core.types import Floats, Ints
+from .launch import Kernel, rows
 
 SIMDGROUPS = 8
 BLOCK = 8192  # candidates per threadgroup
 DIGITS = ((22, 12), (11, 11), (0, 11))  # shift and bits
 MAX_HEADS = 8191  # whose counts fill a threadgroup's memory
 
-_score = Kernel("retention_score", ["retention", "position", "numbers"], ["score"], header="scoring.metal")
 CANDIDATES = ["score", "must", "head"]
 _histogram = Kernel(
     "rank_histogram", [*CANDIDATES, "state", "numbers"], ["histogram"], header="ranking.metal", atomic=True
@@ -33,40 +34,31 @@ _mask = Kernel(
 _counts = Kernel("head_counts", ["owner"], ["counts"], atomic=True)
 
 
-def retention_score(log_beta: mx.array, position: mx.array, seen: int, lookahead: int) -> mx.array:
-    """As :func:`mlx_kvret.mlx_backend.selection.retention_score_reference`."""
-    (score,) = _score(
-        [log_beta, position, mx.array([seen, lookahead, log_beta.size], mx.int32)],
-        [(log_beta.shape, mx.float32)],
-        (-(-log_beta.size // (SIMDGROUPS * 32)), 1, 1),
-        SIMDGROUPS * 32,
-        LOOKAHEAD=lookahead > 1,
-    )
-    return score
-
-
 def select(
     score: mx.array,
     must: mx.array,
     position: mx.array,
     head: mx.array,
-    wanted: int,
-    seen: int,
+    wanted: Ints,
+    seen: Ints,
     heads: int,
-    lowest: float,
+    lowest: Floats,
 ) -> mx.array:
-    """The first ``wanted`` candidates of each row, as a mask; all arrays (groups, N).
+    """The first ``wanted`` candidates of each group, as a mask; all arrays (groups, N).
 
     First those that ``must`` stay, then by score, ties to the newer and then to the lower ``head``. A head of
-    ``heads`` marks no entry. Those that need not stay go if their score is below ``lowest``.
+    ``heads`` marks no entry. Those that need not stay go if their score is below ``lowest``. Groups may be
+    those of many rows: ``wanted``, ``seen`` and ``lowest`` are (groups,).
     """
     groups, count = score.shape
     blocks = (-(-count // BLOCK), groups, 1)
     threads, block = SIMDGROUPS * 32, {"S": SIMDGROUPS, "BLOCK": BLOCK}
-    highest_byte = (((seen + 1) * (heads + 1)).bit_length() - 1) // 8 * 8
-    numbers = mx.array([seen, heads, highest_byte], mx.int32)
+    highest = [(((int(n) + 1) * (heads + 1)).bit_length() - 1) // 8 * 8 for n in seen]
+    numbers = rows(np.stack([seen, np.full(groups, heads), highest], 1).astype(np.int32))
+    lowest_scores = rows(lowest.astype(np.float32))
     # prefix, still wanted below it, equal to it
-    state = mx.array([[0, min(wanted, count), 0]] * groups, mx.uint64)
+    none = np.zeros(groups, np.uint64)
+    state = rows(np.stack([none, np.minimum(wanted, count).astype(np.uint64), none], 1))
     for shift, bits in DIGITS:
         (histogram,) = _histogram(
             [score, must, head, state, numbers],
@@ -80,7 +72,7 @@ def select(
         )
         (state,) = _digit(
             [histogram, state],
-            [((groups, 3), mx.uint64)],
+            [(state.shape, mx.uint64)],
             (groups, 1, 1),
             threads,
             SHIFT=shift,
@@ -88,7 +80,7 @@ def select(
             S=SIMDGROUPS,
         )
     (verdict,) = _verdict(
-        [score, must, head, state, numbers, constant(lowest, dtype=mx.float32)],
+        [score, must, head, state, numbers, lowest_scores],
         [(score.shape, mx.uint8)],
         blocks,
         threads,
@@ -96,7 +88,7 @@ def select(
     )
     (limit,) = _limit(
         [verdict, position, head, state, numbers],
-        [((groups,), mx.uint64)],
+        [((max(groups, 8),), mx.uint64)],
         (groups, 1, 1),
         threads,
         S=SIMDGROUPS,
@@ -108,11 +100,11 @@ def select(
 
 
 def head_counts(owner: mx.array, heads: int) -> mx.array:
-    """Entries of each head and, last, of none: (heads + 1,) int32 for ``owner`` (slots,)."""
+    """Entries of each head and, last, of none: (R, heads + 1) int32 for ``owner`` (R, slots)."""
     (counts,) = _counts(
         [owner],
-        [((heads + 1,), mx.int32)],
-        (-(-owner.size // BLOCK), 1, 1),
+        [((len(owner), heads + 1), mx.int32)],
+        (-(-owner.shape[1] // BLOCK), len(owner), 1),
         SIMDGROUPS * 32,
         init_value=0,
         S=SIMDGROUPS,

@@ -1,9 +1,9 @@
 // The largest tie rank that stays, by radix selection of the wanted-th smallest; nothing to do where all equals stay.
-// One threadgroup per group. numbers: seen, heads, shift of the highest byte of a tie rank.
+// One threadgroup per group. Of each numbers: seen, heads, shift of the highest byte of a tie rank.
 const uint self = thread_index_in_threadgroup;
 const uint lane = thread_index_in_simdgroup;
 const int group = int(threadgroup_position_in_grid.x), count = verdict_shape[1];
-const int seen = numbers[0], heads = numbers[1];
+const int seen = numbers[group * 3], heads = numbers[group * 3 + 1];
 const bool open = state[group * 3 + 1] < state[group * 3 + 2];
 
 threadgroup atomic_uint tg_counts[256];
@@ -13,7 +13,7 @@ if (self == 0) {
   tg_prefix[0] = 0;
   tg_wanted[0] = uint(state[group * 3 + 1]);
 }
-for (int shift = open ? numbers[2] : -8; shift >= 0; shift -= 8) {
+for (int shift = open ? numbers[group * 3 + 2] : -8; shift >= 0; shift -= 8) {
   for (uint bin = self; bin < 256; bin += S * 32) atomic_store_explicit(&tg_counts[bin], 0u, memory_order_relaxed);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const ulong prefix = tg_prefix[0];
