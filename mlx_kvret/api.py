@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .core.installed import APPLE_SILICON, PACKAGES, command_for, driver_there, installed, missing
+from .core.streams import closed_at_exit
 from .errors import ConfigError, MissingDependencyError
 from .noted import note, notes_of
 
@@ -136,8 +137,7 @@ def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
 
 def stream_generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Iterator[Any]:
     """As :func:`generate`, by token: mlx-lm's response fields, ``seen``, ``entries`` and ``cache_nbytes``."""
-    found: Iterator[Any] = backend_of(model).stream_generate(model, tokenizer, prompt, **options)
-    return found
+    return closed_at_exit(backend_of(model).stream_generate(model, tokenizer, prompt, **options))
 
 
 def save_cache(model: Any, cache: Any, path: str | Path, notes: dict[str, str] | None = None) -> None:

@@ -15,6 +15,7 @@ from .core.picture_prompts import spoken_by
 from .core.prompts import prompt_ids
 from .core.request import check_generation, check_max_tokens, split_eviction
 from .core.sampling import SAMPLING, Sampling, split_sampling
+from .core.streams import closed_at_exit
 from .errors import ConfigError
 
 ROWS = 8
@@ -108,7 +109,7 @@ def stream_batch(
         prefill_batch_size=rows,
         prefill_step_size=prefill_step_size,
     )
-    return _responses(room, model, reader, generator, ids, rows_of)
+    return closed_at_exit(_responses(room, model, reader, generator, ids, rows_of))
 
 
 def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> list[str]:

@@ -223,8 +223,7 @@ class Reading:
     def ask(self, question: str, **options: Any) -> Iterator[Any]:
         """The answer, token by token; the reading stays as it is."""
         ids, twin = self.question_ids(question), copied(self.cache)
-        found: Iterator[Any] = api.stream_generate(self.model, self.tokenizer, ids, cache=twin, **options)
-        return found
+        return api.stream_generate(self.model, self.tokenizer, ids, cache=twin, **options)
 
     def answers(self, questions: Sequence[str], rows: int = TOGETHER, **options: Any) -> Iterator[Answer]:
         """An answer to each question in turn, ``rows`` of them at a time, each of a copy of the cache."""

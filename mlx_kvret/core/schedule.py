@@ -58,7 +58,7 @@ class Schedule:
 
     def next(self, seen: int, recent: int) -> Move | None:
         """What is due after ``seen`` tokens, of which the last ``recent`` are not in the pool, or None."""
-        if recent == 0 or self.config.policy == "full":
+        if recent < self.soonest or self.config.policy == "full":
             return None
         size = self.size
         due = self.counts + recent * size >= (self.config.budget + self.config.buffer) * size

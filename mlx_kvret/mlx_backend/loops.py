@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.passes import Passes
+from ..core.streams import closed_at_exit
 from ..errors import UnsupportedFeatureError
 from .cache import BoundedCache
 from .entry import BoundedKVCache
@@ -97,7 +98,7 @@ def with_drafts(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _kept(steps: Iterator[Any], model: nn.Module, cache: list[Any] | None, length: int) -> Iterator[Any]:
     parts = leaves(cache or [])
     bounded = isinstance(cache, BoundedCache) or any(isinstance(part, BoundedKVCache) for part in parts)
-    return _given(steps, model, cache, length) if cache and bounded else steps
+    return closed_at_exit(_given(steps, model, cache, length)) if cache and bounded else steps
 
 
 def _given(steps: Iterator[Any], model: nn.Module, cache: list[Any], length: int) -> Iterator[Any]:

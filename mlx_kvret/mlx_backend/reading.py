@@ -44,7 +44,9 @@ class Reading:
         self.observed: Observed | None = None
         if arena.gates is not None and arena.config.policy == "learned":
             self.observed = Observed(layers, tokens, sum(counts))
+            self._at_once = tokens > FEW or tokens >= arena.defer
         self.fetched: list[Pair | None] = [None] * layers
+        self._views: list[LayerView | None] = [None] * layers
         # masks that were made for the pass, and by id of the keys whose they are
         self.masks: list[mx.array] = []
         # of these masks those that show more: tokens of one picture see each other
@@ -72,7 +74,7 @@ class Reading:
             flat = x.reshape(-1, x.shape[-1])
         else:
             flat = mx.concatenate([x[index, :n] for index, _, n in self.active])
-        if self.tokens > FEW or self.tokens >= self.arena.defer:
+        if self._at_once:
             self.observed.scores[layer] = self.arena.gate(layer, flat).T
         else:
             self.observed.inputs[layer] = flat
@@ -104,6 +106,7 @@ class Reading:
                     # a view would hold on to more than these tokens
                     part = [mx.contiguous(a) for a in part]
                 self.wide[place][layer] = part[0], part[1]
+        self._views[layer] = None
         self.fetched[layer] = self.view(layer).pair if single else (keys, values)
         return self.fetched[layer]  # type: ignore[return-value]
 
@@ -119,11 +122,18 @@ class Reading:
             self.arena.recent.keys[layer] = keys
         else:
             self.wide[0][layer] = keys, self._wide(0, layer)[1]
+        self._views[layer] = None
 
     # ------------------------------------------------------------------ what the layers see
 
     def view(self, layer: int) -> LayerView:
         """What the rows that read attend to if their tokens are in the recent windows, or the only row."""
+        found = self._views[layer]
+        if found is None:
+            found = self._views[layer] = self._view(layer)
+        return found
+
+    def _view(self, layer: int) -> LayerView:
         pool, recent, slabs = self.arena.pool, self.arena.recent, tuple(self._slabs)
         if self.wide is not None:
             return LayerView(pool, layer, *self._wide(0, layer), slabs[:1])
