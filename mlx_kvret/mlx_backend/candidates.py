@@ -43,17 +43,28 @@ def candidates(due: Due, pool: Pool, newest: list[tuple[mx.array, mx.array]]) ->
     log_beta, column = _retention(due)
     learned = due[0][0].config.policy == "learned"
     numbers = np.array([_numbers(row) for row, _ in due], np.int32)
-    given = pool, log_beta, column, numbers, learned
+    given = log_beta, column, numbers, learned
     found = Candidates(
         *kernels.either(
-            lambda: compaction_plan.candidates(*given),
-            lambda: candidates_reference(*given),
+            lambda: candidates_kernel(pool, *given),
+            lambda: candidates_reference(pool, *given),
         )
     )
     if due[0][0].config.policy != "keydiff":
         return found
     score = _keydiff(due, pool, found.head, [keys for keys, _ in newest], column.shape[1])
     return Candidates(score, found.retention, found.position, found.head, found.must)
+
+
+def candidates_kernel(
+    pool: Pool, newest: mx.array, column: Ints, numbers: Ints, learned: bool
+) -> list[mx.array]:
+    """:func:`candidates_reference` in one launch."""
+    accounts, sizes = (
+        (pool.retention, pool.position, pool.owner),
+        (pool.groups, pool.size, pool.capacity * pool.size),
+    )
+    return compaction_plan.candidates(accounts, sizes, newest, column, numbers, learned)
 
 
 def candidates_reference(

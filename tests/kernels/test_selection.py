@@ -11,7 +11,7 @@ from metal_host import check, installed
 
 from mlx_kvret.core import eviction
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.mlx_backend.candidates import candidates_reference
+from mlx_kvret.mlx_backend.candidates import candidates_kernel, candidates_reference
 from mlx_kvret.mlx_backend.kernels import compaction_plan, score_select
 from mlx_kvret.mlx_backend.pool import destinations_reference
 from mlx_kvret.mlx_backend.selection import select_reference
@@ -166,7 +166,7 @@ def test_candidates(rows, learned):
         return [score, mx.where(alive, retention, 0.0), mx.where(alive, position, 0), head, must & alive]
 
     check(
-        lambda: comparable(compaction_plan.candidates(*arguments)),
+        lambda: comparable(candidates_kernel(*arguments)),
         lambda: comparable(candidates_reference(*arguments)),
         1e-6,
         ("asan", "tsan", "run") if rows == 4 else ("run",),

@@ -7,16 +7,13 @@ else holds it: see ``tests/kernels/test_in_place.py``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from ...core.types import Ints
 from .launch import Kernel, constant, rows
 from .score_select import BLOCK, SIMDGROUPS
-
-if TYPE_CHECKING:
-    from ..pool import Pool
 
 _candidates = Kernel(
     "candidates",
@@ -28,20 +25,31 @@ _fill = Kernel("hole_filling", ["keep", "base", "room"], ["holes", "slots"])
 OUTPUTS = (mx.float32, mx.float32, mx.int32, mx.int32, mx.bool_)
 
 
-def candidates(pool: Pool, newest: mx.array, column: Ints, numbers: Ints, learned: bool) -> list[mx.array]:
-    """As :func:`..candidates.candidates_reference`."""
-    slots, newcomers = pool.capacity * pool.size, pool.size * column.shape[1]
-    shape = len(numbers) * pool.groups, slots + newcomers
+def candidates(
+    accounts: Sequence[mx.array],
+    sizes: tuple[int, int, int],
+    newest: mx.array,
+    column: Ints,
+    numbers: Ints,
+    learned: bool,
+) -> list[mx.array]:
+    """As :func:`..candidates.candidates_reference`.
+
+    ``accounts`` are the pool's retention, position and owner; ``sizes`` its groups, the heads of a group and
+    a group's slots.
+    """
+    groups, size, slots = sizes
+    shape = len(numbers) * groups, slots + size * column.shape[1]
     return _candidates(
         [
-            *(pool.retention, pool.position, pool.owner, newest),
+            *(*accounts, newest),
             *(rows(column), rows(numbers), constant(slots)),
         ],
         [(shape, dtype) for dtype in OUTPUTS],
         (-(-shape[1] // BLOCK), shape[0], 1),
         SIMDGROUPS * 32,
-        GROUPS=pool.groups,
-        SIZE=pool.size,
+        GROUPS=groups,
+        SIZE=size,
         S=SIMDGROUPS,
         BLOCK=BLOCK,
         LEARNED=learned,
