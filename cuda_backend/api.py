@@ -132,11 +132,11 @@ def load_cache(model: PreTrainedModel, path: str | Path) -> tuple[BoundedCache, 
 
 
 def competing(model: PreTrainedModel) -> tuple[CacheShape, list[int]]:
-    """The shape of what is bounded, and the places in the model of the layers that are."""
+    """The shape of what is bounded, over all ranks, and the places in the model of the layers that are."""
     attached = hooks.attachment(model)
     assert attached is not None
     layout = attached.layout
-    return layout.shape, list(layout.places)
+    return layout.whole, list(layout.places)
 
 
 def full_cache(model: PreTrainedModel, cache: BoundedCache) -> tuple[int, int]:

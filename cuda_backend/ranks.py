@@ -47,6 +47,16 @@ class TorchRanks(Ranks):
             found = [part.cpu().numpy() for part in parts]
         return [part.view(array.dtype).reshape(array.shape) for part in found]
 
+    def token(self, token: torch.Tensor) -> torch.Tensor:
+        """The first rank's token (1,), on its device."""
+        with watched("a token of the first rank"):
+            found = token.clone()
+            try:
+                distributed.broadcast(found, group=self._group, group_src=0)
+            except RuntimeError as error:
+                raise _gone(error) from error
+            return found
+
 
 def split(how: str) -> Any:
     """What has transformers' loader split a model's heads over the processes there are.

@@ -55,11 +55,7 @@ MANY_WITHOUT = (
 @shared.ignore_template_option
 @shared.eviction_options
 @shared.sampling_options
-@click.option(
-    "--split",
-    type=click.Choice(["heads", "layers"]),
-    help="What several processes share; see docs/ranks.md.  [default: heads]",
-)
+@shared.split_option
 @click.option("--draft-model", help="Smaller model that proposes tokens (speculative decoding), on MLX.")
 @click.option("--num-draft-tokens", type=int, help="Tokens it proposes at a time.  [default: 3]")
 @click.option(

@@ -183,6 +183,12 @@ def compile_option(function: F) -> F:
     return click.option("--compile", is_flag=True, help=text)(function)
 
 
+def split_option(function: F) -> F:
+    """``--split``, of a model that several processes hold."""
+    text = "What several processes share; see docs/ranks.md.  [default: heads]"
+    return click.option("--split", type=click.Choice(["heads", "layers"]), help=text)(function)
+
+
 def ignore_template_option(function: F) -> F:
     """``--ignore-chat-template``."""
     text = "Take the text as it is, without the model's chat template."

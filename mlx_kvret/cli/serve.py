@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import click
 
 from ..core.budget import parse_budget
 from ..core.picture_prompts import spoken_by
-from ..errors import ConfigError, MissingDependencyError
+from ..core.watch import STATUS
+from ..errors import ConfigError, MissingDependencyError, RankError
 from . import options as shared
-from .ending import leaving_at_once
+from . import ranks
+from .ending import leaving_at_once, tell
 from .session import loading, note
 
 NEEDED = ("starlette", "uvicorn", "pydantic")
@@ -22,6 +26,7 @@ NEEDED = ("starlette", "uvicorn", "pydantic")
 @shared.model_options
 @shared.compile_option
 @shared.eviction_options
+@shared.split_option
 @click.option("--memory", help="For all KV caches: 8GB.  [default: half of what is free]")
 @click.option(
     "--rows",
@@ -88,6 +93,7 @@ def command(**options: Any) -> None:
     Examples:
       mlx-kvret serve --model demo --budget 64 --memory 100MB
       mlx-kvret serve --model ./qwen3-4b --gates ./gates --budget 1024 --memory 8GB
+      mlx.launch -n 2 python -m mlx_kvret serve --model ./large --memory 16GB
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
           -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
@@ -102,7 +108,7 @@ def command(**options: Any) -> None:
         from ..api import load
         from ..serving.server import Serving
         from ..serving.settings import Settings
-        from ..serving.starting import Room, start
+        from ..serving.starting import Room, serve_along, start
 
         if sizes["prompt_cache_disk"] is not None and options["prompt_cache_dir"] is None:
             raise ConfigError("--prompt-cache-disk has no effect without --prompt-cache-dir; give both")
@@ -126,22 +132,40 @@ def command(**options: Any) -> None:
             options["drain"],
             page=options["page"],
         )
-        gates = options["gates"]
+        gates, split = options["gates"], ranks.loading(options, options["split"])
         model, tokenizer = load(
             options["model"],
             None if gates == "none" else gates,
             backend=options["backend"],
+            **split,
             **_half(options["model"], options["backend"], options["revision"]),
             **loading(options),
         )
-        service, planned = start(model, spoken_by(tokenizer), evict, settings, room)
-    note(str(planned), err=True)
+        given = model, spoken_by(tokenizer), evict
+        made = start(*given, settings, room) if ranks.first() else None
+    with _together():
+        if made is None:
+            serve_along(*given, room)
+            return
+        service, planned = made
+        held = "" if service.backend.ranks is None else f", over {service.backend.ranks.size} processes"
+        note(f"{planned}{held}", err=True)
 
-    def ready(address: str) -> None:
-        page = f", a page to talk to it at {address}/" if settings.page else ""
-        note(f"{settings.model} at {address}/v1{page} (ctrl-C ends)", err=True)
+        def ready(address: str) -> None:
+            page = f", a page to talk to it at {address}/" if settings.page else ""
+            note(f"{settings.model} at {address}/v1{page} (ctrl-C ends)", err=True)
 
-    Serving(service, ready).run_until_told()
+        Serving(service, ready).run_until_told()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Of several processes none goes on without the others, and all of them end alike."""
+    try:
+        yield
+    except RankError as error:
+        tell(error)
+        raise click.exceptions.Exit(STATUS) from error
 
 
 def _half(model: str, backend: str, revision: str | None) -> dict[str, Any]:

@@ -45,6 +45,14 @@ class Share:
         """What all heads take, if this rank's take ``size``."""
         return size * self.whole.heads // self.shape.heads
 
+    def of_all(self, size: int, config: EvictionConfig) -> int:
+        """What entries of the whole may take, if those of each rank may take ``size``; an exchange.
+
+        Where heads of several ranks compete, one may hold half as much again as its mean.
+        """
+        least = min(int(found[0]) for found in self.ranks.gather(np.array([self.of_whole(size)], np.int64)))
+        return least * 2 // 3 if self.spread(config) else least
+
     def first_head(self, layer: int) -> int:
         """Flat head of the whole that a layer of this rank begins with here."""
         return (self.layer + layer) * self.whole.kv_heads + self.head

@@ -128,11 +128,11 @@ def load(
 
 
 def competing(model: nn.Module) -> tuple[CacheShape, list[int]]:
-    """The shape of what is bounded, and the places in the model of the layers that are."""
+    """The shape of what is bounded, over all ranks, and the places in the model of the layers that are."""
     attached = hooks.attachment(model)
     assert attached is not None
     layout = attached.layout
-    return layout.shape, [index for index, _ in layout.places]
+    return layout.whole, list(layout.all_places)
 
 
 def _check_seeing(given: dict[str, Any], config: dict[str, Any]) -> None:

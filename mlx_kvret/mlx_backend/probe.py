@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,13 +59,18 @@ class Layout:
         """The shape over all ranks."""
         return self.shape if self.share is None else self.share.whole
 
+    @property
+    def all_places(self) -> tuple[int, ...]:
+        """The competing layers of all ranks, counted in the whole model."""
+        if self.split is not None and self.split.places:
+            return self.split.places
+        return tuple(index for index, _ in self.places)
+
     def check_gates(self, gates: RetentionGates) -> tuple[int, ...]:
         """Which gate belongs to which competing layer. Raises as :func:`fit_gates`."""
-        places: Sequence[int] = [index for index, _ in self.places]
-        layers = self.layers
-        if self.split is not None and self.split.places:
-            places, layers = self.split.places, self.split.layers
-        found = fit_gates(gates.config, self.whole, places, layers)
+        split = self.split
+        layers = split.layers if split is not None and split.places else self.layers
+        found = fit_gates(gates.config, self.whole, self.all_places, layers)
         first = 0 if self.share is None else self.share.layer
         return found[first : first + self.shape.layers]
 

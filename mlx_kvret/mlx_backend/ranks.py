@@ -36,7 +36,10 @@ class MLXRanks(Ranks):
     def _sum(self, counts: Ints) -> Ints:
         with watched("a sum over the ranks"):
             drain()
-            return np.array(mx.distributed.all_sum(mx.array(counts), group=self._group, stream=mx.cpu))
+            summed = mx.distributed.all_sum(mx.array(counts), group=self._group, stream=mx.cpu)
+            # by itself np.array would take what is there when a connection is lost, and say nothing
+            mx.eval(summed)
+            return np.array(summed)
 
     def _gather(self, array: Array) -> list[Array]:
         # in words of a type that every transport knows
@@ -45,9 +48,16 @@ class MLXRanks(Ranks):
         words = mx.array(data.reshape(-1).view(np.int32))[None]
         with watched("arrays of the other ranks"):
             drain()
-            all_of_it = np.array(mx.distributed.all_gather(words, group=self._group, stream=mx.cpu))
+            gathered = mx.distributed.all_gather(words, group=self._group, stream=mx.cpu)
+            mx.eval(gathered)
+            all_of_it = np.array(gathered)
         parts = (np.ascontiguousarray(row).view(np.uint8)[: array.nbytes] for row in all_of_it)
         return [part.view(array.dtype).reshape(array.shape) for part in parts]
+
+    def token(self, token: mx.array) -> mx.array:
+        """The first rank's token (1,), in the graph of whatever pass it is of."""
+        own = token * mx.array(self.rank == 0, token.dtype)
+        return mx.distributed.all_sum(own, group=self._group)
 
 
 def split(model: nn.Module, how: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
+from ..core.shares import Share
 from ..core.snapshot import Snapshot
 from ..core.types import Array
 from .channels import Splitter
@@ -16,7 +17,29 @@ from .drawing import Drawing
 Choose = Any
 
 
-class Backend(Protocol):
+class Passes(Protocol):
+    """What a scheduler asks, by itself or through its store of snapshots."""
+
+    def new_cache(self, budget: int | None) -> Any:
+        """An empty cache, with a budget of its own or the server's."""
+
+    def copy(self, cache: Any) -> Any:
+        """The same cache once more; neither sees what the other reads from now on."""
+
+    def read(self, cache: Any, ids: list[int]) -> None:
+        """One forward pass over tokens whose logits nobody wants."""
+
+    def looking(self, cache: Any, made: dict[str, Any], chunk: int) -> Iterator[int]:
+        """Reads what :meth:`processed` made, but its last token, and tells after each chunk how much."""
+
+    def chooser(self, asked: Drawing) -> Choose:
+        """How one row's next tokens are chosen."""
+
+    def host(self, logprobs: Any) -> Array:
+        """Log probabilities (V,) of one row, float32."""
+
+
+class Backend(Passes, Protocol):
     """A model, its caches and its arrays; used by one thread only, but for what is plain data.
 
     Attributes:
@@ -28,6 +51,9 @@ class Backend(Protocol):
         ends: the token ids that end an answer.
         batches: whether rows can decode in one pass.
         eyes: the token ids that stand for pictures; none where the model reads text only.
+        ranks: the processes that hold the model together, whose ``token`` (1,) is the first one's; None: one
+            does.
+        split: this one's part, where there are several; ``shape`` and ``layers`` are those of the whole.
     """
 
     shape: CacheShape
@@ -38,21 +64,14 @@ class Backend(Protocol):
     ends: frozenset[int]
     batches: bool
     eyes: frozenset[int]
-
-    def new_cache(self, budget: int | None) -> Any:
-        """An empty cache, with a budget of its own or the server's."""
-
-    def copy(self, cache: Any) -> Any:
-        """The same cache once more; neither sees what the other reads from now on."""
+    ranks: Any
+    split: Share | None
 
     def share(self, cache: Any, parent: Any) -> None:
         """As :meth:`.prefixes.Pools.share`."""
 
     def pool(self, cache: Any) -> tuple[int, int]:
         """As :meth:`.prefixes.Pools.pool`."""
-
-    def read(self, cache: Any, ids: list[int]) -> None:
-        """One forward pass over tokens whose logits nobody wants."""
 
     def processed(self, text: str, pictures: list[Any]) -> dict[str, Any]:
         """What the model's processor makes of a rendered text and its pictures, for any thread.
@@ -61,17 +80,8 @@ class Backend(Protocol):
             ConfigError: it refuses them.
         """
 
-    def looking(self, cache: Any, made: dict[str, Any], chunk: int) -> Iterator[int]:
-        """Reads what :meth:`processed` made, but its last token, and tells after each chunk how much."""
-
     def decoder(self, cache: Any) -> Callable[[Any], Any]:
         """The next steps of a cache: from a token (1,), which it reads, to log probabilities (1, V)."""
-
-    def chooser(self, asked: Drawing) -> Choose:
-        """How one row's next tokens are chosen."""
-
-    def host(self, logprobs: Any) -> Array:
-        """Log probabilities (V,) of one row, float32."""
 
     def array(self, token: int) -> Any:
         """A token (1,) on the device."""

@@ -13,7 +13,7 @@ class Batched:
     """As :class:`.engine.Engine`. A generator ends no row by itself here: who decides sees the text."""
 
     def __init__(self, backend: Backend, rows: int) -> None:
-        self._backend, self._rows = backend, rows
+        self._backend, self._rows, self.leaving = backend, rows, False
         self._in = set[int]()
         self._generator: Any = None
 
@@ -44,3 +44,5 @@ class Batched:
         generator, self._generator = self._generator, None
         if generator is not None:
             generator.close()
+
+    close = reset

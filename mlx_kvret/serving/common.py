@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.shares import Share
 from ..core.snapshot import Snapshot
 from .drawing import Drawer, Drawing
 
@@ -41,6 +42,9 @@ class Common:
         self.rooms, self.model, self._options = rooms, model, options
         first = self.new_cache(None)
         self.shape, self.layers = rooms.competing(model)
+        attached = rooms.hooks.attachment(model)
+        self.split: Share | None = None if attached is None else attached.layout.share
+        self.ranks = None if self.split is None else self.split.ranks
         self.eviction, self.identity = first.shared.config, first.identity
         self.vocabulary, self.batches = rooms.vocabulary(model), rooms.batches(first)
 

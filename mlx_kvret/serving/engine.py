@@ -18,7 +18,12 @@ class Step(NamedTuple):
 
 
 class Engine(Protocol):
-    """Decodes the rows that are in it. Who decides when a row ends is the caller."""
+    """Decodes the rows that are in it. Who decides when a row ends is the caller.
+
+    ``leaving`` says that the process is to end, whoever says so.
+    """
+
+    leaving: bool
 
     def join(self, cache: Any, token: int, choose: Choose) -> int:
         """A new row, whose cache has read all of its prompt but the last token; its number."""
@@ -34,6 +39,9 @@ class Engine(Protocol):
 
     def reset(self) -> None:
         """Drop all rows, after a step that failed."""
+
+    def close(self) -> None:
+        """Drop all rows; there will be no more."""
 
 
 @dataclass
@@ -51,7 +59,7 @@ class OneByOne:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._rows: dict[int, _Row] = {}
-        self._count = 0
+        self._count, self.leaving = 0, False
 
     def join(self, cache: Any, token: int, choose: Choose) -> int:
         decode = self._backend.decoder(cache)
@@ -76,3 +84,5 @@ class OneByOne:
 
     def reset(self) -> None:
         self._rows.clear()
+
+    close = reset

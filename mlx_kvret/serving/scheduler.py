@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Backend
+from ..errors import RankError
+from .backend import Passes
 from .engine import Engine
 from .failures import Refusal, failed, gone, too_late
 from .job import Job
@@ -30,20 +31,22 @@ class Scheduler:
         rows: conversations that fit at once, reading or decoding.
         chunk: tokens of a prompt read in one forward pass; one prompt reads at a time.
         timeout: seconds a request may take, for the message.
+        beat: what a turn does where there is nothing to do, if a turn is wanted then too.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Passes,
         engine: Engine,
         prefixes: Prefixes,
         metrics: Metrics,
         rows: int,
         chunk: int,
         timeout: float,
+        beat: Callable[[], None] | None = None,
     ) -> None:
         self.backend, self.engine, self.prefixes, self.metrics = backend, engine, prefixes, metrics
-        self.rows, self.chunk, self.timeout = rows, chunk, timeout
+        self.rows, self.chunk, self.timeout, self.beat = rows, chunk, timeout, beat
         self.waiting: deque[Job] = deque()
         self.reading: deque[Job] = deque()
         self.decoding: dict[int, Job] = {}
@@ -75,6 +78,8 @@ class Scheduler:
                 break
         if self.decoding:
             self._decode()
+        if self.beat is not None and self.idle:
+            self.beat()
         return worked
 
     def fail_all(self, refusal: Refusal) -> None:
@@ -88,9 +93,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Put all snapshots where they outlive the process, if there is such a place."""
-        self.engine.reset()
         with self._failing([]):
             self.prefixes.close()
+        self.engine.close()
 
     # ---------------------------------------------------------------- reading
 
@@ -205,6 +210,8 @@ class Scheduler:
         """A step that fails ends the requests that were in it, and nothing else."""
         try:
             yield
+        except RankError:  # nothing works any more
+            raise
         except Exception as error:
             log.exception("a step failed")
             self.metrics.failed_steps += 1

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RankError
 from .app import Service, app_of
 
 # after the requests' own end, for their last words to be sent
@@ -49,16 +49,26 @@ class Serving(uvicorn.Server):
 
         Raises:
             ConfigError: the address is taken, or not this machine's.
+            RankError: of several ranks one is gone.
         """
-        listening = listen(self._service.settings.host, self._service.settings.port)
+        try:
+            listening = listen(self._service.settings.host, self._service.settings.port)
+        except ConfigError:
+            self._end()
+            raise
         try:
             if self._ready is not None:
                 self._ready(address_of(listening))
             self.run(sockets=[listening])
         finally:
             listening.close()
-            self._service.worker.drain(0)
-            self._service.worker.join()
+            self._end()
+        if isinstance(self._service.worker.error, RankError):
+            raise self._service.worker.error
+
+    def _end(self) -> None:
+        self._service.worker.drain(0)
+        self._service.worker.join()
 
     def stop(self) -> None:
         """Take no more requests, and end when those that run have; from any thread."""
@@ -66,6 +76,9 @@ class Serving(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
+        worker = self._service.worker
+        if worker.told_to_end() or isinstance(worker.error, RankError):
+            self.stop()
         # what is sent to a client that takes nothing would wait for ever
         now = time.monotonic()
         closing = [one for one in self.server_state.connections if one.transport.is_closing()]

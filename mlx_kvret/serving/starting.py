@@ -17,6 +17,7 @@ from .backend import Backend, backend_for
 from .batched import Batched
 from .disk import Disk
 from .engine import Engine, OneByOne
+from .leading import Leader, follow
 from .metrics import Metrics
 from .prefixes import Prefixes
 from .prompts import Prompter
@@ -61,24 +62,59 @@ def start(
     Raises:
         ConfigError: the model cannot be served, or not in this memory.
     """
-    if tokenizer is None:
-        raise ConfigError("the model's folder has no tokenizer; add one")
-    if options.get("policy") == "full":
-        raise ConfigError("policy full bounds nothing, so that no memory is ever enough; choose another one")
-    backend = backend_for(model, tokenizer, options)
-    memory = room.memory
-    if memory is None:
-        free = backend.free_bytes()
-        if free is None:
-            raise ConfigError("how much memory is free cannot be told here; give --memory")
-        memory = free // 2
-    planned = plan(backend.shape, backend.eviction, room.chunk, memory, room.rows, room.snapshots)
+    backend, planned = _planned(model, tokenizer, options, room)
     worker = Worker(lambda: _scheduler(backend, planned, settings, room), planned.rows, settings.queue)
     prompter = Prompter(tokenizer, backend, owner_of(backend), settings.max_prompt, room.chunk)
     # the thread's own: a tokenizer changes while it encodes
     reader = copy.deepcopy(unseeing(tokenizer))
     scheduler = worker.start()
     return Service(settings, backend, prompter, tokenizer, reader, worker, scheduler), planned
+
+
+def serve_along(model: Any, tokenizer: Any, options: dict[str, Any], room: Room) -> None:
+    """What a rank does that is not the first one, given the same as :func:`start`, until that ends.
+
+    Raises:
+        ConfigError: as of :func:`start`.
+        RankError: another rank is gone.
+    """
+    backend, planned = _planned(model, tokenizer, options, room)
+    follow(backend, planned.rows)
+
+
+def _planned(model: Any, tokenizer: Any, options: dict[str, Any], room: Room) -> tuple[Backend, Plan]:
+    """What is done in the same way on every rank."""
+    if tokenizer is None:
+        raise ConfigError("the model's folder has no tokenizer; add one")
+    if options.get("policy") == "full":
+        raise ConfigError("policy full bounds nothing, so that no memory is ever enough; choose another one")
+    backend = backend_for(model, tokenizer, options)
+    share = backend.split
+    if share is not None and room.folder is not None:
+        raise ConfigError(
+            "--prompt-cache-dir works in one process; of a model that several hold, snapshots stay in memory"
+        )
+    free = None if room.memory is not None else _free(backend)
+    memory, kept = room.memory if free is None else free // 2, room.snapshots
+    assert memory is not None
+    if share is not None:
+        memory, kept = share.of_all(memory, backend.eviction), kept and share.of_all(kept, backend.eviction)
+    return backend, plan(backend.shape, backend.eviction, room.chunk, memory, room.rows, kept)
+
+
+def _free(backend: Backend) -> int:
+    """Bytes that are free, on several ranks on each of them."""
+    found = backend.free_bytes()
+
+    def check() -> None:
+        if found is None:
+            raise ConfigError("how much memory is free cannot be told here; give --memory")
+
+    if backend.ranks is None:
+        check()
+    else:
+        backend.ranks.agreed(check)
+    return found or 0
 
 
 def owner_of(backend: Backend) -> tuple[str, str]:
@@ -92,6 +128,12 @@ def _scheduler(backend: Backend, planned: Plan, settings: Settings, room: Room) 
         # a model whose caches no file can hold is told now
         backend.take(backend.new_cache(None))
         disk = Disk(room.folder, room.disk, backend.take, backend.reopen)
+    if backend.ranks is not None:
+        leader = Leader(backend, planned.rows)
+        prefixes = Prefixes(planned.kept, leader.copy)
+        return Scheduler(
+            leader, leader, prefixes, Metrics(), planned.rows, room.chunk, settings.timeout, leader.beat
+        )
     prefixes = Prefixes(planned.kept, backend.copy, disk, backend)
     engine: Engine = Batched(backend, planned.rows) if backend.batches else OneByOne(backend)
     return Scheduler(backend, engine, prefixes, Metrics(), planned.rows, room.chunk, settings.timeout)

@@ -16,6 +16,8 @@ from .scheduler import Scheduler
 log = logging.getLogger(__name__)
 # how long to wait for news where only the disk can bring any
 SHORTLY = 0.005
+# and where others are to hear that nothing has come
+PAUSE = 0.05
 
 
 class Worker:
@@ -35,7 +37,7 @@ class Worker:
         self._stop_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="kvret-generation", daemon=True)
         self._ready = threading.Event()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self.scheduler: Scheduler | None = None
 
     def start(self) -> Scheduler:
@@ -46,8 +48,8 @@ class Worker:
         """
         self._thread.start()
         self._ready.wait()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         assert self.scheduler is not None
         return self.scheduler
 
@@ -111,6 +113,10 @@ class Worker:
                 self._stop_at = time.monotonic() + seconds
         self.wake()
 
+    def told_to_end(self) -> bool:
+        """Whether someone else than this process has been told so."""
+        return self.scheduler is not None and self.scheduler.engine.leaving
+
     def join(self, timeout: float | None = None) -> None:
         self._thread.join(timeout)
 
@@ -120,7 +126,7 @@ class Worker:
         try:
             scheduler = self.scheduler = self._make()
         except BaseException as error:
-            self._error = error
+            self.error = error
             return
         finally:
             self._ready.set()
@@ -130,12 +136,16 @@ class Worker:
             scheduler.close()
         except BaseException as error:  # a fault of ours: nobody may wait for ever
             log.exception("the generation thread ends")
+            self.error = error
             with self._lock:
                 self._stop_at = 0.0
             self._end(scheduler, failed(error))
 
     def _turn(self, scheduler: Scheduler) -> None:
-        self._take(scheduler, block=scheduler.idle and self._stop_at is None)
+        resting = scheduler.idle and self._stop_at is None
+        self._take(
+            scheduler, block=resting, timeout=PAUSE if resting and scheduler.beat is not None else None
+        )
         if self._stop_at is not None and time.monotonic() > self._stop_at:
             self._end(scheduler, stopping())
         elif not scheduler.turn() and not scheduler.idle:
