@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_kvret.core.budget import BOOKKEEPING, CacheShape
+from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.passes import Passes
 from mlx_kvret.core.pictures import forgotten
@@ -283,8 +283,7 @@ class Bounded:
         self.settle()
         if self.arena.share is not None:
             # by arithmetic, for hosts on all ranks must decide the same by it
-            held = {row.hold.index: row.entries for row in self.rows}
-            return sum(held.values()) * (self.shape.entry_bytes + BOOKKEEPING)
+            return sum({row.hold.index: row.counted for row in self.rows}.values())
         slabs = {row.hold.index for row in self.rows}
         return self.arena.nbytes // self.arena.slabs.count * len(slabs)
 

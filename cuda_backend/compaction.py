@@ -126,7 +126,8 @@ def _chosen(due: Sequence[tuple[Row, Move]], joined: Sequence[list[torch.Tensor]
     if arena.share is not None:
         ((row, move),), ((_, position, head),) = due, joined
         own_due = _own_due(row, move)
-        return [digits.select(scores[0], position, head, row.seen, config, arena.share, own_due)]
+        given = scores[0], position, head, row.seen, config, arena.share, own_due, row.pictures
+        return [digits.select(*given)]
     if config.scope == "modality":
         split = zip(due, scores, joined, strict=True)
         return [

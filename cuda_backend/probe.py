@@ -69,8 +69,6 @@ class Layout:
 
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model."""
-        if self.share is not None:
-            self.share.check(config)
         if config.policy != "learned" or gates is None:
             return Bounded.single(self.shape, config, owner, self.device, share=self.share)
         told = gates, self.check_gates(gates), self.share

@@ -74,7 +74,20 @@ class Row:
     @property
     def entries(self) -> int:
         """Cached entries over all layers, heads and ranks."""
-        return int(self.schedule.counts.sum()) + self.length * self.arena.whole.heads
+        return self._kept + self._newest
+
+    @property
+    def counted(self) -> int:
+        """Bytes of these entries by arithmetic, over all ranks too."""
+        return self.arena.whole.counted(self._kept, self._newest, self.config.kv_bits)
+
+    @property
+    def _kept(self) -> int:
+        return int(self.schedule.counts.sum())
+
+    @property
+    def _newest(self) -> int:
+        return self.length * self.arena.whole.heads
 
     def twin(self) -> Row:
         """The same sequence once more, on the same slab until either is written to."""

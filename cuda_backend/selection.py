@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.core.eviction import protected, quotas
-from mlx_kvret.core.pictures import Pictures, is_picture
+from mlx_kvret.core.eviction import own_quotas
+from mlx_kvret.core.pictures import Pictures
 
 
 def retention_score(
@@ -117,13 +116,11 @@ def select_split(
     """
     alive = head < heads
     must = (position < config.sinks) | (position >= seen - config.window)
-    marked = is_picture(pictures, seen)
-    safe = protected(np.arange(seen), seen, config)
-    guarded = int((safe & ~marked).sum()) * heads, int((safe & marked).sum()) * heads
+    marked, most = own_quotas(pictures, seen, config, heads)
     order = _order(score, torch.zeros_like(must), alive, position, head)
     seeing = torch.from_numpy(marked).to(score.device)[position.long().clamp(0, seen - 1)]
     first = must.clone()
-    for own, quota in zip((~seeing, seeing), quotas(guarded, config, heads), strict=True):
+    for own, quota in zip((~seeing, seeing), most, strict=True):
         listed = (own & alive & ~must).gather(1, order)
         chosen = listed & (listed.cumsum(1) <= quota)
         first |= torch.zeros_like(must).scatter_(1, order, chosen)

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from mlx_kvret.core.bits import Packing
 from mlx_kvret.core.packed import Packed
+from mlx_kvret.core.saving import of_all
 from mlx_kvret.core.snapshot import Snapshot
 from mlx_kvret.core.tensors import Tensor
 from mlx_kvret.core.types import Ints
@@ -68,16 +69,14 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
         for i, layer in enumerate(cache.layers)
         if not isinstance(layer, BoundedKVCache)
     }
-    places = position[order].cpu().numpy().astype(np.int32)
+    places: Ints = position[order].cpu().numpy().astype(np.int32)
     scores = retention[order].float().cpu().numpy()
     # where there is a packed part, the window's are in that order
     held = [stored(a[order] if packed is None else a) for a in (keys, values)]
     if (share := cache.share) is not None:
         share.check_saved(bool(extras))
-        counts, (places, scores, *bits) = share.joined(
-            counts, places, scores, *(tensor.bits for tensor in held)
-        )
-        held = [Tensor(old.dtype, new) for old, new in zip(held, bits, strict=True)]
+        given = share, counts, tokens, places, scores, held, packed
+        counts, places, scores, held, packed = of_all(*given)
     whole = shared.arena.whole
     return Snapshot(
         model=shared.arena.owner["model"],
@@ -152,19 +151,20 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
     in_groups = snapshot.head[before] // row.schedule.size
     row.schedule.counts = np.bincount(in_groups, minlength=len(row.schedule.counts)).astype(np.int64)
     # of the whole, as what is decided upon; but only this rank's heads are its own
-    places, own_head, kept = snapshot.position, snapshot.head, before
+    places, own_head, kept, packed = snapshot.position, snapshot.head, before, snapshot.packed
+    words = [] if packed is None else [_words(rows, device) for rows in (packed.keys, packed.values)]
     if arena.share is not None:
-        # with few bits, where keys and values are the window's alone, there is no share
         here, own_head = arena.share.own(snapshot.head)
-        keys, values, retention = (a[torch.from_numpy(here).to(device)] for a in (keys, values, retention))
+        # with few bits keys and values are the window's alone
+        held = torch.from_numpy(here if packed is None else here[~before]).to(device)
+        keys, values, retention = keys[held], values[held], retention[torch.from_numpy(here).to(device)]
+        words = [rows[torch.from_numpy(here[before]).to(device)] for rows in words]
         places, kept = places[here], kept[here]
     position, head = (torch.from_numpy(a).to(device) for a in (places, own_head))
     new = position >= snapshot.seen - tokens
-    if snapshot.packed is None:
-        old = keys[~new], values[~new]
+    if packed is None:
+        words = [keys[~new], values[~new]]
         keys, values = keys[new], values[new]
-    else:
-        old = _words(snapshot.packed.keys, device), _words(snapshot.packed.values, device)
     row.seen, row.length, shared.places = snapshot.seen, tokens, snapshot.seen
     row.pictures = snapshot.pictures
     if tokens:
@@ -187,7 +187,7 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
         slots = torch.from_numpy(group * (pool.capacity * pool.size + 1) + local).to(device)
         nothing = torch.zeros(pool.groups, pool.capacity * pool.size, dtype=torch.bool, device=device)
         everything = torch.ones(len(slots), dtype=torch.bool, device=device)
-        slab.fill(slots, *old)
+        slab.fill(slots, *words)
         slab.take(slab.admitted(nothing, slots, everything, retention[~new], position[~new], head[~new]))
 
 

@@ -46,6 +46,10 @@ class CacheShape:
         packed = packings(kv_bits, self.key_dim, self.value_dim)
         return self.entry_bytes if packed is None else 4 * sum(one.words(self.itemsize) for one in packed)
 
+    def counted(self, kept: int, newest: int, kv_bits: KVBits) -> int:
+        """Bytes of so many kept entries, and of the newest ones beside them, which are no words."""
+        return kept * (self.kept_bytes(kv_bits) + BOOKKEEPING) + newest * (self.entry_bytes + BOOKKEEPING)
+
     def deferred(self, budget: int, buffer: int, kv_bits: KVBits = None) -> int:
         """g: how many tokens' gate inputs may wait, so that they stay within 4 % of the cache.
 

@@ -52,6 +52,17 @@ def quotas(guarded: tuple[int, int], config: EvictionConfig, heads: int) -> tupl
     return min(max(0, own[0]), free), min(max(0, own[1]), free)
 
 
+def own_quotas(
+    pictures: Sequence[Picture], seen: int, config: EvictionConfig, heads: int
+) -> tuple[Mask, tuple[int, int]]:
+    """Which of ``seen`` tokens are of pictures, and :func:`quotas` where sinks and a window are all that
+    is protected, of ``heads`` heads."""
+    marked = is_picture(pictures, seen)
+    safe = protected(np.arange(seen), seen, config)
+    guarded = int((safe & ~marked).sum()) * heads, int((safe & marked).sum()) * heads
+    return marked, quotas(guarded, config, heads)
+
+
 def select(
     score: Floats,
     position: Ints,

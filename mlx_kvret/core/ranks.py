@@ -117,8 +117,10 @@ def digits(seen: int, heads: int) -> list[Digit]:
     return found
 
 
-def last_keys(count: Count, wanted: int, due: Mask, seen: int, heads: int, ranks: Ranks) -> tuple[Ints, Ints]:
-    """The two words (groups,) of the ``wanted``-th key of each group over all ranks.
+def last_keys(
+    count: Count, wanted: int | Ints, due: Mask, seen: int, heads: int, ranks: Ranks
+) -> tuple[Ints, Ints]:
+    """The two words (groups,) of the ``wanted``-th key of each group over all ranks; one number or (groups,).
 
     Of groups that are not ``due`` (groups,), or have no more than that, they are 0: all entries stay.
     """
@@ -165,7 +167,7 @@ def select(
     must: Mask,
     position: Ints,
     head: Ints,
-    wanted: int,
+    wanted: int | Ints,
     seen: int,
     heads: int,
     ranks: Ranks,
@@ -192,3 +194,30 @@ def select(
     low, lower = last_keys(count, wanted, due, seen, heads, ranks)
     at = first == low[:, None]
     return (first > 0) & ((first > low[:, None]) | (at & (second >= lower[:, None])))
+
+
+def select_split(
+    score: Floats,
+    must: Mask,
+    position: Ints,
+    head: Ints,
+    seeing: Mask,
+    quota: tuple[int, int],
+    wanted: int,
+    seen: int,
+    heads: int,
+    ranks: Ranks,
+) -> Mask:
+    """As :func:`select` of one group, with the scope ``"modality"``: what ``must`` stay, and then the best.
+
+    These are of text and, where ``seeing``, of pictures as many as their ``quota`` over all ranks.
+    """
+    open_to_all = ~must & (head < heads)
+    own = np.concatenate([open_to_all & ~seeing, open_to_all & seeing])
+    most = np.array(quota)
+    twice = [np.concatenate([array, array]) for array in (score, position)]
+    heads_of = np.where(own, np.concatenate([head, head]), heads)
+    best = select(twice[0], np.zeros_like(own), twice[1], heads_of, most, seen, heads, ranks, most > 0)
+    # a group that is not due keeps everything
+    first = (best & (most > 0)[:, None]).any(0, keepdims=True)
+    return select(score, must | first, position, head, wanted, seen, heads, ranks)

@@ -57,26 +57,11 @@ class Share:
         """Flat head of the whole that a layer of this rank begins with here."""
         return (self.layer + layer) * self.whole.kv_heads + self.head
 
-    def check(self, config: EvictionConfig) -> None:
-        """Refuse what one process can and several cannot.
-
-        Raises:
-            UnsupportedFeatureError: by options.
-        """
-        if config.scope == "modality":
-            raise UnsupportedFeatureError(
-                "the scope 'modality' does not work over several ranks; take 'global', 'layer' or 'head'"
-            )
-        if config.kv_bits is not None:
-            raise UnsupportedFeatureError(
-                "kept entries are not stored in few bits where several ranks hold a model; drop kv_bits"
-            )
-
     def spread(self, config: EvictionConfig) -> bool:
         """Whether heads of one group stand on several ranks, so that selecting needs them all."""
         if config.scope == "layer":
             return self.shape.kv_heads < self.whole.kv_heads
-        return config.scope == "global" and not self.copies
+        return config.scope in ("global", "modality") and not self.copies
 
     def groups(self, config: EvictionConfig) -> Ints:
         """Of each of this rank's groups the group of the whole."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.budget import BOOKKEEPING, CacheShape
+from ..core.budget import CacheShape
 from ..core.config import EvictionConfig
 from ..core.passes import Passes
 from ..core.pictures import forgotten
@@ -309,8 +309,7 @@ class Bounded:
             size = self.arena.slab_nbytes(self.rows)
         else:
             # by arithmetic, for hosts on all ranks must decide the same by it
-            held = {row.slab: row.entries for row in self.rows}
-            size = sum(held.values()) * (self.shape.entry_bytes + BOOKKEEPING)
+            size = sum({row.slab: row.counted for row in self.rows}.values())
         share, rest = divmod(size, self.shape.layers)
         return share + (rest if layer == 0 else 0)
 

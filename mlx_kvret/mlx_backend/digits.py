@@ -7,6 +7,9 @@ import math
 import mlx.core as mx
 import numpy as np
 
+from ..core.config import EvictionConfig
+from ..core.eviction import own_quotas
+from ..core.pictures import Pictures
 from ..core.ranks import Digit, last_keys, second_word
 from ..core.shares import Share
 from ..core.types import Ints, Mask
@@ -24,7 +27,7 @@ def over_ranks(
     must: mx.array,
     position: mx.array,
     head: mx.array,
-    wanted: int,
+    wanted: int | Ints,
     seen: int,
     share: Share,
     due: Mask,
@@ -48,6 +51,30 @@ def over_ranks(
     lowest = last_keys(count, wanted, due, seen, share.whole.heads, share.ranks)
     low, lower = (_column(words) for words in lowest)
     return (first > 0) & ((first > low) | ((first == low) & (second >= lower)))
+
+
+def within_quotas(
+    score: mx.array,
+    must: mx.array,
+    position: mx.array,
+    head: mx.array,
+    seen: int,
+    config: EvictionConfig,
+    share: Share,
+    pictures: Pictures,
+) -> mx.array:
+    """The best candidates, of all ranks, of text and of pictures, as many as each one's quota, (1, N)."""
+    marked, most = own_quotas(pictures, seen, config, share.whole.heads)
+    quota, none = np.array(most), share.shape.heads
+    seeing = mx.array(marked)[mx.minimum(position, seen - 1)]
+    open_to_all = (head < none) & ~must
+    own = mx.concatenate([open_to_all & ~seeing, open_to_all & seeing])
+    twice = [mx.concatenate([array, array]) for array in (score, position, head)]
+    heads = mx.where(own, twice[2], none)
+    # a group that is not due keeps everything
+    some = quota > 0
+    best = over_ranks(twice[0], mx.zeros(own.shape, mx.bool_), twice[1], heads, quota, seen, share, some)
+    return (best & mx.array(some)[:, None]).any(0, keepdims=True)
 
 
 def _keys(

@@ -30,7 +30,7 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
         here, local = arena.share.own(snapshot.head)
         own = np.zeros(len(here), np.int32)
         own[here] = local
-    kept, new = np.flatnonzero(here & ~new), here & new
+    late, kept, new = new, np.flatnonzero(here & ~new), here & new
     if snapshot.packed is None:
         index = mx.array(kept.astype(np.int32))
         old = keys[index], values[index]
@@ -38,6 +38,11 @@ def fill(shared: Bounded, snapshot: Snapshot) -> None:
         keys, values = keys[index], values[index]
     else:
         old = to_array(snapshot.packed.keys), to_array(snapshot.packed.values)
+        if arena.share is not None:
+            # of the packed entries, and of the newest ones, this rank's
+            packed, newest = (mx.array(np.flatnonzero(here[part]).astype(np.int32)) for part in (~late, late))
+            old = old[0][packed], old[1][packed]
+            keys, values = keys[newest], values[newest]
     window = (shape.layers, 1, shape.kv_heads, tokens)
     row.seen, row.length, row.pictures = snapshot.seen, tokens, snapshot.pictures
     if tokens:

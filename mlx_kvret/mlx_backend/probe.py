@@ -107,8 +107,6 @@ class Layout:
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model. Raises as :meth:`check_bits`."""
         self.check_bits(config.kv_bits)
-        if self.share is not None:
-            self.share.check(config)
         if config.policy != "learned" or gates is None:
             return Bounded.single(self.shape, config, owner, share=self.share)
         return Bounded.single(self.shape, config, owner, gates, self.check_gates(gates), self.share)

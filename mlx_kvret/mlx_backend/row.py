@@ -47,7 +47,20 @@ class Row:
     @property
     def entries(self) -> int:
         """Cached entries over all layers, heads and ranks, before anything that is due is carried out."""
-        return int(self.schedule.counts.sum()) + self.length * self.arena.whole.heads
+        return self._kept + self._newest
+
+    @property
+    def counted(self) -> int:
+        """Bytes of these entries by arithmetic, over all ranks too."""
+        return self.arena.whole.counted(self._kept, self._newest, self.config.kv_bits)
+
+    @property
+    def _kept(self) -> int:
+        return int(self.schedule.counts.sum())
+
+    @property
+    def _newest(self) -> int:
+        return self.length * self.arena.whole.heads
 
     def next(self) -> Move | None:
         """What is due of it, or None."""

@@ -13,13 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.config import EvictionConfig
-from ..core.eviction import heads_per_group, protected, quotas
-from ..core.pictures import Pictures, is_picture
+from ..core.eviction import heads_per_group, own_quotas
+from ..core.pictures import Pictures
 from ..core.policies import random_score
 from ..core.shares import Share
 from ..core.types import Floats, Ints, Mask
 from . import kernels
-from .digits import ascending_bits, over_ranks
+from .digits import ascending_bits, over_ranks, within_quotas
 from .kernels import score_select
 
 
@@ -91,7 +91,10 @@ def select(
     none = np.full(groups, -math.inf)
     if share is not None and due is not None and share.spread(config):
         of_all = config.budget * heads_per_group(config, share.whole.layers, share.whole.kv_heads)
-        keep = over_ranks(score, must, position, head, of_all, seen, share, due)
+        first = must
+        if config.scope == "modality":
+            first = must | within_quotas(score, must, position, head, seen, config, share, pictures)
+        keep = over_ranks(score, first, position, head, of_all, seen, share, due)
         return keep & (must | (score >= lowest)) if lowest > -math.inf else keep
     if config.scope != "modality":
         keep = _first(score, must, position, head, wanted, clocks, heads, np.full(groups, lowest))
@@ -100,6 +103,8 @@ def select(
         return keep
     first = must | _within_quotas(score, must, position, head, seen, heads, config, pictures)
     keep = _first(score, first, position, head, wanted, clocks, heads, none)
+    if share is not None and share.copies:
+        keep = mx.array(share.ranks.first_mask(np.array(keep)))
     return keep & (must | (score >= lowest)) if config.threshold is not None else keep
 
 
@@ -212,16 +217,12 @@ def _within_quotas(
     pictures: Pictures,
 ) -> mx.array:
     """The best unprotected candidates of text and of pictures, as many as each one's quota, (1, N)."""
-    marked = is_picture(pictures, seen)
-    safe = protected(np.arange(seen), seen, config)
-    guarded = int((safe & ~marked).sum()) * heads, int((safe & marked).sum()) * heads
+    marked, most = own_quotas(pictures, seen, config, heads)
     order = _order(score, mx.zeros(must.shape, mx.bool_), head < heads, position, head, seen, heads)
     seeing = mx.array(marked)[mx.minimum(position, seen - 1)]
     open_to_all = (head < heads) & ~must
     first = mx.zeros(must.shape, mx.bool_)
-    for own, quota in zip(
-        (open_to_all & ~seeing, open_to_all & seeing), quotas(guarded, config, heads), strict=True
-    ):
+    for own, quota in zip((open_to_all & ~seeing, open_to_all & seeing), most, strict=True):
         sorted_own = mx.take_along_axis(own, order, axis=1)
         chosen = sorted_own & (mx.cumsum(sorted_own.astype(mx.int32), axis=1) <= quota)
         first = first | mx.put_along_axis(mx.zeros(must.shape, mx.bool_), order, chosen, axis=1)

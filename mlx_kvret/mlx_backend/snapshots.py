@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.packed import Packed
+from ..core.saving import of_all
 from ..core.snapshot import Snapshot
 from ..core.tensors import Tensor
 from ..core.types import Ints
@@ -46,14 +47,12 @@ def take(cache: BoundedCache, notes: dict[str, str]) -> Snapshot:
     retention = np.array(mx.concatenate([pool.retention, newest])[mx.array(slots)]).astype(np.float32)
     extras = {i: _window_state(c) for i, c in enumerate(cache) if not isinstance(c, BoundedKVCache)}
     counts: Ints = np.array([len(p) for p in heads], np.int32)
-    position = np.concatenate(heads).astype(np.int32)
+    position: Ints = np.concatenate(heads).astype(np.int32)
     stored = [to_tensor(keys), to_tensor(values)]
     if share is not None:
         share.check_saved(bool(extras))
-        counts, (position, retention, *bits) = share.joined(
-            counts, position, retention, *(tensor.bits for tensor in stored)
-        )
-        stored = [Tensor(old.dtype, new) for old, new in zip(stored, bits, strict=True)]
+        given = share, counts, row.length, position, retention, stored, packed
+        counts, position, retention, stored, packed = of_all(*given)
     return Snapshot(
         model=shared.owner["model"],
         gates=shared.owner.get("gates", ""),

@@ -22,6 +22,10 @@ CASES: dict[str, dict[str, Any]] = {
     "knorm": {"policy": "knorm", "scope": "layer"},
     "keydiff": {"policy": "keydiff", "scope": "global"},
     "full": {"policy": "full"},
+    # of text alone, whose part is all of it
+    "modality": {"scope": "modality", "picture_share": 0.25},
+    "bits": {"kv_bits": "k8v4"},
+    "bits of keys that are compared": {"kv_bits": 4, "policy": "keydiff", "scope": "layer"},
 }
 SIZES = {"budget": 12, "buffer": 4}
 CHUNKS = [5, 1, 1, 1, 30, 2, 17, 1, 1, 1, 25, 1, 1, 8]
@@ -60,8 +64,13 @@ def everything(
         options = {"max_tokens": 8, "budget": [12, 8, 12], "buffer": 4}
         found["batch"] = mlx_kvret.generate_batch(model, None, prompts, **options)
         found["drawn batch"] = mlx_kvret.generate_batch(model, None, prompts, temp=0.9, **options)
-    if (folder / "given.kv").exists():
-        given, _ = mlx_kvret.load_cache(model, folder / "given.kv")
-        found["reopened"] = [layer[0].tolist() for layer in given.kept_positions()]
-        found["went on"] = mlx_kvret.generate(model, None, TEXT[:3], cache=given, max_tokens=8)
+    if "bits" in names:
+        packed = mlx_kvret.make_cache(model, **SIZES | CASES["bits"])
+        mlx_kvret.generate(model, None, TEXT[:61], cache=packed, max_tokens=2)
+        mlx_kvret.save_cache(model, packed, folder / "made-bits.kv")
+    for name in ("", "-bits"):
+        if (folder / f"given{name}.kv").exists():
+            given, _ = mlx_kvret.load_cache(model, folder / f"given{name}.kv")
+            found[f"reopened{name}"] = [layer[0].tolist() for layer in given.kept_positions()]
+            found[f"went on{name}"] = mlx_kvret.generate(model, None, TEXT[:3], cache=given, max_tokens=8)
     return found

@@ -14,6 +14,7 @@ from mlx_kvret.core.snapshot import read_snapshot
 def same_cache(path: Path, other: Path) -> None:
     """Two files hold the same entries, of values that differ by rounding."""
     ours, theirs = read_snapshot(path), read_snapshot(other)
+    assert (ours.packed is None) == (theirs.packed is None)
     assert (ours.counts == theirs.counts).all()
     assert (ours.position == theirs.position).all()
     assert (ours.seen, ours.model, ours.gates, ours.eviction) == (
@@ -46,5 +47,20 @@ def check(alone: dict[str, Any], apart: Path, together: Path, size: int) -> dict
         for name in one:
             if "drawn" in name:
                 assert one[name] == found[0][name]
-    same_cache(together / "made.kv", apart / "made.kv")
+    for path in together.glob("made*.kv"):
+        same_cache(path, apart / path.name)
     return found[0]
+
+
+def hand_over(made: Path, given: Path) -> None:
+    """What was saved in one folder is there to be opened in another."""
+    for path in made.glob("made*.kv"):
+        (given / path.name.replace("made", "given")).write_bytes(path.read_bytes())
+
+
+def same_after(again: dict[str, Any], found: dict[str, Any]) -> None:
+    """What one process opened and what several did holds the same and goes on alike."""
+    opened = [name for name in again if name.startswith(("went on", "reopened"))]
+    assert opened
+    for name in opened:
+        assert again[name] == found[name], name

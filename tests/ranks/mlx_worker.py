@@ -18,12 +18,15 @@ from ranks import cases
 
 # by how a model is split: the file of mlx-lm, and what is changed of the tiny one
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "heads": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 96}),
+    "heads": (
+        "llama",
+        {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 32, "intermediate_size": 96},
+    ),
     "copies": ("deepseek_v3", {"num_attention_heads": 4, "num_key_value_heads": 4}),
     "layers": ("qwen2", {"num_hidden_layers": 5}),
 }
 SOME = ["global", "layer", "threshold", "ties over all heads"]
-NAMES = {"heads": list(cases.CASES), "copies": SOME[:1], "layers": [*SOME, "random", "full"]}
+NAMES = {"heads": list(cases.CASES), "copies": SOME[:1], "layers": [*SOME, "random", "full", "modality"]}
 
 
 def model_of(split: str, group: Any = None) -> Any:

@@ -19,7 +19,7 @@ import mlx_kvret
 from mlx_kvret.cuda_backend.cache import cache_argument
 from ranks import cases
 
-SIZES = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "vocab_size": cases.WORDS}
+SIZES = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 32, "vocab_size": cases.WORDS}
 
 
 def save(folder: Path) -> None:
