@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 from collections import Counter
 
@@ -18,6 +19,8 @@ from .within import within
 
 # what browsers may read without asking first
 _SAFE = ("GET", "HEAD")
+# seconds for what is still coming of a body that is refused
+LINGER = 2.0
 
 
 class Guard:
@@ -32,15 +35,23 @@ class Guard:
             return
         headers = Headers(scope=scope)
         allowed = headers.get("origin") in self._settings.origins
+        body, refused = _Body(receive), False
+        receive = body.receive
 
         async def counted(message: Message) -> None:
+            nonlocal refused
             if message["type"] == "http.response.start":
                 self._responses[message["status"]] += 1
+                refused = message["status"] >= 400
                 added = MutableHeaders(scope=message)
                 added["X-Content-Type-Options"] = "nosniff"
                 if allowed:
                     added["Access-Control-Allow-Origin"] = headers["origin"]
                     added["Vary"] = "Origin"
+            elif refused and not (body.whole or message.get("more_body", False)):
+                await within(self._settings.write_time, send(message | {"more_body": True}))
+                await body.hear_out(2 * self._settings.body)
+                message = {"type": "http.response.body"}
             # a client that takes nothing is one that has gone
             await within(self._settings.write_time, send(message))
 
@@ -95,6 +106,32 @@ class Guard:
             )
 
 
+class _Body:
+    """A request's body on its way.
+
+    Where the connection ends amid it, TCP may drop the answer, and a router sees a server that died.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self.whole = receive, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.whole = not message.get("more_body", False)
+        return message
+
+    async def hear_out(self, most: int) -> None:
+        """Drop what is still to come, up to ``most`` bytes."""
+
+        async def dropped() -> None:
+            size = 0
+            while not self.whole and size <= most:
+                size += len((await self.receive()).get("body", b""))
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(dropped(), LINGER)
+
+
 async def body_of(request: Request, settings: Settings) -> bytes:
     """The body of a request.
 
@@ -125,7 +162,7 @@ async def body_of(request: Request, settings: Settings) -> bytes:
 
 
 def told(refusal: Refusal) -> Response:
-    """A refusal as a response. What is left of the request's body is not read: the connection ends."""
+    """A refusal as a response. After one of the body itself the connection ends."""
     headers = refusal.headers | ({"Connection": "close"} if refusal.status in (408, 413) else {})
     return JSONResponse(refusal.body, refusal.status, headers)
 

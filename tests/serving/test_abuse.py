@@ -149,11 +149,7 @@ def test_a_body_of_33_megabytes(server, chunked):
                 client.sendall(b"100000\r\n" + part + b"\r\n" if chunked else part)
         except OSError:
             pass
-        try:
-            answer = client.recv(100)
-        except ConnectionResetError:
-            # the server has closed with our bytes unread, and TCP drops its answer then
-            return
+        answer = client.recv(100)
     assert status(answer) == 413
 
 

@@ -277,13 +277,12 @@ def test_what_servers_refuse_is_refused_behind_the_router(servers, router):
     assert router.routed(1) == [(413, [])]
 
 
-def test_refusals_amid_a_long_body_shut_no_server_out(router):
+def test_refusals_amid_a_long_body_come_through(router):
     for i in range(6):
-        # whether the refusal or an error comes through depends on which is faster
         refused = router.ask(
             "POST", TEXT, b" " * (10 << 20), Content_Type="text/plain", X_Conversation=str(i)
         )
-        assert refused.status in (415, 502)
+        assert refused.status == 415
     for i in range(6):
         assert router.ask("GET", "/v1/models", X_Conversation=str(i)).status == 200
 
