@@ -8,14 +8,18 @@ from .cache import BoundedCache
 from .generation import TokenIds, stop_tokens, vocabulary
 from .hooks import check_cache
 from .sampling import alike, alone, processors_of
+from .seeing import Seen, check_no_pictures, prepared
 
 __all__ = [
     "BatchGenerator",
+    "Seen",
     "TokenIds",
     "alike",
     "alone",
+    "check_no_pictures",
     "checked_cache",
     "make_cache",
+    "prepared",
     "processors_of",
     "row_cache",
     "stop_tokens",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from mlx_kvret.core.picture_prompts import Asked, asked, is_processed, processor_of, tokenizer_of
+from mlx_kvret.core.picture_prompts import Asked, asked, is_processed, listed, processor_of, tokenizer_of
 from mlx_kvret.core.pictures import InChunks, runs
 from mlx_kvret.core.vision import picture_tokens
 from mlx_kvret.errors import ConfigError, KVRetError, UnsupportedFeatureError
@@ -59,7 +59,7 @@ def prepared(model: PreTrainedModel, processor: Any, prompt: Any, images: Any, f
     """
     eyes_of(model)
     if is_processed(prompt):
-        if images is not None:
+        if listed(images):
             raise ConfigError("the prompt has its pictures already; drop images")
         return taken(model, prompt)
     processor = processor_of(processor)
@@ -69,6 +69,21 @@ def prepared(model: PreTrainedModel, processor: Any, prompt: Any, images: Any, f
             "mlx_kvret.load returns beside the model"
         )
     return processed(model, processor, asked(processor, prompt, images, first=first), first)
+
+
+def check_no_pictures(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Refuse tokens of pictures where there are no pictures.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    made = attachment(model)
+    eyes = frozenset() if made is None or made.eyes is None else made.eyes.tokens
+    if count := sum(one in eyes for one in ids):
+        raise ConfigError(
+            f"the prompt holds {count} tokens that stand for pictures, and there are none; give images, or "
+            "what the processor makes of text and pictures"
+        )
 
 
 def processed(model: PreTrainedModel, processor: Any, found: Asked, first: bool) -> Prepared:

@@ -1,4 +1,7 @@
-"""Several prompts at once, each in a bounded cache of its own, on either backend's batch generator."""
+"""Several prompts at once, each in a bounded cache of its own, on either backend's batch generator.
+
+A prompt with pictures is read alone, up to its last token, and decodes with the others from there on.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from .api import backend_of
 from .core.detokenizer import Detokenizer
 from .core.options import MAX_SEED, short, whole
 from .core.picture_prompts import spoken_by
-from .core.prompts import prompt_ids
 from .core.request import check_generation, check_max_tokens, split_eviction
 from .core.sampling import SAMPLING, Sampling, split_sampling
 from .core.streams import closed_at_exit
 from .errors import ConfigError
+from .rows import rows_of
 
 ROWS = 8
 # how many tokens "no limit" is
@@ -52,6 +55,7 @@ def stream_batch(
     rows: int = ROWS,
     prefill_step_size: int = 2048,
     seed: Any = None,
+    images: Sequence[Any] | None = None,
     **options: Any,
 ) -> Iterator[BatchResponse]:
     """Answers to several prompts side by side, by token, in the order in which they come.
@@ -65,6 +69,7 @@ def stream_batch(
         caches: caches to go on with, one each, instead of ``budget`` and the like; they stay as they are.
         rows: how many prompts are answered at a time (8).
         prefill_step_size: tokens of each prompt that are read in one forward pass (2048).
+        images: of each prompt its pictures, a list, or a single one, or None: ``[[one, two], None, three]``.
         seed: of the first prompt where tokens are drawn, the next one's is one more; or a list.
         options: eviction options as of :func:`mlx_kvret.make_cache`, and sampling options as of
             :func:`mlx_kvret.generate`, the same for all rows.
@@ -91,13 +96,10 @@ def stream_batch(
         raise ConfigError("budgets were decided when the caches were made; drop budget, or drop caches")
     else:
         held = [room.checked_cache(model, cache) for cache in _as_many(caches, len(asked), "caches")]
-    ids = [
-        prompt_ids(tokenizer, prompt, cache.seen == 0, known)
-        for prompt, cache in zip(asked, held, strict=True)
-    ]
-    rows_of = {
+    shown = [None] * len(asked) if images is None else _as_many(images, len(asked), "images")
+    waiting = rows_of(room, model, tokenizer, list(zip(asked, shown, held, strict=True)), known)
+    columns = {
         "max_tokens": [ENDLESS if limit < 0 else limit for limit in limits],
-        "caches": held,
         "samplers": [room.alone(own) for own in seeds],
         "logits_processors": [room.processors_of(own) for own in seeds],
     }
@@ -109,7 +111,10 @@ def stream_batch(
         prefill_batch_size=rows,
         prefill_step_size=prefill_step_size,
     )
-    return closed_at_exit(_responses(room, model, reader, generator, ids, rows_of))
+    # prompts of text may wait in the generator, pictures are read when there is a row for them
+    most = rows if any(row.sees for row in waiting) else len(waiting)
+    line = _Line(waiting, columns, most, prefill_step_size)
+    return closed_at_exit(_responses(room, model, reader, generator, line))
 
 
 def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> list[str]:
@@ -140,21 +145,50 @@ class _Answer:
         return BatchResponse(self.index, text, token, self.prompt_tokens, self.count, reason, cache)
 
 
-def _responses(
-    room: Any, model: Any, reader: Any, generator: Any, ids: list[list[int]], rows_of: dict[str, Any]
-) -> Iterator[BatchResponse]:
+@dataclass
+class _Line:
+    """Prompts that wait, ``most`` of which may be with the generator; ``columns`` hold what else each has."""
+
+    rows: list[Any]
+    columns: dict[str, list[Any]]
+    most: int
+    step: int
+    next_one: int = 0
+
+    def enter(self, generator: Any, reader: Any, answers: dict[int, _Answer]) -> None:
+        """Have as many more be answered as there is room for."""
+        while self.next_one < len(self.rows) and (room := self.most - len(answers)) > 0:
+            first = self.next_one
+            # what waits is inserted at once, what sees one by one
+            count = (
+                1
+                if self.rows[first].sees
+                else next(
+                    (at for at, row in enumerate(self.rows[first : first + room]) if row.sees),
+                    min(room, len(self.rows) - first),
+                )
+            )
+            self.next_one += count
+            rows = self.rows[first : self.next_one]
+            given = {name: values[first : self.next_one] for name, values in self.columns.items()}
+            begun = [row.begun(self.step) for row in rows]
+            ids, before, caches = ([one[part] for one in begun] for part in range(3))
+            uids = generator.insert(ids, caches=caches, all_tokens=before, **given)
+            for at, (uid, row) in enumerate(zip(uids, rows, strict=True), first):
+                answers[uid] = _Answer(at, len(row.ids), Detokenizer(reader.decode))
+
+
+def _responses(room: Any, model: Any, reader: Any, generator: Any, line: _Line) -> Iterator[BatchResponse]:
     """The loop; what was asked has been checked."""
+    answers: dict[int, _Answer] = {}
     try:
-        uids = generator.insert(ids, **rows_of)
-        rows_of.clear()
-        answers = {
-            uid: _Answer(index, len(own), Detokenizer(reader.decode))
-            for index, (uid, own) in enumerate(zip(uids, ids, strict=True))
-        }
+        line.enter(generator, reader, answers)
         while responses := generator.next_generated():
             for one in responses:
                 cache = None if one.finish_reason is None else room.row_cache(model, one.prompt_cache)
-                yield answers[one.uid].told(int(one.token), one.finish_reason, cache)
+                answer = answers[one.uid] if cache is None else answers.pop(one.uid)
+                yield answer.told(int(one.token), one.finish_reason, cache)
+            line.enter(generator, reader, answers)
     finally:
         generator.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..texts import read_picture, read_text
 from . import options as shared
 from .habits import older_names, refusals
 from .many import answer_many
+from .pictures import Pictures
 from .ranks import check_stdin
 from .screen import note, progress
 from .session import (
@@ -92,8 +92,9 @@ def command(context: click.Context, **options: Any) -> None:
       mlx.launch -n 2 python -m mlx_kvret.generate --model ./model --file book.txt --prompt "Who?"
       torchrun --nproc-per-node 2 -m mlx_kvret.generate --model ./model --file book.txt --prompt "Who?"
 
-    A line of --prompts is an object: {"prompt": "text"} or {"messages": [...]}, and if it likes "budget",
-    "max_tokens" and "id". Each answer is one line, what it would be alone, printed when it is complete.
+    A line of --prompts is an object: {"prompt": "text"} or {"messages": [...]}, and if it likes "images"
+    (a list of files, relative to the file of prompts), "budget", "max_tokens" and "id". Each answer is one
+    line, what it would be alone, printed when it is complete.
     """
     from ..api import make_cache, stream_generate
 
@@ -160,26 +161,6 @@ def check_draft(draft: str | None, tokens: int | None, backend: str) -> None:
             "--draft-model works on MLX only; on torch, call model.generate(ids, cache=cache, "
             "assistant_model=...) of transformers from Python"
         )
-
-
-class Pictures:
-    """The pictures that go with the prompt of a model."""
-
-    def __init__(self, model: Any, tokenizer: Any, images: list[Any]) -> None:
-        self.model, self.tokenizer, self.images = model, tokenizer, images
-
-    def seeing(self, template: Any) -> Any:
-        """The template as one that takes pictures, where there are some."""
-        from ..api import backend_of
-        from ..picture_template import SeeingTemplate
-
-        if not self.images:
-            return template
-        return SeeingTemplate(template, self.model, self.tokenizer, backend_of(self.model))
-
-    def asked(self, template: Any, text: str, plan: Callable[[str], list[int]]) -> Any:
-        """The prompt that a text is planned as, with the pictures."""
-        return template.prompt(plan(template.show(self.images, text))) if self.images else plan(text)
 
 
 def read_prompt(pictures: Pictures, text: str, options: dict[str, Any]) -> tuple[Any, str]:

@@ -14,7 +14,8 @@ from ..core.sampling import SAMPLING
 from ..errors import ConfigError
 from ..texts import read_picture
 from . import options as shared
-from .generate import Pictures, prompt_text, read_prompt
+from .generate import prompt_text, read_prompt
+from .pictures import Pictures
 from .read import check_target
 from .screen import note, progress
 from .session import chosen_template, load, required, sampling, say

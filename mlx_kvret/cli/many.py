@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..core.images import within
 from ..core.options import short
+from ..core.picture_prompts import placed
 from ..core.request import check_max_tokens
 from ..errors import ConfigError
-from ..texts import read_text
+from ..texts import read_picture, read_text
+from .pictures import Pictures
 from .session import chosen_template, drawn, load, required, say
 
-KNOWN = ("prompt", "messages", "budget", "max_tokens", "id")
+KNOWN = ("prompt", "messages", "images", "budget", "max_tokens", "id")
 
 
 @dataclass(frozen=True)
 class Asked:
     """A line of the file: a prompt, and what it wants other than the rest."""
 
+    where: str
     prompt: str | list[Any]
+    images: list[str]
     budget: Any
     max_tokens: Any
     name: Any
@@ -39,9 +45,12 @@ class Asked:
         prompt, kind = (found["prompt"], str) if "prompt" in found else (found["messages"], list)
         if not isinstance(prompt, kind) or not prompt:
             raise ConfigError(f"{where} has {short(prompt)} as prompt; expected text, or a list of messages")
+        images = found.get("images", [])
+        if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+            raise ConfigError(f"{where} has {short(images)} as images; expected a list of files")
         most = found.get("max_tokens", max_tokens)
         check_max_tokens(most)
-        return cls(prompt, found.get("budget", budget), most, found.get("id"))
+        return cls(where, prompt, images, found.get("budget", budget), most, found.get("id"))
 
 
 def answer_many(file: str, rows: int, options: dict[str, Any], eviction: dict[str, Any]) -> None:
@@ -60,13 +69,15 @@ def answer_many(file: str, rows: int, options: dict[str, Any], eviction: dict[st
         raise ConfigError(f"{file} holds no prompt; expected one JSON object a line")
     asked = [Asked.of(line, f"line {at} of {file}", budget, options["max_tokens"]) for at, line in lines]
     model, tokenizer = load(options)
-    prompts = _prompts(asked, required(tokenizer), options)
+    folder = None if file == "-" else Path(file).expanduser().parent
+    prompts, images = _prompts(model, asked, required(tokenizer), folder, options)
     draw = drawn(model, tokenizer, options)
     texts = [""] * len(asked)
     for one in stream_batch(
         model,
         tokenizer,
         prompts,
+        images=images,
         budget=[line.budget for line in asked],
         max_tokens=[line.max_tokens for line in asked],
         rows=rows,
@@ -83,14 +94,62 @@ def answer_many(file: str, rows: int, options: dict[str, Any], eviction: dict[st
             say(json.dumps(made | ({} if name is None else {"id": name}), ensure_ascii=False) + "\n")
 
 
-def _prompts(asked: list[Asked], tokenizer: Any, options: dict[str, Any]) -> list[Any]:
-    """What the model reads for each line, as ``generate`` reads a prompt."""
+class _Shown(Mapping[str, Any]):
+    """What the processor makes of a text and its pictures: large, and made whenever it is asked for."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        self._make, self._names = make, list(make())
+
+    def __getitem__(self, name: str) -> Any:
+        return self._make()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def items(self) -> Any:
+        return self._make().items()
+
+
+def _prompts(
+    model: Any, asked: list[Asked], tokenizer: Any, folder: Path | None, options: dict[str, Any]
+) -> tuple[list[Any], list[Any]]:
+    """What the model reads for each line, as ``generate`` reads a prompt, and the pictures beside it."""
     from ..conversation import Transcript
 
     template, system = chosen_template(tokenizer, options), options.pop("system_prompt")
-    if template is None:
-        return [line.prompt for line in asked]
-    texts = [line.prompt for line in asked]
-    if system is not None and not all(isinstance(text, str) for text in texts):
-        raise ConfigError("--system-prompt has no effect on messages; write it into them, or drop it")
-    return [Transcript(template, system).plan(text).new if isinstance(text, str) else text for text in texts]
+    prompts, images = list[Any](), list[Any]()
+    for line in asked:
+        beside = [within(folder, one) for one in line.images]
+        if template is None or not isinstance(line.prompt, str):
+            if system is not None:
+                raise ConfigError("--system-prompt has no effect on messages; write it into them, or drop it")
+            prompt = line.prompt if isinstance(line.prompt, str) else placed(line.prompt, folder)
+        else:
+            try:
+                prompt, beside = (
+                    _planned(model, tokenizer, Transcript(template, system), line.prompt, beside),
+                    [],
+                )
+            except ConfigError as error:
+                raise ConfigError(f"{line.where}: {error}") from error
+        prompts.append(prompt)
+        images.append(beside)
+    return prompts, images
+
+
+def _planned(model: Any, tokenizer: Any, transcript: Any, text: str, images: list[str]) -> Any:
+    """A text in the chat template, as ids or, with pictures, as what the processor makes of it."""
+
+    def shown() -> Any:
+        opened = [read_picture(one, f"the picture {one}") for one in images]
+        pictures, twin = Pictures(model, tokenizer, opened), transcript.copy()
+        twin.template = pictures.seeing(twin.template)
+        return pictures.asked(twin.template, text, lambda asked: twin.plan(asked).new)
+
+    return _Shown(shown) if images else transcript.plan(text).new

@@ -121,6 +121,13 @@ def _content(file: Any, name: str) -> bytes:
         raise ConfigError(f"{name} is a file that cannot be read: {error}; {FORMS}") from error
 
 
+def within(folder: Path | None, name: str) -> str:
+    """A file's name that is relative to ``folder`` as one that is not; other texts as they are."""
+    if folder is None or name.startswith("~") or _SCHEME.match(name) or not name.strip():
+        return name
+    return str(folder / name)
+
+
 def of_data_url(text: str, name: str) -> bytes:
     """The bytes of a picture's file.
 

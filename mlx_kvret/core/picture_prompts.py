@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .images import Image, open_picture
+from .images import Image, open_picture, within
 from .options import short
 from .prompts import TEXTS
 
@@ -162,6 +162,24 @@ def filled(
             parts.append(part)
         found.append(message | {"content": parts})
     return found, pictures
+
+
+def placed(messages: Iterable[Any], folder: Path | None) -> list[Any]:
+    """Messages whose files of pictures are no more relative to ``folder``.
+
+    Raises:
+        ConfigError: as of :func:`filled`.
+    """
+    found = []
+    for number, message in enumerate(messages):
+        # what is no message is refused by whoever reads it
+        if isinstance(message, Mapping) and _parts(message):
+            message = _plain(message, number)
+            for part in _parts(message):
+                if isinstance(part.get("source"), str):
+                    part["source"] = within(folder, part["source"])
+        found.append(message)
+    return found
 
 
 def render(processor: Any, messages: Sequence[Mapping[str, Any]], answer: bool = True) -> str:

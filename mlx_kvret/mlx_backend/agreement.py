@@ -61,13 +61,49 @@ def check_agreement(
         ) from error
 
     def rounding() -> float:
-        cache = layout.replaced(stock(), RoundedDifferently)
-        return distance(_logits(model, ids, plain, cache)[0], expected)
+        return _rounding(model, layout, stock, ids)
 
     if not agrees(difference := distance(found, expected), eps, rounding):
         raise UnsupportedModelError(
             f"{name} models give other logits from a bounded cache (by {difference:.1%}); use another model"
         )
+
+
+def check_rows(
+    model: nn.Module,
+    layout: Layout,
+    stock: Callable[[], list[Any]],
+    bounded: Callable[[EvictionConfig], Any],
+    name: str,
+) -> bool:
+    """Whether two sequences of different lengths give the logits in a batch that each gives alone.
+
+    Arguments as of :func:`check_agreement`.
+    """
+    ids = tokens_of(model, stock())
+    config = EvictionConfig.create(budget=ids.shape[1], buffer=4, policy="recent")
+    lengths = ids.shape[1] - 1, 3
+    caches = [bounded(config) for _ in lengths]
+    for cache, length in zip(caches, lengths, strict=True):
+        _logits(model, ids, [length], cache)
+    try:
+        batch = caches[0].copy()
+        batch.extend(caches[1].copy())
+        alone = [logits_of(model(ids[:, -1:], cache=cache))[0, -1] for cache in caches]
+        together = logits_of(model(mx.repeat(ids[:, -1:], 2, axis=0), cache=batch))[:, -1]
+        found, expected = as_array(together), as_array(mx.stack(alone))
+    except (KVRetError, TypeError, ValueError, AttributeError, IndexError):
+        # what a model's own code makes of positions of several rows
+        return False
+    eps = float(mx.finfo(together.dtype).eps)
+    return agrees(distance(found, expected), eps, lambda: _rounding(model, layout, stock, ids))
+
+
+def _rounding(model: nn.Module, layout: Layout, stock: Callable[[], list[Any]], ids: mx.array) -> float:
+    """How far a model's own logits are from themselves when they are rounded differently."""
+    plain = [ids.shape[1]]
+    expected, _ = _logits(model, ids, plain, stock())
+    return distance(_logits(model, ids, plain, layout.replaced(stock(), RoundedDifferently))[0], expected)
 
 
 def tokens_of(model: nn.Module, stock: list[Any], ranks: Ranks | None = None) -> mx.array:

@@ -30,7 +30,8 @@ class Namespaces(User):
 class Attachment:
     """What is known of an attached model: its layout, its gates, and how new caches are made.
 
-    ``eyes`` are the token ids that stand for patches of pictures, of a model that sees.
+    ``eyes`` are the token ids that stand for patches of pictures, of a model that sees; ``rows`` tells
+    whether its rows decode together as each does alone, once that was tried.
     """
 
     layout: Layout
@@ -39,6 +40,7 @@ class Attachment:
     namespaces: Namespaces
     eviction: EvictionConfig
     eyes: frozenset[int] = frozenset()
+    rows: bool | None = None
     _identity: str = ""
 
     def identity(self, model: nn.Module) -> str:

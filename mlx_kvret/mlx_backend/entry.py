@@ -73,6 +73,11 @@ class BoundedKVCache(Batched):
         return shared.row.seen - shared.row.taken_back[self.layer] + came
 
     @property
+    def _offset(self) -> int:
+        """That of the longest row: mlx-vlm asks here first, where no device has to be waited for."""
+        return self.size()
+
+    @property
     def fetched(self) -> tuple[mx.array, mx.array] | None:
         """What :meth:`update_and_fetch` returned in this pass, or would have returned if not ``padded``."""
         reading = self.shared.reading

@@ -30,7 +30,7 @@ from .cache import BoundedCache
 from .loops import Text
 from .sampling import alike, behind, processors_of, sampler_of
 from .seeing import Prepared, Seen, Speaker, check_no_pictures, prepared, reader_of
-from .vision import can_see, is_vision, speaking
+from .vision import is_vision, speaking
 
 CACHE_OPTIONS = ("kv_group_size", "quantized_kv_start", "max_kv_size", "prompt_cache")
 # what mlx-lm calls the table that turns token ids into vectors
@@ -102,8 +102,11 @@ def stream_generate(
     check_max_tokens(max_tokens)
     cache = make_cache(model, **eviction) if cache is None else hooks.checked_cache(model, cache)
     if has_pictures(prompt, images):
-        _check_pictures(model, draft_model)
         picture_prompt = prepared(model, tokenizer, prompt, images, cache.seen == 0)
+        if draft_model is not None:
+            raise UnsupportedFeatureError(
+                "a draft model reads no pictures; drop draft_model, or the pictures"
+            )
         ids = picture_prompt.tokens
         check_ids(ids, vocabulary(model))
     else:
@@ -132,16 +135,6 @@ def stream_generate(
     if picture_prompt is None:
         return _responses(Speaker(speaking(model)), reader, ids, cache, rest)
     return _seeing(model, reader, picture_prompt, cache, rest)
-
-
-def _check_pictures(model: nn.Module, draft_model: nn.Module | None) -> None:
-    if not can_see(model):
-        raise ConfigError(
-            "there are pictures in the prompt, and this model reads text only; load a vision-language model, "
-            "or give the whole one instead of its language model"
-        )
-    if draft_model is not None:
-        raise UnsupportedFeatureError("a draft model reads no pictures; drop draft_model, or the pictures")
 
 
 def _seeing(

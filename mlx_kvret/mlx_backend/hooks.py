@@ -31,7 +31,7 @@ from ..errors import (
     UnsupportedModelError,
 )
 from . import hosts, pictures
-from .agreement import check_agreement
+from .agreement import check_agreement, check_rows
 from .attachment import Attachment, Namespaces, attachment
 from .cache import BoundedCache
 from .dispatch import give_back, take_over
@@ -191,6 +191,19 @@ def row_cache(model: nn.Module, entries: list[Any]) -> BoundedCache:
     cache = made.layout.full(entries)
     cache.identity = made.identity(model)
     return cache
+
+
+def rows_agree(model: nn.Module) -> bool:
+    """Whether rows of an attached vision-language model decode together as each does alone; tried once."""
+    made = attachment(model)
+    if made is None:
+        return False
+    if made.rows is None:
+        name, model = family(model), speaking(model)
+        stock, bounded = functools.partial(_stock_cache, model), functools.partial(new_cache, model, made)
+        with forgetful(model):
+            made.rows = check_rows(model, made.layout, stock, bounded, name)
+    return made.rows
 
 
 def _identity_of(cache: list[Any]) -> str | None:

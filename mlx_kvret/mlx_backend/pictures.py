@@ -21,6 +21,7 @@ from ..core.state import State
 from ..core.types import Ints
 from ..errors import ConfigError, UnsupportedFeatureError
 from .both_ways import both_ways
+from .bounded import Bounded
 from .entry import BoundedKVCache
 from .forward import leaves, run
 
@@ -71,14 +72,17 @@ def run_seeing(
     ``eyes`` are the token ids of pictures, which count as such where embeddings are given.
 
     Raises:
-        UnsupportedFeatureError: several sequences at once.
+        UnsupportedFeatureError: several sequences at once, and pictures among them.
         ConfigError: positions that are not those of the cache.
         OutOfMemoryError, CacheError: as :func:`.forward.run`.
     """
     shared = next((part.shared for part in leaves(cache) if isinstance(part, BoundedKVCache)), None)
-    if (shared is not None and shared.batch) or inputs.shape[0] != 1:
+    if shared is not None and shared.batch:
+        return _run_rows(model, call, cache, shared, inputs, kwargs)
+    if inputs.shape[0] != 1:
         raise UnsupportedFeatureError(
-            "batches do not work with a bounded vision-language model; use one cache for each sequence"
+            f"a batch of {inputs.shape[0]} sequences does not work with a cache of one; generate with "
+            "mlx_kvret.generate_batch, or make a cache for each"
         )
     whole: Any = cache if shared is None else shared
     whole.passes.check()
@@ -106,6 +110,37 @@ def run_seeing(
         return call(model, inputs[:, :count], **given | cut)
 
     return run(cache, tokens, forward, sliced=embeds is None, noted=(before, after))
+
+
+def _run_rows(
+    model: nn.Module,
+    call: Callable[..., Any],
+    cache: list[Any],
+    shared: Bounded,
+    inputs: mx.array,
+    kwargs: dict[str, Any],
+) -> Any:
+    """A pass of text for the rows of a batch, each at a position of its own."""
+    if any(kwargs.get(name) is not None for name in ("inputs_embeds", "position_ids")):
+        raise UnsupportedFeatureError(
+            "a batch of a bounded vision-language model reads text, at positions that its caches count; have "
+            "each cache read its pictures alone, as mlx_kvret.generate_batch does"
+        )
+    rows, tokens, given = list(shared.rows), inputs.shape[1], dict(kwargs)
+    if hasattr(model, "get_rope_index"):
+        first = mx.array([next_position(row.pictures, row.seen) for row in rows], mx.int32)
+        places = first[:, None] + mx.arange(tokens, dtype=mx.int32)
+        given["position_ids"] = mx.broadcast_to(places, (3, *places.shape))
+
+    def forward(count: int) -> Any:
+        cut = {name: given[name][..., :count] for name in ("position_ids",) if name in given}
+        return call(model, inputs[:, :count], **given | cut)
+
+    noted = (
+        State([(row, {"prompt": row.prompt}) for row in rows]),
+        State([(row, {"prompt": None}) for row in rows]),
+    )
+    return run(cache, tokens, forward, sliced=True, noted=noted)
 
 
 def _key(model: nn.Module, ids: list[int] | None, kwargs: dict[str, Any]) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..core.picture_prompts import Asked, asked, is_processed, processor_of, tokenizer_of
+from ..core.picture_prompts import Asked, asked, is_processed, listed, processor_of, tokenizer_of
 from ..core.pictures import InChunks, runs
 from ..errors import ConfigError, KVRetError
 from .cache import BoundedCache
@@ -54,8 +54,13 @@ def prepared(model: nn.Module, processor: Any, prompt: Any, images: Any, first: 
     Raises:
         ConfigError: a prompt that cannot work, or one that the processor refuses.
     """
+    if not can_see(model):
+        raise ConfigError(
+            "there are pictures in the prompt, and this model reads text only; load a vision-language model, "
+            "or give the whole one instead of its language model"
+        )
     if is_processed(prompt):
-        if images is not None:
+        if listed(images):
             raise ConfigError("the prompt holds pixels already; drop images")
         return taken(prompt)
     processor = processor_of(processor)
@@ -152,7 +157,7 @@ def check_no_pictures(model: nn.Module, ids: Sequence[int]) -> None:
     Raises:
         ConfigError: says how many there are.
     """
-    eyes = tokens_of_pictures(model) if can_see(model) else frozenset()
+    eyes = tokens_of_pictures(model) if can_see(model) else frozenset[int]()
     if count := sum(one in eyes for one in ids):
         raise ConfigError(
             f"the prompt holds {count} tokens that stand for pictures, and there are none; give images, or "

@@ -7,13 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator
 
 from ..core.picture_prompts import processor_of
 from ..core.types import Array
 from ..mlx_backend import hooks, snapshots
 from ..mlx_backend.api import competing, processed
 from ..mlx_backend.attaching import make_cache
+from ..mlx_backend.batching import BatchGenerator
 from ..mlx_backend.cache import BoundedCache
 from ..mlx_backend.generation import vocabulary
 from ..mlx_backend.memory import free_bytes
@@ -34,10 +34,10 @@ class OnMLX(Common):
         )
         super().__init__(rooms, model, options)
         self._processor, self._marked, reader = processor_of(tokenizer), tokenizer, tokenizer
-        # what speaks of a model that sees, whose rows cannot stand in a batch
         self._speaker = model
         if is_vision(model):
-            self._speaker, self.batches = Speaker(speaking(model)), False
+            self._speaker = Speaker(speaking(model))
+            self.batches = self.batches and hooks.rows_agree(model)
             # the former has the model's end tokens, the latter a parser of tool calls
             reader, self._marked = reader_of(model, tokenizer), wrapped(tokenizer)
         sees = can_see(model) and self._processor is not tokenizer

@@ -15,6 +15,7 @@ from mlx_kvret.demo import VISION_SAMPLE
 from mlx_kvret.errors import KVRetError
 from mlx_kvret.serving import pictures
 from mlx_kvret.serving.backend import backend_for
+from mlx_kvret.serving.batched import Batched
 from mlx_kvret.serving.pictures import Sights
 
 from .running import CHAT, TEXT, running, user
@@ -126,6 +127,7 @@ def test_another_picture_of_the_same_tokens_is_not_answered_from_a_snapshot(serv
 
 
 def test_texts_beside_pictures_are_answered_as_alone(server):
+    assert isinstance(server.scheduler.engine, Batched)
     prompts = [f"remember {name} amber recall {name}" for name in ("Ada", "Bruno", "Clara")]
     messages = [user(prompt) for prompt in prompts]
     messages += [[asking(part(ALBUM), f"recall {name}")] for name in FACTS]

@@ -16,7 +16,7 @@ from mlx_kvret.core import installed
 from mlx_kvret.cuda_backend import api, processors
 from mlx_kvret.cuda_backend.cache import cache_argument
 from mlx_kvret.cuda_backend.seeing import Seen, prepared
-from mlx_kvret.errors import ConfigError, MissingDependencyError
+from mlx_kvret.errors import ConfigError, MissingDependencyError, UnsupportedFeatureError
 
 from .folders_torch import folder
 from .tiny_torch import IMAGE
@@ -169,11 +169,27 @@ def test_wrong_use_is_refused(opened: Any, tmp_path: Path) -> None:
         processor.video_processor([])
 
 
-def test_a_batch_of_picture_prompts_is_refused(opened: Any) -> None:
-    model, processor = opened("qwen3_vl")
-    made = api.processed(model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|>", [picture(1)])
-    with pytest.raises(ConfigError, match="which no text needs"):
-        list(mlx_kvret.stream_batch(model, processor.tokenizer, [made], **LARGE))
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_with_and_without_pictures(name: str, opened: Any) -> None:
+    model, processor = opened(name)
+    prompts = [WORDS, "w5 w6 w7 w8", "w9 <image> w6"]
+    images = [[picture(1), picture(2, 60, 90)], None, picture(3)]
+    options: dict[str, Any] = {"budget": 8, "buffer": 2, "policy": "keydiff", "prefill_step_size": 16}
+    expected = []
+    for prompt, own in zip(prompts, images, strict=True):
+        cache = mlx_kvret.make_cache(model, budget=8, buffer=2, policy="keydiff")
+        said = tokens(model, processor, prompt, images=own, cache=cache, prefill_step_size=16)
+        expected.append((said, cache.pictures, cache.seen))
+    if name.startswith("gemma"):
+        with pytest.raises(UnsupportedFeatureError, match="one clock for all rows"):
+            list(mlx_kvret.stream_batch(model, processor, prompts, images=images, **options))
+        return
+    found: list[list[int]] = [[], [], []]
+    last: dict[int, Any] = {}
+    for one in mlx_kvret.stream_batch(model, processor, prompts, images=images, max_tokens=6, **options):
+        found[one.index].append(one.token)
+        last[one.index] = one.cache
+    assert [(said, last[i].pictures, last[i].seen) for i, said in enumerate(found)] == expected
 
 
 def test_the_users_own_calls_with_what_the_processor_makes(opened: Any) -> None:
