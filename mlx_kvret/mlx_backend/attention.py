@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from . import kernels
 from .kernels.attention import attend as attend_with_kernels
-from .kernels.prefill_attention import by_head
+from .kernels.prefill_attention import LARGEST, by_head, tiled_rows
 from .lookup import Part
-from .view import LayerView
+from .view import ChunkView, LayerView
 
 # from so many tokens on copying keys together costs less than copying scores
 MANY = 8
@@ -50,6 +50,32 @@ def attend(
     if not kernels.attention_supported(types, view.keys.shape[-1], view.values.shape[-1]):
         return plain()
     return kernels.served(lambda: attend_with_kernels(queries, view, scale, causal, sinks), plain)
+
+
+def attend_rows(
+    queries: mx.array,
+    chunks: ChunkView,
+    scale: float,
+    causal: bool = True,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """As :func:`attend` for chunks of several rows: ``queries`` (R, Hq, T, Dk), zeros for what is padding."""
+    keys, values = chunks.keys, chunks.values
+    types, widths = {queries.dtype, keys.dtype, values.dtype}, (keys.shape[3], values.shape[3])
+
+    def plain() -> mx.array:
+        parts = {}
+        for row in chunks.rows:
+            own = queries[row.index : row.index + 1, :, : row.tokens]
+            out = attend(own, chunks.view(row), scale, causal, sinks)
+            parts[row.index] = mx.pad(out, [(0, 0), (0, 0), (0, queries.shape[2] - row.tokens), (0, 0)])
+        nothing = mx.zeros((1, *queries.shape[1:3], widths[1]), queries.dtype)
+        return mx.concatenate([parts.get(index, nothing) for index in range(len(queries))])
+
+    fits = len(chunks.rows) > 1 and max(widths) <= LARGEST and kernels.enabled()
+    if not (fits and kernels.attention_supported(types, *widths)):
+        return plain()
+    return kernels.served(lambda: tiled_rows(queries, chunks, scale, causal, sinks), plain)
 
 
 def attend_reference(

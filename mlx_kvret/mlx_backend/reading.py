@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import mlx.core as mx
+import numpy as np
 
 from ..core.state import State
 from ..errors import UnsupportedFeatureError
-from .attention import attend
+from . import kernels
+from .attention import attend, attend_rows
+from .kernels.launch import rows as host_rows
+from .kernels.prefill_attention import chunk_rows
 from .observed import Observed
 from .recent import Pair
-from .view import LayerView, placed
+from .view import Chunk, ChunkView, LayerView, placed
 
 if TYPE_CHECKING:
     from .arena import Arena
@@ -41,6 +47,8 @@ class Reading:
         self.wide: list[list[Pair | None]] | None = (
             None if in_place else [[None] * layers for _ in self.active]
         )
+        # of several rows: each layer's tokens one row after another
+        self.chunks: list[Pair | None] = [None] * layers
         self.observed: Observed | None = None
         if arena.gates is not None and arena.config.policy == "learned":
             self.observed = Observed(layers, tokens, sum(counts))
@@ -97,15 +105,11 @@ class Reading:
             else:
                 recent.append_rows(layer, *self._where(), self.end, *new)
         else:
-            for place, (index, row, n) in enumerate(self.active):
-                part = [a[index : index + 1, :, :n] for a in (keys, values)]
-                if row.length:
-                    old = row.window(layer)
-                    part = [mx.concatenate([a, b], axis=2) for a, b in zip(old, part, strict=True)]
-                else:
-                    # a view would hold on to more than these tokens
-                    part = [mx.contiguous(a) for a in part]
-                self.wide[place][layer] = part[0], part[1]
+            joined = self._joined(layer, keys, values)
+            self.chunks[layer] = joined
+            for place, chunk in enumerate(self._chunks):
+                own = slice(chunk.begin, chunk.begin + chunk.end)
+                self.wide[place][layer] = joined[0][:, :, own], joined[1][:, :, own]
         self._views[layer] = None
         self.fetched[layer] = self.view(layer).pair if single else (keys, values)
         return self.fetched[layer]  # type: ignore[return-value]
@@ -170,13 +174,10 @@ class Reading:
             spread = mx.zeros((len(self.rows), *out.shape[1:]), out.dtype)
             spread[mx.array([index for index, _, _ in self.active])] = out
             return spread
-        parts, width = {}, self.fetched[layer][1].shape[-1]  # type: ignore[index]
-        for place, (index, row, n) in enumerate(self.active):
-            view = LayerView(self.arena.pool, layer, *self._wide(place, layer), (row.slab,))
-            out = attend(queries[index : index + 1, :, :n], view, scale, causal, sinks)
-            parts[index] = mx.pad(out, [(0, 0), (0, 0), (0, self.tokens - n), (0, 0)])
-        nothing = mx.zeros((1, queries.shape[1], self.tokens, width), queries.dtype)
-        return mx.concatenate([parts.get(index, nothing) for index in range(len(self.rows))])
+        joined = self.chunks[layer]
+        assert joined is not None
+        chunks = ChunkView(self.arena.pool, layer, *joined, self._chunks)
+        return attend_rows(queries, chunks, scale, causal, sinks)
 
     def offsets(self, layer: int) -> mx.array:
         """Tokens that each row has seen (R,), those of the pass too once the layer has them."""
@@ -216,6 +217,48 @@ class Reading:
             yield row, {"seen": row.seen, "length": row.length, "pieces": row.pieces, "wide": row.wide}
 
     # ------------------------------------------------------------------ places
+
+    @functools.cached_property
+    def _chunks(self) -> tuple[Chunk, ...]:
+        begins = [0, *itertools.accumulate(self.ends)]
+        return tuple(
+            Chunk(index, row.slab, begin, end, n)
+            for (index, row, n), begin, end in zip(self.active, begins, self.ends, strict=False)
+        )
+
+    def _joined(self, layer: int, keys: mx.array, values: mx.array) -> Pair:
+        """Tokens of all rows that read, (1, H, n, D): each row's newest ones and then those that came."""
+
+        def plain() -> Pair:
+            sides: tuple[list[mx.array], list[mx.array]] = ([], [])
+            for index, row, n in self.active:
+                old = row.window(layer) if row.length else ()
+                for side, array in zip(sides, old, strict=False):
+                    side.append(array)
+                for side, array in zip(sides, (keys, values), strict=True):
+                    side.append(array[index : index + 1, :, :n])
+            # copies, for a view would hold on to more than these tokens
+            joined = [mx.contiguous(s[0]) if len(s) == 1 else mx.concatenate(s, axis=2) for s in sides]
+            return joined[0], joined[1]
+
+        alike = {keys.dtype, values.dtype} <= set(kernels.TYPES) and keys.dtype == values.dtype
+        apart = any(row.wide is not None for _, row, _ in self.active)
+        if len(self.active) == 1 or apart or not alike or not kernels.enabled():
+            return plain()
+        windows = self.arena.recent.whole(layer) if any(row.length for _, row, _ in self.active) else None
+        if windows is not None and {a.dtype for a in windows} != {keys.dtype}:
+            return plain()
+        where = self._came
+        return kernels.served(lambda: chunk_rows(keys, values, windows, where, sum(self.ends)), plain)
+
+    @functools.cached_property
+    def _came(self) -> mx.array:
+        """Where each token of :meth:`_joined` stands, as :func:`chunk_rows` is told."""
+        parts = []
+        for index, row, n in self.active:
+            parts += [(-1 - row.slab, place) for place in range(row.length)]
+            parts += [(index, place) for place in range(n)]
+        return host_rows(np.array(parts, np.int32))
 
     def _wide(self, place: int, layer: int) -> Pair:
         assert self.wide is not None

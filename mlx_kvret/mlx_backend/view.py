@@ -22,6 +22,40 @@ def placed(rows: list[tuple[int, int, int]]) -> mx.array:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Where a row of a :class:`ChunkView` stands: of its ``end`` newest tokens the last ``tokens`` ask.
+
+    ``index`` is its place among the queries, ``begin`` that of its first token among all rows' tokens.
+    """
+
+    index: int
+    slab: int
+    begin: int
+    end: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ChunkView:
+    """Chunks of several rows in a layer: ``keys`` and ``values`` (1, H, n, D), one row after another."""
+
+    pool: Pool
+    layer: int
+    keys: mx.array
+    values: mx.array
+    rows: tuple[Chunk, ...]
+
+    def pair(self, row: Chunk) -> tuple[mx.array, mx.array]:
+        """A row's newest tokens (1, H, end, D)."""
+        own = slice(row.begin, row.begin + row.end)
+        return self.keys[:, :, own], self.values[:, :, own]
+
+    def view(self, row: Chunk) -> LayerView:
+        """What a row attends to."""
+        return LayerView(self.pool, self.layer, *self.pair(row), (row.slab,))
+
+
+@dataclass(frozen=True)
 class LayerView:
     """Rows of ``slabs`` of the pool, and their newest tokens (R, H, r, D).
 

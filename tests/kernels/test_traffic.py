@@ -6,7 +6,7 @@ from metal_host import EMULATED
 
 from mlx_kvret.mlx_backend.kernels import decode_attention
 
-from .traffic import compaction, decode, prefill, rows
+from .traffic import chunks, compaction, decode, prefill, rows
 
 PIECE_BYTES = decode_attention.PIECE_BYTES
 pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulator counts; here the kernels run")
@@ -82,9 +82,20 @@ def test_prefill_reads_entries_once_for_each_block_of_rows():
     assert blocks == 3 and 0.7 * blocks < seen.entries < blocks
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_a_compaction_reads_the_scores_four_times_and_moves_no_more_than_it_evicts(ties):
-    seen = compaction(kept=16_000, new=4_000, heads=16, ties=ties)
-    assert seen.score_reads == 4.0
+@pytest.mark.parametrize("bits", [None, 8, "k8v4", 4])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_chunks_of_rows_are_read_once_for_each_block_of_query_rows(rows, bits):
+    lengths = [[300, 3] if row % 2 else [3, 3] for row in range(rows)]
+    seen, blocks = chunks(lengths, [1 + row % 9 for row in range(rows)], 4, 64, bits=bits)
+    assert set(blocks) == {1} and 1.0 <= seen.entries <= 1.05
+    assert seen.memory <= MOST_MEMORY
+
+
+@pytest.mark.parametrize(("rows", "ties"), [(1, False), (1, True), (3, False)])
+def test_a_compaction_reads_the_scores_four_times_and_moves_no_more_than_it_evicts(rows, ties):
+    seen = compaction(
+        kept=16_000 // rows // 16 * 16, new=4_000 // rows // 16 * 16, heads=16, ties=ties, rows=rows
+    )
+    assert seen.score_reads == 4.0 and seen.launches == 11
     assert 0.5 < seen.moves <= 1.0
     assert seen.memory <= MOST_MEMORY

@@ -6,11 +6,13 @@ import metal_host
 import mlx.core as mx
 import numpy as np
 
+from mlx_kvret.mlx_backend.candidates import candidates_kernel
 from mlx_kvret.mlx_backend.kernels import compaction_plan, score_select
 from mlx_kvret.mlx_backend.kernels.attention import attend
-from mlx_kvret.mlx_backend.kernels.prefill_attention import ROWS, tiled
+from mlx_kvret.mlx_backend.kernels.prefill_attention import ROWS, tiled, tiled_rows
 
-from .cases import batch_with, uniform, view_with
+from .cases import batch_with, pool_with, uniform, view_with
+from .test_chunks import chunks_with
 
 ENTRIES = ("keys", "values", "recent_keys", "recent_values")
 
@@ -39,7 +41,7 @@ class Attention:
             traffic.total("loaded_per_threadgroup", *ENTRIES) / least,
             traffic.total("loaded_per_threadgroup") / least,
             traffic.total("stored_per_threadgroup") / least,
-            work.max() / work.min() - 1,
+            work.max() / max(work.min(), 1) - 1,
             traffic.threadgroup_memory,
         )
 
@@ -81,11 +83,25 @@ def prefill(lengths, tokens, group, size, dtype=mx.float16, bits=None):
     return Attention.of(traffic, "prefill_attention", least), -(-group * tokens // ROWS)
 
 
+def chunks(lengths, tokens, group, size, dtype=mx.float16, bits=None):
+    """Attention of chunks of rows in one launch; ``lengths`` (R, H), ``tokens`` (R,) new ones of each.
+
+    Returns it and the blocks of query rows of each row.
+    """
+    view = chunks_with(lengths, tokens, tokens, size, size, dtype, bits)
+    queries = uniform(2 * len(lengths) + 1, len(lengths[0]) * group, max(tokens), size, dtype=dtype)
+    newest = len(lengths[0]) * sum(tokens) * 2 * size * dtype.size
+    least = sum(map(sum, lengths)) * stored(view.pool) + newest
+    traffic = metal_host.count(lambda: tiled_rows(queries, view, size**-0.5, True, None))
+    return Attention.of(traffic, "prefill_attention", least), [-(-group * n // ROWS) for n in tokens]
+
+
 @dataclass
 class Compaction:
     """``score_reads``: bytes loaded of the scores, over their size. ``moves``: entries written, over evicted.
 
     ``loaded``, ``stored``: bytes of all buffers per candidate, each byte once per threadgroup.
+    ``launches`` of kernels.
     """
 
     score_reads: float
@@ -93,30 +109,44 @@ class Compaction:
     stored: float
     moves: float
     memory: int
+    launches: int
 
 
-def compaction(kept, new, heads, ties=False):
-    """A full pool of ``kept`` entries, of which as many stay, and ``new`` ones, all heads competing."""
+def compaction(kept, new, heads, ties=False, rows=1):
+    """A full pool of ``kept`` entries, of which as many stay, and ``new`` ones, all heads competing.
+
+    Of each row; figures are per candidate of one of them.
+    """
+    tokens, heads_each = new // heads, kept // heads
     count = kept + new
-    score = mx.floor(uniform(1, count) * 2) if ties else uniform(1, count)
-    index = mx.arange(count, dtype=mx.int32)[None]
-    arrays = score, mx.zeros(score.shape, mx.bool_), index // heads, index % heads
-
-    wanted, seen, lowest = np.array([kept]), np.array([count // heads + 1]), np.full(1, -np.inf, np.float32)
+    pool = pool_with([[heads_each] * heads] * rows, 32, 32, free=0)
+    if ties:
+        pool.retention = mx.floor(pool.retention * 2)
+    newest = mx.floor(uniform(heads, rows * tokens) * 2) if ties else uniform(heads, rows * tokens)
+    column = np.arange(rows * tokens, dtype=np.int32).reshape(rows, tokens)
+    numbers = np.array([[row, 1000, 1000 + tokens, 1, 0, 0] for row in range(rows)], np.int32)
+    wanted, seen, lowest = (
+        np.full(rows, kept),
+        np.full(rows, 1000 + tokens),
+        np.full(rows, -np.inf, np.float32),
+    )
+    base = np.arange(rows, dtype=np.int32) * (kept + 1)
 
     def plan():
-        keep = score_select.select(*arrays, wanted, seen, heads, lowest)
-        return keep, compaction_plan.destinations(keep, np.zeros(1, np.int32), kept)
+        score, _, position, head, must = candidates_kernel(pool, newest, column, numbers, False)
+        keep = score_select.select(score, must, position, head, wanted, seen, heads, lowest)
+        return keep, compaction_plan.destinations(keep, base, kept)
 
     traffic = metal_host.count(plan)
     with metal_host.installed():
-        keep, slots = (np.array(array[0]) for array in plan())
-    written = slots[slots != kept]
-    assert len(set(written)) == len(written) and keep.sum() == kept
+        keep, slots = (np.array(array) for array in plan())
+    written = slots[(slots - base[:, None]) != kept]
+    assert len(set(written)) == len(written) and (keep.sum(1) == kept).all()
     return Compaction(
-        traffic.total("loaded", "score") / score.nbytes,
-        traffic.total("loaded_per_threadgroup") / count,
-        traffic.total("stored_per_threadgroup") / count,
+        traffic.total("loaded", "score") / (rows * count * 4),
+        traffic.total("loaded_per_threadgroup") / (rows * count),
+        traffic.total("stored_per_threadgroup") / (rows * count),
         len(written) / (~keep).sum(),
         traffic.threadgroup_memory,
+        len(traffic.launches),
     )

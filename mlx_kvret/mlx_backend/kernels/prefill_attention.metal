@@ -1,25 +1,29 @@
-// Attention of a chunk of queries over a head's kept entries and its recent window (FlashAttention, arXiv 2205.14135).
-// A threadgroup has S * 8 query rows of one KV head, its G query heads side by side; tiles of N entries pass through
+// Attention of chunks of queries over their heads' kept entries and newest tokens (FlashAttention, arXiv 2205.14135):
+// grid (blocks of query rows, KV heads, rows of the batch). A threadgroup has S * 8 query rows of one KV head, its G query heads side by side; tiles of N entries pass through
 // threadgroup memory, once for all rows. Products are of 8x8 blocks; a lane holds two neighbours of one row of each.
 constexpr int E = D / 8, F = V / 8, C = N / 8, PAD = 16 / sizeof(T);
 const uint lane = thread_index_in_simdgroup;
 const uint warp = simdgroup_index_in_threadgroup;
-const int head = int(threadgroup_position_in_grid.y), heads = recent_keys_shape[1], recent = recent_keys_shape[2];
-const int tokens = queries_shape[2], group = queries_shape[1] / heads, all_rows = group * tokens;
-const int begin = offsets[layer[0] + head], kept = offsets[layer[0] + head + 1] - begin;
-const device T* head_keys = recent_keys + head * recent_keys_strides[1];
-const device T* head_values = recent_values + head * recent_values_strides[1];
+const int head = int(threadgroup_position_in_grid.y), heads = recent_keys_shape[1];
+// of a row: its slab, where its newest tokens begin and how many they are, how many of them ask, and their queries' row
+const int at = int(threadgroup_position_in_grid.z) * 5, recent = batch[at + 2], tokens = batch[at + 3];
+const int group = queries_shape[1] / heads, all_rows = group * tokens;
+const int first_row = int(threadgroup_position_in_grid.x) * S * 8;
+if (first_row >= all_rows) return;  // the same for all threads: other rows have more tokens
+const size_t start = batch[at + 1], query_row = batch[at + 4];
+const int flat = batch[at] * layer[1] + layer[0] + head, begin = offsets[flat], kept = offsets[flat + 1] - begin;
+const device T* head_keys = recent_keys + head * recent_keys_strides[1] + start * recent_keys_strides[2];
+const device T* head_values = recent_values + head * recent_values_strides[1] + start * recent_values_strides[2];
 const float scale = scaling[0] * LOG2E;
 
 // where a lane stands in a block
 const int y = int((lane / 4 & 4) + lane / 2 % 4), x = int((lane / 4 & 2) * 2 + lane % 2 * 2);
-const int first_row = int(threadgroup_position_in_grid.x) * S * 8;
 const int row = first_row + int(warp) * 8 + y;
 const bool real = row < all_rows;
 const int token = real ? row / group : 0;
 const int query_head = head * group + (real ? row % group : 0);
-const size_t place = size_t(query_head) * tokens + token;
-const device T* own_query = queries + query_head * queries_strides[1] + token * queries_strides[2];
+const size_t place = (query_row * queries_shape[1] + query_head) * queries_shape[2] + token;
+const device T* own_query = queries + query_row * queries_strides[0] + query_head * queries_strides[1] + token * queries_strides[2];
 const int unseen = CAUSAL ? recent - tokens + 1 : recent;  // of the recent window, for the first token, past it
 const int visible = kept + unseen + (CAUSAL ? token : 0);
 const int last_token = (min(first_row + S * 8, all_rows) - 1) / group;

@@ -1,16 +1,17 @@
-"""Attention of a chunk over ragged kept entries; the twin is :func:`..attention.attend_reference`."""
+"""Attention of chunks over ragged kept entries; the twin is :func:`..attention.attend_reference`, row by row.
+
+Several rows take one launch, each its own tokens of it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
+import numpy as np
 
+from ..view import Chunk, ChunkView, LayerView
 from .decode_attention import stored
 from .launch import Kernel, constant
-
-if TYPE_CHECKING:
-    from ..view import LayerView
+from .launch import rows as host_rows
 
 SIMDGROUPS = 8
 ROWS = SIMDGROUPS * 8
@@ -24,10 +25,16 @@ _attend = Kernel(
     "prefill_attention",
     [
         *("queries", "keys", "values", "table", "offsets", "recent_keys", "recent_values"),
-        *("layer", "scaling", "sinks"),
+        *("batch", "layer", "scaling", "sinks"),
     ],
     ["attended"],
     header="common.metal",
+    strided=True,
+)
+_together = Kernel(
+    "chunk_rows",
+    ["keys", "values", "window_keys", "window_values", "where", "tokens"],
+    ["packed_keys", "packed_values"],
     strided=True,
 )
 
@@ -85,20 +92,42 @@ def tiled(
     causal: bool,
     sinks: mx.array | None,
 ) -> mx.array:
-    """The kernel: keys and values are read once for every ``ROWS`` query rows of their head."""
-    pool, lookup = view.pool, view.pool.lookup
-    _, query_heads, tokens, key_dim = queries.shape
-    value_dim = view.values.shape[3]
+    """The kernel for one row: keys and values are read once for every ``ROWS`` query rows of their head."""
+    tokens, end = queries.shape[2], view.keys.shape[2]
+    rows = (Chunk(0, view.slabs[0], 0, end, tokens),)
+    chunks = ChunkView(view.pool, view.layer, view.keys, view.values, rows)
+    return tiled_rows(queries, chunks, scale, causal, sinks)
+
+
+def tiled_rows(
+    queries: mx.array,
+    chunks: ChunkView,
+    scale: float,
+    causal: bool,
+    sinks: mx.array | None,
+) -> mx.array:
+    """The kernel for rows: zeros for queries (R, Hq, T, Dk) that are padding, which are not even read."""
+    pool, lookup, rows = chunks.pool, chunks.pool.lookup, chunks.rows
+    count, query_heads, tokens, key_dim = queries.shape
+    heads, value_dim = chunks.keys.shape[1], chunks.values.shape[3]
     entry = (key_dim + value_dim) * queries.dtype.size
+    whole = len(rows) == count and all(row.tokens == tokens for row in rows)
+    numbers = np.array([[row.slab, row.begin, row.end, row.tokens, row.index] for row in rows], np.int32)
+    # of an empty pool nothing is read
+    stored_rows = (
+        (pool.keys, pool.values, lookup.table) if pool.capacity else (*chunks.pair(rows[0]), numbers)
+    )
     (attended,) = _attend(
         [
-            *(queries, pool.keys, pool.values, lookup.table, lookup.offsets),
-            *(view.keys, view.values, constant(view.first), constant(scale, dtype=mx.float32)),
+            *(queries, *stored_rows, lookup.offsets, chunks.keys, chunks.values, host_rows(numbers)),
+            constant(chunks.layer * heads, pool.heads + 1),
+            constant(scale, dtype=mx.float32),
             constant(0, dtype=mx.float32) if sinks is None else sinks,
         ],
-        [((1, query_heads, tokens, value_dim), queries.dtype)],
-        (-(-query_heads // view.kv_heads * tokens // ROWS), view.kv_heads, 1),
+        [((count, query_heads, tokens, value_dim), queries.dtype)],
+        (-(-query_heads // heads * tokens // ROWS), heads, len(rows)),
         SIMDGROUPS * 32,
+        None if whole else 0,
         T=queries.dtype,
         D=key_dim,
         V=value_dim,
@@ -109,3 +138,28 @@ def tiled(
         **stored(pool.forms),
     )
     return attended
+
+
+def chunk_rows(
+    keys: mx.array,
+    values: mx.array,
+    windows: tuple[mx.array, mx.array] | None,
+    where: mx.array,
+    tokens: int,
+) -> tuple[mx.array, mx.array]:
+    """Newest tokens of rows (1, H, ``tokens``, D), each row's behind one another's.
+
+    ``keys`` and ``values`` (R, H, T, D) are new, ``windows`` hold what came before (slabs, H, room, D).
+    ``where`` (tokens, 2) int32 is the row of what is new, or -1 less a slab, and a place there.
+    """
+    heads, key_dim, value_dim = keys.shape[1], keys.shape[3], values.shape[3]
+    packed_keys, packed_values = _together(
+        [keys, values, *(windows or (keys, values)), where, constant(tokens)],
+        [((1, heads, tokens, width), keys.dtype) for width in (key_dim, value_dim)],
+        (-(-tokens // SIMDGROUPS), heads, 1),
+        SIMDGROUPS * 32,
+        D=key_dim,
+        V=value_dim,
+        S=SIMDGROUPS,
+    )
+    return packed_keys, packed_values
