@@ -12,7 +12,7 @@ from mlx_kvret.core.absent import Absent
 from mlx_kvret.errors import CacheError
 
 from .bounded import Bounded
-from .kernels.dispatch import attend
+from .kernels.dispatch import attend, attend_rows
 from .modes import ordinary
 from .reading import Reading
 
@@ -80,6 +80,8 @@ class BoundedKVCache(CacheLayerMixin):
         before them alone.
         """
         self.attended += queries.shape[2]
+        if (chunks := self.reading.chunks(self.layer)) is not None:
+            return attend_rows(queries, chunks, scale, sinks, softcap, block)
         views = self.reading.views(self.layer)
         if len(views) == 1 and self.reading.whole:
             return attend(queries, views[0][2], scale, sinks, softcap, block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from .arena import Arena
 from .kernels.dispatch import append
 from .row import Chunk, Row, run_gates
-from .view import LayerView, Places
+from .view import Chunks, ChunkView, LayerView, Places
 
 
 class Reading:
@@ -42,6 +43,24 @@ class Reading:
         if tokens == 1 and len(rows) > 1 and fits and self.whole:
             self.places = Places(arena.pool, self.numbers(rows), arena.device)
         self._chunks = [self._chunk(row, n) for row, n in zip(rows, counts, strict=True)]
+        # of several rows: where they stand, and each layer's tokens one row after another
+        self._rows = None if self.places is not None else self._together()
+        self._joined: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _together(self) -> Chunks | None:
+        """Where the rows that read stand if they are several."""
+        active = [(at, row, n, first) for at, (row, n, (first, _)) in enumerate(self._each()) if n]
+        if len(active) < 2:
+            return None
+        ends = [row.length + n for _, row, n, _ in active]
+        begins = itertools.accumulate(ends, initial=0)
+        return Chunks(
+            [
+                (row.hold.index, begin, end, n, first, at)
+                for (at, row, n, first), begin, end in zip(active, begins, ends, strict=False)
+            ],
+            self.arena.device,
+        )
 
     @classmethod
     def fixed(cls, arena: Arena, rows: Sequence[Row]) -> Reading:
@@ -49,7 +68,7 @@ class Reading:
         made = cls(arena, rows, 1, [1] * len(rows))
         made.places = made.places or Places(arena.pool, cls.numbers(rows), arena.device)
         # a row's slab is free when nobody knows the row any more
-        made.rows, made.counts, made.ends, made._chunks = (), (), [], []
+        made.rows, made.counts, made.ends, made._chunks, made._rows = (), (), [], [], None
         return made
 
     @staticmethod
@@ -120,6 +139,10 @@ class Reading:
             append(keys, values, self.places.slabs, self.places.length, *recent.layer(layer))
             self.done[layer] = True
             return keys, values
+        if self._rows is not None:
+            self._append_rows(layer, keys, values, self._rows)
+            self.done[layer] = True
+            return keys, values
         for at, (row, n, (begin, end)) in enumerate(self._each()):
             if not n:
                 continue
@@ -138,6 +161,28 @@ class Reading:
                 chunk.keys[layer], chunk.values[layer] = joined
         self.done[layer] = True
         return self._newest(layer, 0) if len(self.rows) == 1 and self.counts[0] else (keys, values)
+
+    def _append_rows(self, layer: int, keys: torch.Tensor, values: torch.Tensor, chunks: Chunks) -> None:
+        """Of several rows: what they hold and what is new stands together, one row after another."""
+        parts: list[tuple[torch.Tensor, ...]] = []
+        for at, (row, n, (begin, end)) in enumerate(self._each()):
+            if n and row.length:
+                parts.append(row.newest(layer, 0, row.length))
+            if n:
+                parts.append(tuple(a[at : at + 1, :, begin:end] for a in (keys, values)))
+        joined = [torch.cat(side, 2) for side in zip(*parts, strict=True)]
+        self._joined[layer] = joined[0], joined[1]
+        active = [at for at, n in enumerate(self.counts) if n]
+        for at, (_, begin, length, tokens, _, _) in zip(active, chunks.numbers, strict=True):
+            own = tuple(a[:, :, begin : begin + length] for a in joined)
+            row, chunk = self.rows[at], self._chunks[at]
+            if chunk is not None:
+                chunk.keys[layer], chunk.values[layer] = own
+                continue
+            self.arena.recent.reserve(length, self.arena.limit, *own)
+            places = self.arena.recent.slices(layer, row.hold.index, length - tokens, length)
+            for place, part in zip(places, own, strict=True):
+                place.copy_(part[:, :, length - tokens :])
 
     def _newest(self, layer: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         row, chunk = self.rows[at], self._chunks[at]
@@ -160,6 +205,12 @@ class Reading:
             for at, (row, n, ends) in enumerate(self._each())
             if n
         ]
+
+    def chunks(self, layer: int) -> ChunkView | None:
+        """What several rows' chunks attend to, after :meth:`append`; None where a row or a step is alone."""
+        if self._rows is None:
+            return None
+        return ChunkView(self.arena.pool, layer, *self._joined[layer], self._rows)
 
     def _each(self) -> zip[tuple[Row, int, tuple[int, int]]]:
         return zip(self.rows, self.counts, self.ends, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +50,39 @@ class Places:
     def host_offsets(self) -> Ints:
         """Offsets (R, L·H + 1) of the rows; waits for the device once after a compaction."""
         return np.stack([self.pool.host_offsets(slab) for slab in self.host_slabs.tolist()])
+
+
+class Chunks:
+    """Where rows that read chunks stand: (R, 6) numbers of the host, renewed for each pass.
+
+    Of each: slab, where its newest tokens begin among those of all rows, how many they are, how many of them
+    ask, where these begin among the queries' places, and the queries' row.
+    """
+
+    def __init__(self, numbers: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        self.numbers, self.most = list(numbers), max(own[3] for own in numbers)
+        self.device = torch.tensor(self.numbers).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ChunkView:
+    """Chunks of several rows in a layer: ``keys`` and ``values`` (1, H, n, D), one row after another."""
+
+    pool: Pool
+    layer: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: Chunks
+
+    def views(self) -> Iterator[tuple[slice, slice, LayerView]]:
+        """Row by row: its place and its tokens' places among the queries, and what it attends to."""
+        for slab, begin, length, tokens, first, row in self.rows.numbers:
+            keys, values = (a[:, :, begin : begin + length] for a in (self.keys, self.values))
+            yield (
+                slice(row, row + 1),
+                slice(first, first + tokens),
+                LayerView(self.pool, slab, self.layer, keys, values),
+            )
 
 
 @dataclass(frozen=True)

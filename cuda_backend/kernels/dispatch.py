@@ -12,7 +12,7 @@ from mlx_kvret.core.config import EvictionConfig
 
 from .. import attention, selection
 from ..pool import Slab
-from ..view import LayerView
+from ..view import ChunkView, LayerView
 
 # as many query tokens as decode attention takes, and rows of queries per KV head
 FEW_TOKENS, FEW_ROWS = 8, 128
@@ -38,6 +38,26 @@ def attend(
     if few:
         return decode_attention(queries, view, scale, sinks, softcap)
     return prefill_attention(queries, view, scale, sinks, softcap)
+
+
+def attend_rows(
+    queries: torch.Tensor,
+    view: ChunkView,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    block: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As :func:`attend` for chunks of several rows: queries (R, Hq, T, Dk), zeros for what is padding."""
+    if block is None and enabled(queries.device):
+        from .prefill_attention import prefill_attention
+
+        return prefill_attention(queries, view, scale, sinks, softcap)
+    out = queries.new_zeros(*queries.shape[:3], view.values.shape[-1])
+    for at, part, own in view.views():
+        seen = None if block is None else block[at, part, part]
+        out[at, :, part] = attend(queries[at, :, part], own, scale, sinks, softcap, seen)
+    return out
 
 
 def select(

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..view import LayerView
+from ..view import ChunkView, LayerView
 from .softmax import accumulate, block_size, logits
 from .stored import load_stored, stored, strides
 
@@ -39,38 +39,59 @@ def _newest(
     return b_key, b_value
 
 
-@triton.jit(do_not_specialize=["first_head", "length", "tokens"])
+# what changes from layer to layer, from chunk to chunk, or as the pool grows, is no part of the code
+CHANGING = ["slab", "first_head", "length", "tokens", "places", "slots", "listed", "heads"]
+
+
+@triton.jit(do_not_specialize=CHANGING)
 def prefill_attention_fwd_kernel(
     p_query, p_pool_key, p_pool_value, p_key_scales, p_value_scales, p_table, p_offsets, p_key, p_value,
-    p_sinks, p_out, first_head, length, tokens, scale, softcap,
+    p_sinks, p_rows, p_out, slab, first_head, length, tokens, places, slots, listed, heads, scale, softcap,
     key_row, key_head, key_place, value_row, value_head, value_place,
     KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS // GROUP tokens of a KV head, token by token, with its query heads side by side.
+    """ROWS // GROUP tokens of a KV head of a row, token by token, with its query heads side by side.
 
-    Long tiles come first, so that none of them is begun when all others have ended.
+    Long tiles come first, so that none of them is begun when all others have ended. A slab has ``slots``
+    slots, ``listed`` of them in its table, and ``heads`` + 1 offsets; queries have ``places`` for tokens.
     """
     TILE: tl.constexpr = ROWS // GROUP
     head = tl.program_id(1)
+    query_row, first = tl.program_id(2).to(tl.int64), 0
+    if HAS_ROWS:
+        p_rows += tl.program_id(2) * 6
+        slab = tl.load(p_rows)
+        start = tl.load(p_rows + 1)
+        p_key += start * key_place
+        p_value += start * value_place
+        length = tl.load(p_rows + 2).to(tl.int32)
+        tokens = tl.load(p_rows + 3).to(tl.int32)
+        first = tl.load(p_rows + 4).to(tl.int32)
+        query_row = tl.load(p_rows + 5)
+    slab = slab.to(tl.int64)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
     row = tl.arange(0, ROWS)
     token, member = begin + row // GROUP, row % GROUP
     real = (row < GROUP * TILE) & (token < tokens)
     r_key, r_value, r_entry = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE), tl.arange(0, BLOCK)
-    at = ((head * GROUP + member).to(tl.int64) * tokens + token)[:, None]
+    query_head = query_row * tl.num_programs(1) * GROUP + head * GROUP + member
+    at = (query_head.to(tl.int64) * places + first + token)[:, None]
     b_query = tl.load(p_query + at * KEY + r_key, mask=real[:, None] & (r_key < KEY)[None, :], other=0.0)
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, BLOCK_VALUE], tl.float32)
-    flat = first_head + head
+    flat = slab * (heads + 1) + first_head + head
     low, high = tl.load(p_offsets + flat), tl.load(p_offsets + flat + 1)
+    # other rows have more tokens than this one
+    high = tl.where(begin < tokens, high, low)
+    p_table += slab * listed
     for start in range(low, high, BLOCK):
         b_inside = start + r_entry < high
-        slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0).to(tl.int64)
+        slot = tl.load(p_table + start + r_entry, mask=b_inside, other=0) + slab * slots
         b_key = load_stored(
             p_pool_key, p_key_scales, slot, b_inside, KEY, KEY_ROW, KEY_BITS, KEY_GROUP, BLOCK_KEY
         )
@@ -85,7 +106,8 @@ def prefill_attention_fwd_kernel(
     # the tile's first token stands here; whole blocks before it are seen by all its rows
     own = length - tokens + token
     diagonal = (length - tokens + begin + 1) // BLOCK * BLOCK
-    last = tl.minimum(length - tokens + begin + TILE, length)
+    last = tl.where(begin < tokens, tl.minimum(length - tokens + begin + TILE, length), 0)
+    diagonal = tl.minimum(diagonal, last)
     for start in range(0, diagonal, BLOCK):
         entry = start + r_entry
         b_inside = entry < last
@@ -115,31 +137,39 @@ def prefill_attention_fwd_kernel(
 
 def prefill_attention(
     queries: torch.Tensor,
-    view: LayerView,
+    view: LayerView | ChunkView,
     scale: float,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """As :func:`cuda_backend.attention.naive_attend` for a chunk of tokens of one row."""
+    """As :func:`cuda_backend.attention.naive_attend` for a chunk of tokens of one row, or of each of many.
+
+    Of several rows what is padding is zero, and not even read.
+    """
     _, query_heads, tokens, key_dim = queries.shape
-    heads, value_dim = view.kv_heads, view.values.shape[-1]
-    queries, out = queries.contiguous(), queries.new_empty(*queries.shape[:3], value_dim)
-    slab, group = view.pool.slab(view.slab), query_heads // heads
-    rows = tile_rows(view, group)
-    prefill_attention_fwd_kernel[(triton.cdiv(tokens, rows // group), heads)](
-        queries, **stored(slab, view.keys, view.values), p_table=slab.table, p_offsets=slab.offsets,
-        p_key=view.keys, p_value=view.values, p_sinks=sinks, p_out=out, first_head=view.first,
-        length=view.keys.shape[2], tokens=tokens, scale=scale, softcap=softcap or 0.0,
+    heads, value_dim, pool = view.keys.shape[1], view.values.shape[-1], view.pool
+    shape, group = (*queries.shape[:3], value_dim), query_heads // heads
+    queries, rows = queries.contiguous(), tile_rows(view, group)
+    chunks = view.rows if isinstance(view, ChunkView) else None
+    out = queries.new_empty(shape) if chunks is None else queries.new_zeros(shape)
+    most, count = (tokens, 1) if chunks is None else (chunks.most, len(chunks.numbers))
+    prefill_attention_fwd_kernel[(triton.cdiv(most, rows // group), heads, count)](
+        queries, **stored(pool, view.keys, view.values), p_table=pool.table, p_offsets=pool.offsets,
+        p_key=view.keys, p_value=view.values, p_sinks=sinks, p_out=out,
+        p_rows=None if chunks is None else chunks.device,
+        slab=view.slab if isinstance(view, LayerView) else 0, first_head=view.layer * heads,
+        length=view.keys.shape[2], tokens=tokens, places=tokens, slots=pool.slots, heads=pool.heads,
+        listed=pool.table.shape[1], scale=scale, softcap=softcap or 0.0,
         **strides("key", view.keys), **strides("value", view.values),
         GROUP=group, KEY=key_dim, VALUE=value_dim, ROWS=rows, BLOCK=block_size(view),
         BLOCK_KEY=max(16, triton.next_power_of_2(key_dim)),
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None, num_warps=8,
+        HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None, HAS_ROWS=chunks is not None, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def tile_rows(view: LayerView, group: int) -> int:
+def tile_rows(view: LayerView | ChunkView, group: int) -> int:
     """Query rows of a tile, at least one token's; GPUs before Hopper take fewer."""
     keys, width = view.keys, max(view.keys.shape[-1], view.values.shape[-1])
     small = width > 128 or (keys.is_cuda and torch.cuda.get_device_capability(keys.device)[0] < 9)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..view import LayerView
+from ..view import ChunkView, LayerView
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def accumulate(b_logit, b_seen, b_value, b_max, b_sum, b_out):
     return b_new, b_sum, b_out * b_shrink[:, None] + b_part
 
 
-def block_size(view: LayerView) -> int:
+def block_size(view: LayerView | ChunkView) -> int:
     """Entries read at a time: what keeps a program within the shared memory of an A100."""
     width = max(view.keys.shape[-1], view.values.shape[-1]) * view.keys.element_size()
     return 64 if width < 512 else 32

@@ -11,6 +11,7 @@ from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend.attention import attend
 from mlx_kvret.cuda_backend.bounded import Bounded
+from mlx_kvret.cuda_backend.kernels.dispatch import attend_rows
 
 SHAPE = CacheShape(layers=2, kv_heads=2, key_dim=3, value_dim=5, itemsize=4, hidden_size=4)
 WORDS, GROUP = 50, 2
@@ -59,6 +60,9 @@ class Bare:
             )
             cache.reading.observe(layer, got["x"])
             cache.reading.append(layer, keys, values)
+            if (rows := cache.reading.chunks(layer)) is not None:
+                outs.append(attend_rows(queries, rows, 0.5))
+                continue
             out = torch.full((len(chunks), 2 * GROUP, most, 5), torch.nan)
             for at, part, view in cache.reading.views(layer):
                 out[at, :, part] = attend(queries[at, :, part], view, 0.5)

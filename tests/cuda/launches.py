@@ -140,7 +140,7 @@ def launches(
     from mlx_kvret.core.config import EvictionConfig
     from mlx_kvret.cuda_backend.kernels import decode_attention, moving, prefill_attention, select
     from mlx_kvret.cuda_backend.pool import Pool
-    from mlx_kvret.cuda_backend.view import LayerView, Places
+    from mlx_kvret.cuda_backend.view import Chunks, ChunkView, LayerView, Places
 
     cpu, heads, dim, wide = torch.device("cpu"), shape.kv_heads, shape.dim, 64
     pool = Pool(rows, 1, 2 * heads, cpu, packings(kv_bits, dim, dim))
@@ -157,6 +157,9 @@ def launches(
             return found
         decode_attention.decode_attention(torch.zeros(rows, count, 1, dim, dtype=dtype), many, 0.1)
         prefill_attention.prefill_attention(torch.zeros(1, count, 40, dim, dtype=dtype), one, 0.1)
+        chunks = Chunks([(row, 8 * row, 8, 8, 0, row) for row in range(rows)], cpu)
+        several = ChunkView(pool, 0, *(window[:1, :, :1].expand(-1, -1, 8 * rows, -1),) * 2, chunks)
+        prefill_attention.prefill_attention(torch.zeros(rows, count, 8, dim, dtype=dtype), several, 0.1)
         new = window[:, :, :1]
         moving.append(new, new, places.slabs, places.length, window, window)
         newest = window[:1, :, :8].expand(2, -1, -1, -1)

@@ -27,7 +27,7 @@ from mlx_kvret.cuda_backend.kernels.prefill_attention import prefill_attention
 from mlx_kvret.cuda_backend.kernels.select import select_triton
 from mlx_kvret.cuda_backend.pool import Pool, listing
 from mlx_kvret.cuda_backend.selection import select
-from mlx_kvret.cuda_backend.view import LayerView, Places
+from mlx_kvret.cuda_backend.view import Chunks, ChunkView, LayerView, Places
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -181,6 +181,58 @@ def test_many_parts_are_merged(rows: int, monkeypatch: pytest.MonkeyPatch) -> No
     sound = replace(view, keys=view.keys.nan_to_num(), values=view.values.nan_to_num())
     out = decode_attention(queries, view, 0.3, pieces=6)
     torch.testing.assert_close(out, naive_attend(queries, sound, 0.3), rtol=1e-5, atol=1e-5)
+
+
+def random_chunks(
+    numbers: list[tuple[int, int, int]], key_dim: int = 16, value_dim: int = 24, kv_bits: Any = None
+) -> tuple[ChunkView, torch.Tensor]:
+    """Rows in any order of slabs with (newest tokens, those that ask, their first place); queries for them.
+
+    Of the queries' rows every other one does not ask. What is not to be read is NaN.
+    """
+    rows, heads, group = len(numbers), 2, 3
+    kept = random_view(rows + 1, heads, 9, key_dim, value_dim, torch.float32, 30, kv_bits)
+    slabs = np.random.default_rng(rows).permutation(rows + 3)[:rows].tolist()
+    begins = np.cumsum([0, *(length for length, _, _ in numbers)]).tolist()
+    keys, values = (torch.randn(1, heads, begins[-1], dim) for dim in (key_dim, value_dim))
+    told = [
+        (slab, begin, length, tokens, first, 1 + 2 * row)
+        for row, ((length, tokens, first), slab, begin) in enumerate(
+            zip(numbers, slabs, begins, strict=False)
+        )
+    ]
+    most = max(tokens + first for _, tokens, first in numbers)
+    queries = torch.full((2 * rows + 1, heads * group, most, key_dim), torch.nan)
+    for _, _, _, tokens, first, row in told:
+        queries[row, :, first : first + tokens] = torch.randn(heads * group, tokens, key_dim)
+    return ChunkView(kept.pool, 1, keys, values, Chunks(told, DEVICE)), queries
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8, "k8v4", 4])
+@pytest.mark.parametrize("special", ["plain", "sinks and softcap"])
+def test_chunks_of_rows_equal_their_twins(kv_bits: Any, special: str) -> None:
+    numbers = [(70, 66, 0), (3, 1, 4), (9, 9, 2), (40, 1, 0)]
+    view, queries = random_chunks(numbers, *((16, 24) if kv_bits is None else (32, 64)), kv_bits)
+    options = {} if special == "plain" else {"sinks": torch.randn(6), "softcap": 2.0}
+    out = prefill_attention(queries, view, 0.3, **options)
+    expected = torch.zeros_like(out)
+    for at, part, own in view.views():
+        expected[at, :, part] = naive_attend(queries[at, :, part], own, 0.3, **options)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 16])
+def test_any_number_of_rows_reads_chunks_at_once(rows: int) -> None:
+    chance = np.random.default_rng(rows)
+    tokens, held, first = (chance.integers(least, 9, rows) for least in (1, 0, 0))
+    numbers = np.stack([tokens + held, tokens, first], 1).tolist()
+    view, queries = random_chunks(numbers)
+    out = prefill_attention(queries, view, 0.3)
+    expected = torch.zeros_like(out)
+    for at, part, own in view.views():
+        expected[at, :, part] = naive_attend(queries[at, :, part], own, 0.3)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_chunk_sees_itself_causally() -> None:
