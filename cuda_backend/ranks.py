@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,21 +30,15 @@ class TorchRanks(Ranks):
 
     def _sum(self, counts: Ints) -> Ints:
         summed = torch.from_numpy(counts.copy()).to(self._device)
-        with watched("a sum over the ranks"):
-            try:
-                distributed.all_reduce(summed, group=self._group)
-            except RuntimeError as error:
-                raise _gone(error) from error
+        with watched("a sum over the ranks"), connected():
+            distributed.all_reduce(summed, group=self._group)
             return summed.cpu().numpy()
 
     def _gather(self, array: Array) -> list[Array]:
         data = torch.from_numpy(array.reshape(-1).view(np.uint8).copy()).to(self._device)
         parts = [torch.empty_like(data) for _ in range(self.size)]
-        with watched("arrays of the other ranks"):
-            try:
-                distributed.all_gather(parts, data, group=self._group)
-            except RuntimeError as error:
-                raise _gone(error) from error
+        with watched("arrays of the other ranks"), connected():
+            distributed.all_gather(parts, data, group=self._group)
             found = [part.cpu().numpy() for part in parts]
         return [part.view(array.dtype).reshape(array.shape) for part in found]
 
@@ -89,14 +84,8 @@ def patient(run: Callable[[Any, Callable[[], Any]], Any]) -> Callable[[Any, Call
     def call(cache: Any, forward: Callable[[], Any]) -> Any:
         if cache.share is None:
             return run(cache, forward)
-        with watched("a forward pass"):
-            try:
-                return run(cache, forward)
-            except RuntimeError as error:
-                # of torch's transports, which have no class of their own for it
-                if "transport" in str(error) or "NCCL" in str(error):
-                    raise _gone(error) from error
-                raise
+        with watched("a forward pass"), connected():
+            return run(cache, forward)
 
     return call
 
@@ -145,6 +134,18 @@ def share_of(model: PreTrainedModel, shape: CacheShape) -> Share | None:
     return share
 
 
-def _gone(error: RuntimeError) -> RankError:
-    reason = str(error).strip().partition("\n")[0].partition(". This is")[0]
-    return RankError(f"another rank is gone or late ({reason}); start all of them again")
+@contextmanager
+def connected() -> Iterator[None]:
+    """A lost connection is told as such.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # of torch's transports, which have no class of their own for it
+        if not any(name in str(error) for name in ("transport", "NCCL", "ProcessGroup")):
+            raise
+        reason = str(error).strip().partition("\n")[0].partition(". This is")[0]
+        raise RankError(f"another rank is gone or late ({reason}); start all of them again") from error

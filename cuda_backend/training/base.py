@@ -15,8 +15,10 @@ from mlx_kvret.training.run import Base
 
 from ..loading import load_model, read_tokenizer
 from ..memory import out_of_memory
+from ..ranks import connected
 from .attention import ROWS
 from .loss import CHUNK_ELEMENTS
+from .sharding import load_sharded
 
 # bytes of logits per element: student, teacher, their softmax and gradients in float32
 _LOGIT_COPIES = 5 * 4
@@ -31,8 +33,8 @@ def refuse_quantised(base: Base) -> None:
         )
 
 
-def load(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer.
+def load(folder: Path, dtype: str, device: torch.device, sharding: Any = None) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer; ``sharding`` as of :func:`.sharding.sharded_over`.
 
     Raises:
         CheckpointError: the files are damaged or incomplete.
@@ -41,12 +43,17 @@ def load(folder: Path, dtype: str, device: torch.device) -> tuple[PreTrainedMode
     """
     try:
         tokenizer = required(read_tokenizer(folder), folder)
+        if sharding is not None:
+            with connected():
+                return load_sharded(folder, dtype, sharding), tokenizer
         model: Any = load_model(folder, dtype=dtype)
         return model.to(device), tokenizer
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise TrainingError(f"{folder} does not fit on {device}; use a smaller model") from error
+        raise TrainingError(
+            f"{folder} does not fit on {device}; use a smaller model, or more processes and --shard"
+        ) from error
 
 
 def choose_device(name: str) -> torch.device:

@@ -24,9 +24,11 @@ from mlx_kvret.training.run import Base, Run, RunOptions
 from ..gates import RetentionGates, to_arrays
 from ..kernels.soft_size import soft_size
 from ..memory import free_bytes, out_of_memory
+from ..ranks import connected
 from . import base
 from .pictures import Seeing
 from .processes import Processes, join
+from .sharding import sharded_over, wanted
 from .step import gradient
 from .student import Student
 
@@ -45,8 +47,10 @@ def train(model: str | Path, records: Records, config: TrainConfig, options: Run
     found = Base.find(model)
     base.refuse_quantised(found)
     processes = join(options.device)
-    run = Run(found, records, config, options, processes.index == 0)
-    return run.go(Engine(found, config, options, processes))
+    run = processes.agreed(lambda: Run(found, records, config, options, processes.index == 0))
+    engine = processes.agreed(lambda: Engine(found, config, options, processes))
+    with connected():
+        return run.go(engine)
 
 
 class Engine:
@@ -59,7 +63,9 @@ class Engine:
 
     def __init__(self, found: Base, config: TrainConfig, options: RunOptions, processes: Processes):
         self.config, self.options, self.processes = config, options, processes
-        loaded, processor = base.load(found.folder, config.dtype, processes.device)
+        where = processes.count, processes.device
+        sharding = sharded_over(processes.count) if wanted(options, *where) else None
+        loaded, processor = base.load(found.folder, config.dtype, processes.device, sharding)
         self.tokenizer, seeing = spoken_by(processor), Seeing.of(loaded, processor)
         self.sees: Sees | None = seeing
         self.student = Student(loaded, seeing)
@@ -140,7 +146,7 @@ class Engine:
         ids, starts = (
             torch.from_numpy(np.ascontiguousarray(x[rows])).to(device) for x in (batch.ids, batch.starts)
         )
-        with torch.no_grad():
+        with torch.no_grad(), self.student.shards.whole():
             seen = self.student.see(ids, starts, batch, range(len(ids)))
             log_beta = self.student.learn(ids, starts, self.gates, self.config.sinks, seen).log_beta
             assert log_beta is not None

@@ -12,7 +12,7 @@ from mlx_kvret.training.report import Losses
 from ..gates import RetentionGates
 from ..kernels.soft_size import soft_size
 from .loss import active, capacity, distillation
-from .processes import Processes, my_rows
+from .processes import Processes, rounds
 from .student import Student
 
 
@@ -33,14 +33,11 @@ def gradient(
     learnt = max(int(batch.learn.sum()), 1)
     over = max(int(active(torch.from_numpy(batch.position), config.budget).sum()), 1)
     sums = torch.zeros(4, device=processes.device)
-    rows = my_rows(len(batch.ids), processes)
-    for first in range(0, len(rows), micro_batch):
-        chosen = rows[first : first + micro_batch]
-        if (batch.position[chosen] < 0).all():
-            continue
-        kl, ce, hinge, size = _forward(student, gates, batch, chosen, config, processes.device, slack)
-        loss = (kl + ce) / (2 * learnt) + config.capacity_weight * hinge / over
-        loss.backward()
+    for part, rows in rounds(batch, processes, micro_batch, bool(student.shards)):
+        with student.shards.whole():
+            kl, ce, hinge, size, none = _forward(student, gates, part, rows, config, processes.device, slack)
+            loss = (kl + ce) / (2 * learnt) + config.capacity_weight * hinge / over
+            (loss + none).backward()
         sums += torch.stack([kl, ce, hinge, size]).detach()
     sums = _reduce(gates, sums, processes)
     entries = student.layers * student.kv_heads
@@ -55,8 +52,11 @@ def _forward(
     config: TrainConfig,
     device: torch.device,
     slack: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums over some rows: KL, cross-entropy, hinge of the capacity, soft size over heads and tokens."""
+) -> tuple[torch.Tensor, ...]:
+    """Sums over some rows: KL, cross-entropy, hinge of the capacity, soft size over heads and tokens.
+
+    And 0, whose gradient of 0 goes through every layer, so that all are gathered even if nothing is learnt.
+    """
     ids, starts, position, learn = (
         torch.from_numpy(np.ascontiguousarray(array[rows])).to(device)
         for array in (batch.ids, batch.starts, batch.position, batch.learn)
@@ -70,7 +70,8 @@ def _forward(
     kl, ce = distillation(student.logits, trace.hidden[learn], teacher[learn], target, vocabulary)
     size = soft_size(trace.log_beta, starts)
     hinge = capacity(size, position, config.budget, config.scope, slack)
-    return kl, ce, hinge, (size.detach() * (position >= 0)[:, None]).sum()
+    total = (size.detach() * (position >= 0)[:, None]).sum()
+    return kl, ce, hinge, total, 0 * trace.hidden[:, -1].sum()
 
 
 def _reduce(gates: RetentionGates, sums: torch.Tensor, processes: Processes) -> torch.Tensor:

@@ -31,6 +31,7 @@ from ..modules import attention_modules, competing_layers
 from .attention import PackedMask
 from .pictures import Seeing
 from .registry import CALL, IMPLEMENTATION, Call
+from .sharding import Shards
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Student:
 
     def __init__(self, model: PreTrainedModel, seeing: Seeing | None = None):
         self.model, self.seeing = model.eval().requires_grad_(False), seeing
+        self.shards = Shards(model)
         self._active: RetentionGates | None = None
         self._documents: PackedMask | None = None
         self._lasting: torch.Tensor | None = None
@@ -75,6 +77,7 @@ class Student:
         ]
         try:
             self._probe()
+            self.shards.close()
         except BaseException:
             self.detach()
             raise

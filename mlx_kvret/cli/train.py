@@ -24,6 +24,7 @@ Examples:
   mlx-kvret train ./model --data self --data book.txt --output run       # and goes on with yours
   mlx-kvret train --output run --export gates-so-far                     # from a run that is not over
   accelerate launch --num_processes 4 "$(which mlx-kvret)" train ./model --data chats.jsonl --output run
+  torchrun --nproc-per-node 4 -m mlx_kvret train ./large --shard --data chats.jsonl --output run
 
 The output folder holds log.csv, plots.png, the run's last checkpoint and, at the end, the gates in its
 folder "gates", ready for `mlx-kvret generate --gates run/gates`.
@@ -117,6 +118,12 @@ def _setting(name: str, text: str, metavar: str | None = None) -> Any:
     show_default=True,
     help="Recompute layers in the backward pass: slower, far less memory.",
 )
+@click.option(
+    "--shard",
+    is_flag=True,
+    help="Each of several processes holds a share of the model, for one that does not fit on a device. On "
+    "torch; accelerate's FSDP switches it on too.",
+)
 def command(
     model: str | None,
     files: tuple[str, ...],
@@ -133,6 +140,7 @@ def command(
     micro_batch: int,
     save_every: int,
     recompute: bool,
+    shard: bool,
     **settings: Any,
 ) -> None:
     """Train retention gates for MODEL: folder or hub id of a transformers or mlx-lm model, or demo, smollm2.
@@ -166,7 +174,7 @@ def command(
     backend = "mlx_backend" if chosen == "mlx" else "cuda_backend"
     train = importlib.import_module(f"mlx_kvret.{backend}.training.engine").train
     gates = train(
-        model, records, config, RunOptions(folder, resume, device, micro_batch, save_every, recompute)
+        model, records, config, RunOptions(folder, resume, device, micro_batch, save_every, recompute, shard)
     )
     if gates is None:
         return

@@ -41,7 +41,8 @@ class RunOptions:
     """How a run is carried out; nothing here changes its result beyond rounding.
 
     ``micro_batch`` sequences go through the model at once; every ``save_every`` steps a checkpoint is
-    written; with ``recompute`` layers are recomputed in the backward pass: slower, in far less memory.
+    written; with ``recompute`` layers are recomputed in the backward pass: slower, in far less memory. With
+    ``shard`` each of several processes holds a share of the base's weights.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class RunOptions:
     micro_batch: int = 1
     save_every: int = 100
     recompute: bool = True
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "save_every"):
@@ -168,8 +170,7 @@ class Run:
                 self._save()
         if not (folder / GATES).exists():
             self._loop()
-            if self.main:
-                self._finish()
+            self._finish()
         return folder / GATES if self.main else None
 
     def _read(self, index: int) -> Document | None:
@@ -254,10 +255,14 @@ class Run:
     def _finish(self) -> None:
         """Profile the gates on the first batch of the data, then write them."""
         folder = self.options.folder
-        self._save()
+        if self.main:
+            self._save()
         self.packer.position = Position()
-        if batch := self.packer.batch():
-            measured = self.engine.profile(batch)
+        # in all processes, which may hold the model together
+        measured = self.engine.profile(batch) if (batch := self.packer.batch()) else None
+        if not self.main:
+            return
+        if measured:
             with whole_file(folder / PROFILE) as scratch:
                 scratch.write_text(json.dumps(measured) + "\n")
         told = {

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ...core.loading import required
 from ...core.tensors import Tensor
 from ...core.types import Floats
-from ...errors import ConfigError, TrainingError
+from ...errors import ConfigError, TrainingError, UnsupportedFeatureError
 from ...training.config import TrainConfig
 from ...training.packing import Batch
 from ...training.pictures import Sees
@@ -43,6 +43,8 @@ def train(model: str | Path, records: Records, config: TrainConfig, options: Run
     Raises:
         KVRetError: see :mod:`mlx_kvret.errors`.
     """
+    if options.shard:
+        raise UnsupportedFeatureError("MLX trains in one process; leave out --shard, or use --backend torch")
     base = Base.find(model)
     run = Run(base, records, config, options)
     return run.go(Engine(base, config, options))
