@@ -2,8 +2,8 @@
 
 python benchmarks/shard_memory.py        makes a random model of 400 MB, trains two steps, prints a table
 
-The base is saved in half precision and opened in float32: so its weights are the process's own memory, and not
-pages of a file that processes share.
+The base is saved in half precision and opened in float32: so its weights are the process's own memory, and
+not pages of a file that processes share.
 """
 
 from __future__ import annotations
