@@ -44,12 +44,9 @@ class TorchRanks(Ranks):
 
     def token(self, token: torch.Tensor) -> torch.Tensor:
         """The first rank's token (1,), on its device."""
-        with watched("a token of the first rank"):
+        with watched("a token of the first rank"), connected():
             found = token.clone()
-            try:
-                distributed.broadcast(found, group=self._group, group_src=0)
-            except RuntimeError as error:
-                raise _gone(error) from error
+            distributed.broadcast(found, group=self._group, group_src=0)
             return found
 
 
@@ -143,6 +140,8 @@ def connected() -> Iterator[None]:
     """
     try:
         yield
+    except RankError:
+        raise
     except RuntimeError as error:
         # of torch's transports, which have no class of their own for it
         if not any(name in str(error) for name in ("transport", "NCCL", "ProcessGroup")):
