@@ -14,6 +14,7 @@ from mlx_kvret.core.checkpoint import GateCheckpoint
 from mlx_kvret.core.loading import check_loading, check_parallel
 from mlx_kvret.core.model_folder import model_config
 from mlx_kvret.core.picture_prompts import Asked
+from mlx_kvret.core.ranks import Ranks
 from mlx_kvret.core.sampling import Sampling, drawing
 from mlx_kvret.core.saving import read_alike, write_once
 from mlx_kvret.errors import (
@@ -129,6 +130,13 @@ def load_cache(model: PreTrainedModel, path: str | Path) -> tuple[BoundedCache, 
     attached = hooks.attachment(model)
     snapshot = read_alike(path, None if attached is None else attached.layout.share)
     return hooks.reopened_cache(model, snapshot), snapshot.notes
+
+
+def ranks_of(model: PreTrainedModel) -> Ranks | None:
+    """The processes that hold a model together; None if one does."""
+    attached = hooks.attachment(model)
+    share = None if attached is None else attached.layout.share
+    return None if share is None else share.ranks
 
 
 def competing(model: PreTrainedModel) -> tuple[CacheShape, list[int]]:

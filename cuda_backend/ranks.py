@@ -18,7 +18,7 @@ from mlx_kvret.core.ranks import Ranks
 from mlx_kvret.core.shares import Share
 from mlx_kvret.core.types import Array, Ints
 from mlx_kvret.core.watch import watched
-from mlx_kvret.errors import ConfigError, RankError, UnsupportedFeatureError, UnsupportedModelError
+from mlx_kvret.errors import ConfigError, RankError, RankLost, UnsupportedFeatureError, UnsupportedModelError
 
 
 class TorchRanks(Ranks):
@@ -136,7 +136,7 @@ def connected() -> Iterator[None]:
     """A lost connection is told as such.
 
     Raises:
-        RankError: another rank is gone.
+        RankLost: another rank is gone.
     """
     try:
         yield
@@ -147,4 +147,4 @@ def connected() -> Iterator[None]:
         if not any(name in str(error) for name in ("transport", "NCCL", "ProcessGroup")):
             raise
         reason = str(error).strip().partition("\n")[0].partition(". This is")[0]
-        raise RankError(f"another rank is gone or late ({reason}); start all of them again") from error
+        raise RankLost(f"another rank is gone or late ({reason}); start all of them again") from error

@@ -45,6 +45,10 @@ class RankError(KVRetError, RuntimeError):
     """Processes that work together cannot go on: one is gone, late, or has decided otherwise."""
 
 
+class RankLost(RankError):
+    """One of several processes is gone, or how far it is cannot be told: none of them can go on."""
+
+
 class OutOfMemoryError(CacheError, MemoryError):
     """A forward pass does not fit into memory; the cache is as it was before it."""
 

@@ -34,6 +34,7 @@ from .session import chosen_template, drawn, load, required
 @shared.ignore_template_option
 @shared.eviction_options
 @shared.sampling_options
+@shared.split_option
 @click.pass_context
 def command(context: click.Context, **options: Any) -> None:
     """Ask many questions about one reading; none disturbs the next.

@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
-from ..errors import ConfigError, KVRetError
+from ..errors import ConfigError, KVRetError, RankLost
 from ..texts import check_stdin
 from . import options as shared
+from . import ranks
+from .company import Company, together
 from .ending import one_line
 from .habits import older_names, refusals
 from .screen import note
@@ -24,6 +26,7 @@ from .session import load, required, sampling, template_of
 @shared.prompt_options
 @shared.eviction_options
 @shared.sampling_options
+@shared.split_option
 @refusals
 @older_names("--system")
 @click.pass_context
@@ -44,8 +47,8 @@ def command(context: click.Context, **options: Any) -> None:
       mlx-kvret chat --model smollm2 --file book.txt
       mlx-kvret chat --model smollm2 --cache notes.kv
     """
+    from ..api import backend_of
     from .talk import COMMANDS, Conversation, settings
-    from .typed import messages, next_message
 
     saved, files = options.pop("cache"), options.pop("file")
     shared.check_cache_alone(context, saved, options)
@@ -53,26 +56,39 @@ def command(context: click.Context, **options: Any) -> None:
     if saved is not None:
         # until the file says how it was made; gates may be none
         evict = {"policy": "recent"}
-    check_stdin()
+    if ranks.first():
+        check_stdin()
     model, tokenizer = load(options)
+    company = Company(backend_of(model).ranks_of(model))
     template = template_of(required(tokenizer), options)
-    conversation = Conversation(model, tokenizer, options.pop("system_prompt"), evict, template)
+    system = options.pop("system_prompt")
+    conversation = Conversation(model, tokenizer, system, evict, template, company)
     draw = sampling(model, tokenizer, options)
     draw |= {name: options[name] for name in ("max_tokens", "prefill_step_size")}
-    if saved is not None:
-        conversation.begin_with(Path(saved).expanduser())
-    for file in files:
-        if file == "-":
-            raise ConfigError("--file is standard input, which what you say comes from; give a file")
-        conversation.read(Path(file).expanduser(), options["prefill_step_size"])
-    budget = settings(conversation.cache).get("budget")
-    kept = "every token" if budget is None else f"up to {budget:,} tokens per head"
-    note(f"Commands: {'  '.join(COMMANDS)}. The cache keeps {kept}.", err=True)
-    ask = messages()
+    with together():
+        if saved is not None:
+            conversation.begin_with(Path(saved).expanduser())
+        for file in files:
+            if file == "-":
+                raise ConfigError("--file is standard input, which what you say comes from; give a file")
+            conversation.read(Path(file).expanduser(), options["prefill_step_size"])
+        budget = settings(conversation.cache).get("budget")
+        kept = "every token" if budget is None else f"up to {budget:,} tokens per head"
+        note(f"Commands: {'  '.join(COMMANDS)}. The cache keeps {kept}.", err=True)
+        _talk(conversation, company, draw)
+
+
+def _talk(conversation: Any, company: Company, draw: dict[str, Any]) -> None:
+    """To the end of what is said; what cannot be done is said and does not end it."""
+    from .typed import messages, next_message
+
+    ask = messages() if company.first else None
     while True:
         try:
-            text = next_message(ask)
+            text = company.hear(lambda: None if ask is None else next_message(ask))
             if text is None or not conversation.take(text, draw):
                 break
+        except RankLost:
+            raise
         except KVRetError as error:
             note(f"error: {one_line(error)}", err=True)

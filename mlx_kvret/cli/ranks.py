@@ -12,7 +12,7 @@ from ..core.launched import Launched, launched
 from ..errors import ConfigError
 
 # what a model that several processes hold can be used for, and what one process does for all
-TOGETHER, FIRST = ("generate", "read", "ask", "serve"), ("convert", "get", "plan", "info")
+TOGETHER, FIRST = ("generate", "read", "ask", "chat", "serve"), ("convert", "get", "plan", "info")
 # launched on its own terms
 APART = ("train",)
 

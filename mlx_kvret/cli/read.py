@@ -23,6 +23,7 @@ from .session import chosen_template, load, required
 @shared.reading_options
 @shared.ignore_template_option
 @shared.eviction_options
+@shared.split_option
 def command(**options: Any) -> None:
     """Read text files within a fixed KV budget, and save what is remembered.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,11 @@ import click
 
 from ..core.budget import parse_budget
 from ..core.picture_prompts import spoken_by
-from ..core.watch import STATUS
-from ..errors import ConfigError, MissingDependencyError, RankError
+from ..errors import ConfigError, MissingDependencyError
 from . import options as shared
 from . import ranks
-from .ending import leaving_at_once, tell
+from .company import together
+from .ending import leaving_at_once
 from .session import loading, note
 
 NEEDED = ("starlette", "uvicorn", "pydantic")
@@ -143,7 +141,7 @@ def command(**options: Any) -> None:
         )
         given = model, spoken_by(tokenizer), evict
         made = start(*given, settings, room) if ranks.first() else None
-    with _together():
+    with together():
         if made is None:
             serve_along(*given, room)
             return
@@ -156,16 +154,6 @@ def command(**options: Any) -> None:
             note(f"{settings.model} at {address}/v1{page} (ctrl-C ends)", err=True)
 
         Serving(service, ready).run_until_told()
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Of several processes none goes on without the others, and all of them end alike."""
-    try:
-        yield
-    except RankError as error:
-        tell(error)
-        raise click.exceptions.Exit(STATUS) from error
 
 
 def _half(model: str, backend: str, revision: str | None) -> dict[str, Any]:

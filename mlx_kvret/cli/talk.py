@@ -17,22 +17,10 @@ from ..errors import CacheError, ConfigError
 from ..picture_template import SeeingTemplate
 from ..reading import Reading, copied
 from ..texts import read_picture, read_text
-from .ending import stoppable
+from .company import Company
 from .screen import note, progress, show, speech
+from .typed import COMMANDS, HELP, unquoted
 
-COMMANDS = {
-    "/read FILE": "read a text file, to ask about it",
-    "/image FILE": "have a picture go with the next message, before it or where it says <image>",
-    "/continue": "go on with an answer that was cut short",
-    "/retry": "ask the last message again",
-    "/undo": "forget the last message and its answer, or the last file",
-    "/stats": "what is remembered, in which memory, and the speed of the last answer",
-    "/save FILE": "write the conversation and its cache",
-    "/load FILE": "go on with a conversation or a reading that was saved",
-    "/reset": "begin a new conversation with an empty cache",
-    "/help": "these lines",
-    "/quit": "leave, as ctrl-D does",
-}
 _TAKES_FILE = {name.split()[0]: " " in name for name in COMMANDS}
 
 
@@ -66,13 +54,21 @@ class Conversation:
     Args:
         eviction: options of the cache.
         template: the chat template with settings of its own; the tokenizer's unless given.
+        company: the processes that talk together; this one alone unless given.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, system: str | None, eviction: dict[str, Any], template: Any = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        system: str | None,
+        eviction: dict[str, Any],
+        template: Any = None,
+        company: Company | None = None,
     ) -> None:
         self.model, self.tokenizer, self.system, self.eviction = model, tokenizer, system, eviction
         self.template = tokenizer if template is None else template
+        self.company = Company() if company is None else company
         self.reset()
 
     def reset(self) -> None:
@@ -188,11 +184,11 @@ class Conversation:
         Raises:
             ConfigError: it cannot be read; the conversation is as before.
         """
-        text = read_text(str(path))
+        text = self.company.told(lambda: read_text(str(path)))
         if not text.strip():
             raise ConfigError(f"{path} is empty; give a file with text")
         last = self._begin(None, lambda transcript, _: transcript.plan_text(text))
-        with progress() as tell, stoppable() as stop:
+        with progress() as tell, self.company.stoppable() as stop:
             reading = Reading(self.model, self.tokenizer, self.cache, last.base.copy())
 
             def advance(done: int, total: int) -> None:
@@ -216,6 +212,7 @@ class Conversation:
         self._check()
         base = self.transcript.copy()
         turn = plan(base, text)
+        self.company.agree(turn.new)
         return Last(copied(self.cache), self.transcript.copy(), text, base, turn)
 
     def _speak(self, ids: list[int], options: dict[str, Any]) -> None:
@@ -229,7 +226,7 @@ class Conversation:
             text.add(token)
         text.end()
         read = self.cache.seen
-        with progress() as tell, stoppable() as stop:
+        with progress() as tell, self.company.stoppable() as stop:
 
             def advance(done: int, total: int) -> None:
                 tell(done, total)
@@ -297,8 +294,6 @@ class Conversation:
         if bool(argument) != _TAKES_FILE[name]:
             wrong = f"{name} takes nothing behind it" if argument else f"{name} needs a file behind it"
             raise ConfigError(f"{wrong}; to say this to the model, begin the line with a space")
-        from .typed import unquoted
-
         argument = unquoted(argument)
         path = Path(os.path.expanduser(argument))
         if name == "/reset":
@@ -327,8 +322,6 @@ class Conversation:
 
     def help(self) -> None:
         """Our commands, and how to type."""
-        from .typed import HELP
-
         note("\n".join(f"{name:<12}{what}" for name, what in COMMANDS.items()))
         note("Any other line is text for the model; so is one of these behind a space.")
         note(HELP)

@@ -16,6 +16,19 @@ from .session import read_line
 
 FENCE = '"""'
 PROMPT, MORE = ">> ", ".. "
+COMMANDS = {
+    "/read FILE": "read a text file, to ask about it",
+    "/image FILE": "have a picture go with the next message, before it or where it says <image>",
+    "/continue": "go on with an answer that was cut short",
+    "/retry": "ask the last message again",
+    "/undo": "forget the last message and its answer, or the last file",
+    "/stats": "what is remembered, in which memory, and the speed of the last answer",
+    "/save FILE": "write the conversation and its cache",
+    "/load FILE": "go on with a conversation or a reading that was saved",
+    "/reset": "begin a new conversation with an empty cache",
+    "/help": "these lines",
+    "/quit": "leave, as ctrl-D does",
+}
 HELP = (
     'A message of several lines: end a line with a backslash, or begin with """ and end with """. '
     "What is pasted into a terminal is one message."

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ..errors import ConfigError, RankError
+from ..errors import ConfigError, RankLost
 
 T = TypeVar("T")
 VARIABLE, SECONDS = "MLX_KVRET_RANK_TIMEOUT", 300.0
@@ -97,7 +97,7 @@ def watched(what: str, together: bool = True) -> Iterator[None]:
         # MLX says so where another's watch was quicker, and has closed its connections
         if not _LOST.match(str(error)):
             raise
-        raise RankError(f"another rank is gone ({error}); start all of them again") from error
+        raise RankLost(f"another rank is gone ({error}); start all of them again") from error
     finally:
         _watch.waits.remove(wait)
         for outer in _watch.waits:

@@ -15,6 +15,7 @@ from ..core.installed import missing
 from ..core.loading import check_loading, check_parallel
 from ..core.model_folder import model_config as stored_config
 from ..core.picture_prompts import Asked
+from ..core.ranks import Ranks
 from ..core.sampling import Sampling, drawing
 from ..core.saving import read_alike, write_once
 from ..core.vision import has_vision
@@ -125,6 +126,13 @@ def load(
     else:
         attach_these(network, checkpoint, config)
     return network, tokenizer
+
+
+def ranks_of(model: nn.Module) -> Ranks | None:
+    """The processes that hold a model together; None if one does."""
+    attached = hooks.attachment(model)
+    share = None if attached is None else attached.layout.share
+    return None if share is None else share.ranks
 
 
 def competing(model: nn.Module) -> tuple[CacheShape, list[int]]:

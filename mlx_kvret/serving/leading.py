@@ -8,7 +8,6 @@ sleep in between, so that none waits in vain for one that is gone, and none burn
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import secrets
@@ -21,50 +20,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from ..core.ranks import Ranks
+from ..core.line import PAUSE, Line
 from ..core.watch import STATUS
-from ..errors import ConfigError, KVRetError, RankError
+from ..errors import ConfigError, KVRetError, RankLost
 from .backend import Backend
 from .deeds import ALONE, Deeds, told_of
 from .drawing import Drawing
 from .engine import Step
-from .worker import PAUSE
 
 log = logging.getLogger(__name__)
-# of a message that goes in one round, 32-bit words with the one that says how long it is
-WORDS = 64
-
-
-class Line:
-    """Messages of the first rank to all, and what became of them; all ranks make the same calls."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def say(self, message: Any = None) -> Any:
-        """The first rank's message, on every rank."""
-        data = json.dumps(message).encode() if self.ranks.rank == 0 else b""
-        room = 4 * (WORDS - 1)
-        begun = self.ranks.first(_words(len(data).to_bytes(4, "little") + data[:room], WORDS))
-        size = int(begun[0])
-        found = begun[1:].tobytes()[:size]
-        if size > room:
-            rest = self.ranks.first(_words(data[room:], -(-(size - room) // 4)))
-            found += rest.tobytes()[: size - room]
-        return json.loads(found)
-
-    def heard(self, failed: bool, leaving: bool) -> tuple[list[int], bool]:
-        """Which ranks have failed at what was said last, and whether any has been told to end."""
-        own = np.zeros(self.ranks.size + 1, np.int32)
-        own[self.ranks.rank], own[-1] = failed, leaving
-        found = self.ranks.sum(own)
-        return np.flatnonzero(found[:-1]).tolist(), bool(found[-1])
-
-
-def _words(data: bytes, count: int) -> Any:
-    return np.frombuffer(data.ljust(4 * count, b"\0"), "<i4")[:count]
 
 
 class Held:
@@ -105,13 +69,13 @@ class Leader:
         self._count = itertools.count()
         # filled by whichever thread lets go of a cache last
         self._dropped: deque[int] = deque()
-        self._lost: RankError | None = None
+        self._lost: RankLost | None = None
 
     def do(self, deed: str, *given: Any) -> Any:
         """Have all ranks do something.
 
         Raises:
-            RankError: the ranks cannot go on, or those that failed at a deed which all are over with.
+            RankLost: the ranks cannot go on, or those that failed at a deed which all are over with.
         """
         if self._lost is not None:
             raise self._lost
@@ -119,7 +83,7 @@ class Leader:
         try:
             self._line.say([deed, dropped, given])
             found, failed, leaving = _together(self._line, self.deeds, deed, dropped, given, False)
-        except RankError as error:
+        except RankLost as error:
             self._lost = error
             raise
         self.leaving |= leaving
@@ -197,7 +161,7 @@ def follow(backend: Backend, rows: int) -> None:
     """Do what the first rank says until it says the end. The first signal is passed on to it.
 
     Raises:
-        RankError: the ranks cannot go on.
+        RankLost: the ranks cannot go on.
     """
     ranks = backend.ranks
     assert ranks is not None
@@ -226,16 +190,16 @@ def _together(
     """What this rank's part of a deed gave or raised, which ranks failed at it, and who is told to end.
 
     Raises:
-        RankError: it failed where the others may be in the midst of their sums, which no message can reach.
+        RankLost: it failed where the others may be in the midst of their sums, which no message can reach.
     """
     found: Any = None
     try:
         found = deeds.do(deed, dropped, given)
-    except RankError:
+    except RankLost:
         raise
     except Exception as error:
         if deed not in ALONE:
-            raise RankError(
+            raise RankLost(
                 f"rank {line.ranks.rank} failed ({deed}: {error}), and how far the others are none can tell; "
                 "start all of them again"
             ) from error

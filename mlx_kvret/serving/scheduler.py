@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RankError
+from ..errors import RankLost
 from .backend import Passes
 from .engine import Engine
 from .failures import Refusal, failed, gone, too_late
@@ -210,7 +210,7 @@ class Scheduler:
         """A step that fails ends the requests that were in it, and nothing else."""
         try:
             yield
-        except RankError:  # nothing works any more
+        except RankLost:  # nothing works any more
             raise
         except Exception as error:
             log.exception("a step failed")

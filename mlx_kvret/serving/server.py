@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import ConfigError, RankError
+from ..errors import ConfigError, RankLost
 from .app import Service, app_of
 
 # after the requests' own end, for their last words to be sent
@@ -49,7 +49,7 @@ class Serving(uvicorn.Server):
 
         Raises:
             ConfigError: the address is taken, or not this machine's.
-            RankError: of several ranks one is gone.
+            RankLost: of several ranks one is gone.
         """
         try:
             listening = listen(self._service.settings.host, self._service.settings.port)
@@ -63,7 +63,7 @@ class Serving(uvicorn.Server):
         finally:
             listening.close()
             self._end()
-        if isinstance(self._service.worker.error, RankError):
+        if isinstance(self._service.worker.error, RankLost):
             raise self._service.worker.error
 
     def _end(self) -> None:
@@ -77,7 +77,7 @@ class Serving(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         worker = self._service.worker
-        if worker.told_to_end() or isinstance(worker.error, RankError):
+        if worker.told_to_end() or isinstance(worker.error, RankLost):
             self.stop()
         # what is sent to a client that takes nothing would wait for ever
         now = time.monotonic()

@@ -76,7 +76,7 @@ def serve_along(model: Any, tokenizer: Any, options: dict[str, Any], room: Room)
 
     Raises:
         ConfigError: as of :func:`start`.
-        RankError: another rank is gone.
+        RankLost: another rank is gone.
     """
     backend, planned = _planned(model, tokenizer, options, room)
     follow(backend, planned.rows)

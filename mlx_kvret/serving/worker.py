@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ..core.line import PAUSE
 from .failures import Refusal, failed, stopping
 from .job import Job
 from .scheduler import Scheduler
@@ -16,8 +17,6 @@ from .scheduler import Scheduler
 log = logging.getLogger(__name__)
 # how long to wait for news where only the disk can bring any
 SHORTLY = 0.005
-# and where others are to hear that nothing has come
-PAUSE = 0.05
 
 
 class Worker:

@@ -20,9 +20,9 @@ from serving.running import CHAT, TEXT, running, user
 
 import mlx_kvret
 from mlx_kvret.core import watch
+from mlx_kvret.core.line import WORDS, Line
 from mlx_kvret.serving.deeds import drawing_of, told_of
 from mlx_kvret.serving.drawing import Drawing
-from mlx_kvret.serving.leading import WORDS, Line
 
 from .processes import HERE, gloo, ring
 from .threads import together

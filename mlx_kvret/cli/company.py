@@ -1,0 +1,138 @@
+"""A talk in several processes: the first one hears the user and decides, the others follow in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+import numpy as np
+
+from ..core.launched import launched
+from ..core.line import PAUSE, Line
+from ..core.ranks import Ranks
+from ..core.watch import STATUS
+from ..errors import ConfigError, KVRetError, RankError, RankLost
+from .ending import stoppable, tell
+
+
+class Company:
+    """The processes that hold a model together, or this one alone where ``ranks`` is None."""
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._line = None if ranks is None else Line(ranks)
+        self.first = ranks is None or ranks.rank == 0
+        if not self.first:
+            # ctrl-C is the first one's affair
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _drop_input()
+
+    def hear(self, ask: Callable[[], str | None]) -> str | None:
+        """What the user says to the first process; None at the end.
+
+        Raises:
+            ConfigError: it cannot be read.
+            RankLost: a process is gone.
+        """
+        if self._line is None:
+            return ask()
+        if not self.first:
+            while (found := self._line.say()) is None:
+                time.sleep(PAUSE)
+        else:
+            found = self._asked(self._line, ask)
+            self._line.say(found)
+        said, text = found
+        if not said:
+            raise ConfigError(text)
+        return None if text is None else str(text)
+
+    def _asked(self, line: Line, ask: Callable[[], str | None]) -> tuple[bool, str | None]:
+        """What the user says, while the others are told that nothing was said yet."""
+        over = threading.Event()
+
+        def beat() -> None:
+            try:
+                while not over.wait(PAUSE):
+                    line.say(None)
+            except RankLost as error:
+                # nothing else ends a wait for a line
+                tell(error)
+                os._exit(STATUS)
+
+        thread = threading.Thread(target=beat, name="kvret-beat", daemon=True)
+        thread.start()
+        try:
+            return True, ask()
+        except KVRetError as error:
+            return False, str(error)
+        finally:
+            over.set()
+            thread.join()
+
+    def told(self, action: Callable[[], Any]) -> Any:
+        """What an action of the first process gives, text say, to all of them. Raises what it raises."""
+        return action() if self._line is None else self._line.told(action)
+
+    def agree(self, ids: Sequence[int]) -> None:
+        """Refuse to read what is not the same everywhere.
+
+        Raises:
+            RankError: it is not.
+        """
+        if self._line is None:
+            return
+        ranks, mark = self._line.ranks, zlib.crc32(np.array(ids, np.int32).tobytes())
+        words = np.array([mark & 0xFFFF, mark >> 16], np.int32)
+        alike = bool((ranks.first(words) == words).all())
+
+        def check() -> None:
+            if not alike:
+                raise RankError(
+                    "the chat template gives other tokens than on the first machine; set the clocks alike, "
+                    "and have the same model everywhere"
+                )
+
+        ranks.agreed(check)
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[Callable[[], bool]]:
+        """As :func:`.ending.stoppable`: whether ctrl-C came to the first process, which all must ask."""
+        line = self._line
+        if line is None:
+            with stoppable() as stop:
+                yield stop
+            return
+        with stoppable() if self.first else contextlib.nullcontext(bool) as stop:
+            yield lambda: bool(line.ranks.first(np.array([stop()], np.int32))[0])
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Of several processes none goes on without the others: all of them end with the same status."""
+    try:
+        yield
+    except RankLost as error:
+        tell(error)
+        raise click.exceptions.Exit(STATUS) from error
+
+
+def _drop_input() -> None:
+    """Take what mlx.launch passes on to every process, or it would fill up; torchrun's is the first one's."""
+    found = launched()
+    if found is not None and found.launcher == "mlx.launch" and sys.stdin is not None:
+        threading.Thread(target=_drain, args=(sys.stdin.fileno(),), name="kvret-input", daemon=True).start()
+
+
+def _drain(number: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(number, 1 << 16):
+            pass
