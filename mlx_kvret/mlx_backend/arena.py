@@ -75,7 +75,23 @@ class Arena:
         """log β (N, H) of a competing layer's attention inputs (N, hidden)."""
         assert self.gates is not None
         found = self.gates.log_beta(self.gate_layers[layer] if self.gate_layers else layer, x)
-        return found if self.share is None else found[..., self.share.head :][..., : self.shape.kv_heads]
+        return self._own(found)
+
+    def gate_all(self, given: Sequence[Sequence[mx.array]]) -> mx.array:
+        """log β (L, N, H) of all competing layers' attention inputs, each layer's in parts (·, hidden)."""
+        layers = tuple(self.gate_layers or range(self.shape.layers))
+        if getattr(self.gates, "stacked", ()) != layers:
+            parts = (own[0] if len(own) == 1 else mx.concatenate(list(own)) for own in given)
+            return mx.stack([self.gate(layer, x) for layer, x in enumerate(parts)])
+        assert self.gates is not None
+        x = mx.concatenate([part for own in given for part in own])
+        return self._own(self.gates.log_betas(x.reshape(len(layers), -1, x.shape[-1])))
+
+    def _own(self, log_beta: mx.array) -> mx.array:
+        """This rank's heads of all that the gates know."""
+        if self.share is None:
+            return log_beta
+        return log_beta[..., self.share.head :][..., : self.shape.kv_heads]
 
     @property
     def whole(self) -> CacheShape:
@@ -122,7 +138,7 @@ class Arena:
     def score(self, wait: bool = False) -> None:
         """Ask the gates for all tokens that wait, of all rows."""
         if waiting := self.waiting():
-            self.put(scored(waiting, self.gate))
+            self.put(scored(waiting, self.gate_all))
             self.put(State([(self, {"unscored": []})]))
             self.compute([waiting[0].log_beta], wait)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..core.checkpoint import GateCheckpoint
 from ..core.config import GateConfig
@@ -40,6 +42,8 @@ class RetentionGates(nn.Module):
         ]
         if config.shared_projection:
             self.shared = self._layer((), last)
+        self._stacks: dict[str, mx.array] = {}
+        self._stacked: tuple[tuple[int, ...], list[mx.array]] = (), []
 
     def _layer(self, inner: list[str] | tuple[str, ...], last: str | tuple[()]) -> nn.Module:
         config, layer, rows = self.config, nn.Module(), self.config.hidden_size
@@ -59,8 +63,53 @@ class RetentionGates(nn.Module):
         x = x.astype(maps[self._inner[0]].bias.dtype)
         for name in self._inner:
             x = self._activation(maps[name](x))
-        logit = head[self._last](x).astype(mx.float32) + head.bias.astype(mx.float32)
-        return mx.minimum(logit, 0) - mx.log1p(mx.exp(-mx.abs(logit)))
+        return _log_sigmoid(head[self._last](x).astype(mx.float32) + head.bias.astype(mx.float32))
+
+    def stack(self, layers: Sequence[int]) -> None:
+        """Lay the weights of layers side by side for :meth:`log_betas`; their own become views of them."""
+        own = [self.layers[layer] for layer in layers]
+        maps_of = [*self._inner, *(() if self.config.shared_projection else (self._last,))]
+        # quantised ones have another product
+        if not all(type(maps[name]) is nn.Linear for maps in own for name in maps_of):
+            return
+        names = [name for name, _ in _flat(own[0])]
+        self._stacks = {name: mx.stack([dict(_flat(maps))[name] for maps in own]) for name in names}
+        mx.eval(self._stacks)
+        for place, maps in enumerate(own):
+            # a slice is a view, an element would be a copy
+            views = ((name, stack[place : place + 1].squeeze(0)) for name, stack in self._stacks.items())
+            maps.load_weights(list(views))
+        mx.eval([maps.parameters() for maps in own])
+        self._stacked = tuple(layers), [array for maps in own for _, array in _flat(maps)]
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The layers that :meth:`log_betas` serves: none once somebody has given them other weights."""
+        layers, known = self._stacked
+        now = (array for layer in layers for _, array in _flat(self.layers[layer]))
+        return layers if all(a is b for a, b in zip(known, now, strict=False)) else ()
+
+    def log_betas(self, x: mx.array) -> mx.array:
+        """As :meth:`log_beta` for all stacked layers in batched products: ``x`` (layers, N, hidden)."""
+        stacks = self._stacks
+        x = x.astype(stacks[f"{self._inner[0]}.bias"].dtype)
+        for name in self._inner:
+            weight, bias = stacks[f"{name}.weight"], stacks[f"{name}.bias"]
+            x = self._activation(mx.addmm(bias[:, None], x, weight.swapaxes(1, 2)))
+        if self.config.shared_projection:
+            logit, bias = self.shared[self._last](x), self.shared.bias
+        else:
+            logit, bias = x @ stacks[f"{self._last}.weight"].swapaxes(1, 2), stacks["bias"][:, None]
+        return _log_sigmoid(logit.astype(mx.float32) + bias.astype(mx.float32))
+
+
+def _flat(maps: nn.Module) -> list[tuple[str, mx.array]]:
+    flat: Any = tree_flatten(maps.parameters())
+    return flat
+
+
+def _log_sigmoid(logit: mx.array) -> mx.array:
+    return mx.minimum(logit, 0) - mx.log1p(mx.exp(-mx.abs(logit)))
 
 
 def to_array(tensor: Tensor) -> mx.array:

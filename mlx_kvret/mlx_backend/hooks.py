@@ -111,7 +111,7 @@ def _install(
         places = [index for index, _ in layout.places]
         layout = replace(layout, split=split_of(model, layout.shape, layout.latent, places, name))
         if gates is not None:
-            layout.check_gates(gates)
+            gates.stack(layout.check_gates(gates))
         own = own_eviction(layout.whole, None if gates is None else gates.config, options or {})
         layout.check_bits(own.kv_bits)
     except BaseException:

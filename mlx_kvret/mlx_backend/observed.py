@@ -1,6 +1,6 @@
 """What the gates are shown: attention inputs of one forward pass, and later their log β.
 
-Gates are deferred: inputs wait until some tokens have come, then one call of each layer's gate serves them
+Gates are deferred: inputs wait until some tokens have come, then one call of all layers' gates serves them
 all, of all rows, so that a decoded token does not pay for reading the gates' weights.
 """
 
@@ -17,7 +17,7 @@ from ..core.types import Ints
 
 # of whose tokens, from which to which: where the log β of a row's newest tokens are found
 Piece = tuple["Observed", int, int]
-Gate = Callable[[int, mx.array], mx.array]
+Gates = Callable[[Sequence[Sequence[mx.array]]], mx.array]
 
 
 class Observed:
@@ -50,14 +50,10 @@ class Observed:
         return held if self.log_beta is None else [*held, self.log_beta]
 
 
-def scored(waiting: Sequence[Observed], gate: Gate) -> State:
-    """All that wait, scored: one call of each layer's gate."""
-    layers = []
-    for layer in range(len(waiting[0].inputs)):
-        given = [one.inputs[layer] for one in waiting]
-        x = given[0] if len(given) == 1 else mx.concatenate(given)  # type: ignore[arg-type]
-        layers.append(gate(layer, x).T)  # type: ignore[arg-type]
-    log_beta = mx.stack(layers)
+def scored(waiting: Sequence[Observed], gates: Gates) -> State:
+    """All that wait, scored: one call of all layers' gates."""
+    inputs = [[one.inputs[layer] for one in waiting] for layer in range(len(waiting[0].inputs))]
+    log_beta = gates(inputs).swapaxes(1, 2)  # type: ignore[arg-type]
     ends = np.cumsum([one.count for one in waiting]).tolist()
     return State(
         (one, {"log_beta": log_beta, "first": end - one.count, "inputs": []})
