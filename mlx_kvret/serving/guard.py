@@ -49,7 +49,7 @@ class Guard:
                     added["Access-Control-Allow-Origin"] = headers["origin"]
                     added["Vary"] = "Origin"
             elif refused and not (body.whole or message.get("more_body", False)):
-                await within(self._settings.write_time, send(message | {"more_body": True}))
+                await within(self._settings.write_time, send({**message, "more_body": True}))
                 await body.hear_out(2 * self._settings.body)
                 message = {"type": "http.response.body"}
             # a client that takes nothing is one that has gone
