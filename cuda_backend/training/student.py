@@ -8,7 +8,7 @@ transformers' registry decays, and the stock head turns hidden states into logit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mlx_kvret.core.probing import agrees, distance
 from mlx_kvret.core.types import Array
 from mlx_kvret.errors import UnsupportedModelError
-from mlx_kvret.training.packing import Batch
+from mlx_kvret.training.packing import Batch, in_rows
 
 from ..agreement import as_array, rounded_cache, tokens_of
 from ..cache import cache_argument
@@ -119,8 +119,7 @@ class Student:
         self, ids: torch.Tensor, starts: torch.Tensor, batch: Batch, rows: Sequence[int]
     ) -> dict[str, Any] | None:
         """What the decoder is given for some rows of a batch, if there are pictures in them."""
-        shown = [replace(one, row=rows.index(one.row)) for one in batch.shown if one.row in rows]
-        if not shown:
+        if not (shown := in_rows(batch, rows)):
             return None
         assert self.seeing is not None
         return self.seeing.inputs(ids, starts, shown)

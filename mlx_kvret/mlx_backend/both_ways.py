@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 _OVERLAY, _BLOCKS = "_apply_blockwise_bidirectional_overlay", "_block_sequence_ids_for_mask"
 
 
+def looks_both_ways(model: nn.Module) -> bool:
+    """Whether a language model's own code has tokens of a picture see each other."""
+    inner: Any = getattr(model, "model", None)
+    there = hasattr(inner, _OVERLAY) and hasattr(inner, _BLOCKS)
+    return there and getattr(inner.config, "use_bidirectional_attention", None) == "vision"
+
+
 @contextlib.contextmanager
 def both_ways(model: nn.Module, shared: Bounded | None) -> Iterator[None]:
     """For a pass of ``model`` into the cache whose layers share ``shared``; nothing for other models."""

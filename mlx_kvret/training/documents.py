@@ -60,8 +60,8 @@ def _with_pictures(record: Record, tokenizer: Any, loss: Loss, sees: Sees | None
     """No token of a picture is to be predicted."""
     if sees is None:
         raise DataError(
-            f"{record.where} has images, and the model reads text only on this backend; remove them, or "
-            "train a vision-language model with --backend torch"
+            f"{record.where} has images, and the model reads text only; remove them, or train a "
+            "vision-language model"
         )
     before, learn = _chat(record, tokenizer, loss)
     text = _rendered(record, tokenizer, record.messages or [])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return int((self.position >= 0).sum())
+
+
+def in_rows(batch: Batch, rows: Sequence[int]) -> list[Shown]:
+    """The pieces with pictures in some rows of a batch, with their places among these."""
+    return [replace(one, row=rows.index(one.row)) for one in batch.shown if one.row in rows]
 
 
 class Packer:
@@ -157,4 +162,5 @@ def _shown(document: Document, piece: slice, row: int, begin: int) -> Shown | No
         return None
     earlier = [b - a for a, b in document.spans if a < piece.start]
     ids = document.ids[piece]
-    return Shown(row, begin, ids, tuple(own), document.pixels, sum(earlier), len(earlier))
+    told = document.pixels, sum(earlier), len(earlier), document.ids, piece.start
+    return Shown(row, begin, ids, tuple(own), *told)

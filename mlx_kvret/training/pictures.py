@@ -35,7 +35,8 @@ class Shown:
     """A piece of a document with pictures: it stands in a batch's row ``row`` from place ``begin`` on.
 
     ``ids`` (n,) are its tokens, ``spans`` its pictures among them; of the document's ``pixels`` ``before``
-    tokens in ``earlier`` pictures belong to pieces before it.
+    tokens in ``earlier`` pictures belong to pieces before it. The whole ``document`` (N,) has it from token
+    ``start`` on.
     """
 
     row: int
@@ -45,6 +46,13 @@ class Shown:
     pixels: Mapping[str, Any]
     before: int
     earlier: int
+    document: Ints
+    start: int = 0
+
+
+def places_of(starts: Ints) -> Ints:
+    """Each token's place in its document, given ``starts`` (R, T): where the document begins."""
+    return np.arange(starts.shape[1]) - starts
 
 
 def placed(

@@ -36,10 +36,11 @@ class Record:
 
 
 class Source(Protocol):
-    """A file or a data set whose good records are numbered from 0."""
+    """A file or a data set whose good records are numbered from 0; ``sees``: some of them have pictures."""
 
     name: str
     digest: str
+    sees: bool
 
     def __len__(self) -> int: ...
 
@@ -128,6 +129,8 @@ def _tools(tools: object, where: str) -> list[dict[str, Any]] | None:
 class TextFile:
     """One file, one record."""
 
+    sees = False
+
     def __init__(self, path: Path, complain: Complain):
         self.name, self._path = str(path), path
         self._count, data = 1, b""
@@ -152,7 +155,7 @@ class JsonLines:
     """One record per line, each an object with ``text`` or ``messages``. Blank lines separate nothing."""
 
     def __init__(self, path: Path, complain: Complain):
-        self.name, self._path = str(path), path
+        self.name, self._path, self.sees = str(path), path, False
         self._places: list[tuple[int, int]] = []
         digest, offset = hashlib.blake2b(digest_size=16), 0
         with path.open("rb") as file:
@@ -162,7 +165,9 @@ class JsonLines:
                     if size > MOST_BYTES:
                         raise DataError(_huge(f"{self.name}:{number}", size))
                     if line.strip():
-                        for size_of in _sizes(self._parse(line, number)):
+                        record = self._parse(line, number)
+                        self.sees |= bool(record.images)
+                        for size_of in _sizes(record):
                             digest.update(size_of)
                         self._places.append((offset, number))
                 except DataError as error:
@@ -214,9 +219,10 @@ class DataSet:
             ) from error
         self.digest = str(self._rows._fingerprint)
         self._good: list[int] = []
+        self.sees = False
         for index in range(len(self._rows)):
             try:
-                self._record(index)
+                self.sees |= bool(self._record(index).images)
                 self._good.append(index)
             except DataError as error:
                 complain(error)
@@ -271,6 +277,11 @@ class Records:
             {"name": Path(source.name).name, "records": len(source), "digest": source.digest}
             for source in self._sources
         ]
+
+    @property
+    def see(self) -> bool:
+        """Whether some records have pictures."""
+        return any(source.sees for source in self._sources)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -177,7 +177,7 @@ def test_a_document_in_pieces_gives_each_its_own_pictures(folders: dict[str, Pat
 def _all_of(long: Document) -> Any:
     from mlx_kvret.training.pictures import Shown
 
-    return Shown(0, 0, long.ids, long.spans, long.pixels, 0, 0)
+    return Shown(0, 0, long.ids, long.spans, long.pixels, 0, 0, long.ids)
 
 
 def test_training_by_the_command_line_and_its_gates(

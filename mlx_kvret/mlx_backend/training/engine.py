@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ...core.loading import required
+from ...core.picture_prompts import spoken_by
 from ...core.tensors import Tensor
 from ...core.types import Floats
+from ...core.vision import has_vision
 from ...errors import ConfigError, TrainingError, UnsupportedFeatureError
 from ...training.config import TrainConfig
 from ...training.packing import Batch
@@ -24,9 +27,11 @@ from ...training.report import Losses
 from ...training.run import Base, Run, RunOptions
 from ..gates import DTYPES, RetentionGates, to_array, to_tensor
 from ..loading import load_network, plain_tokenizer
+from ..loading_vision import load_seeing, read_processor
 from ..memory import free_bytes
 from .attention import PackedMask
 from .memory import memory_of
+from .pictures import Seeing
 from .soft_size import soft_size
 from .step import gradient
 from .student import Student
@@ -47,29 +52,27 @@ def train(model: str | Path, records: Records, config: TrainConfig, options: Run
         raise UnsupportedFeatureError("MLX trains in one process; leave out --shard, or use --backend torch")
     base = Base.find(model)
     run = Run(base, records, config, options)
-    return run.go(Engine(base, config, options))
+    return run.go(Engine(base, config, options, records.see))
 
 
 class Engine:
-    """Implements :class:`mlx_kvret.training.run.Engine`.
+    """Implements :class:`mlx_kvret.training.run.Engine`; with ``pictures`` a model that sees is opened whole.
 
     Raises:
         TrainingError: too little memory is free for a step.
         UnsupportedModelError: the model cannot be hooked.
     """
 
-    def __init__(self, base: Base, config: TrainConfig, options: RunOptions):
+    def __init__(self, base: Base, config: TrainConfig, options: RunOptions, pictures: bool = False):
         _choose_device(options.device)
         self.config, self.options = config, options
-        network, _ = load_network(base.folder)
+        network, self.tokenizer, seeing = _opened(base, pictures)
+        self.sees: Sees | None = seeing
         if config.dtype != "auto":
             network.set_dtype(DTYPES[config.dtype])
         mx.eval(network.parameters())
-        self.tokenizer = required(plain_tokenizer(base.folder), base.folder)
-        self.student = Student(network, options.recompute)
+        self.student = Student(network, options.recompute, seeing)
         self.packs = self.student.packs
-        # a text half is trained
-        self.sees: Sees | None = None
         shape = (self.student.layers, self.student.kv_heads, self.student.hidden_size)
         self.gate_config = config.gates(*shape, base.config, base.name)
         mx.random.seed(config.seed)
@@ -82,7 +85,7 @@ class Engine:
         self.memory = memory_of(base.config, self.gate_config, self.student.dtype.size, options.recompute)
         rows = min(options.micro_batch, config.batch)
         self.memory.require(config.length * rows, free_bytes(), "this machine")
-        self.versions = {name: version(name) for name in ("mlx", "mlx-lm")}
+        self.versions = {name: version(name) for name in ("mlx", "mlx-lm", *_eyes(seeing))}
 
     def gradient(self, batch: Batch, slack: float) -> Losses:
         try:
@@ -131,13 +134,26 @@ class Engine:
 
     def profile(self, batch: Batch) -> dict[str, Any]:
         rows = slice(0, self.options.micro_batch)
-        starts = batch.starts[rows]
-        log_beta = self.student.learn(
-            mx.array(batch.ids[rows]), starts, self.gates, self.config.sinks
-        ).log_beta
+        ids, starts = mx.array(batch.ids[rows]), batch.starts[rows]
+        seen = self.student.see(ids, starts, batch, range(len(starts)))
+        log_beta = self.student.learn(ids, starts, self.gates, self.config.sinks, seen).log_beta
         assert log_beta is not None
         size = soft_size(log_beta, PackedMask(starts))
         return profile(np.array(log_beta), np.array(size), batch.position[rows], self.student.layers)
+
+
+def _opened(base: Base, pictures: bool) -> tuple[nn.Module, Any, Seeing | None]:
+    """A model, its tokenizer and, if there are ``pictures`` and it sees them, what makes inputs of them."""
+    if not (pictures and has_vision(base.config)):
+        return load_network(base.folder)[0], required(plain_tokenizer(base.folder), base.folder), None
+    model = load_seeing(base.folder, base.config, lazy=False, strict=True, trusted=False)
+    processor = read_processor(base.folder, model)
+    return model, spoken_by(processor), Seeing.of(model, processor)
+
+
+def _eyes(seeing: Seeing | None) -> tuple[str, ...]:
+    """The package that a model which sees comes from."""
+    return () if seeing is None else ("mlx-vlm",)
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:

@@ -58,15 +58,17 @@ def _micro_batch(
 ) -> tuple[mx.array, dict[str, Any]]:
     """Sums over some rows (KL, cross-entropy, hinge of the capacity, soft size), and the gradient."""
     host, starts = batch.ids[rows], batch.starts[rows]
+    which = range(len(batch.ids))[rows]
     ids, position = mx.array(host.astype(np.int32)), mx.array(batch.position[rows].astype(np.int32))
     places = np.flatnonzero(batch.learn[rows])
     chosen, target = mx.array(places), mx.array(np.roll(host, -1, 1).flatten()[places])
-    teacher = student.teach(ids, starts).hidden.flatten(0, 1)[chosen]
+    seen = student.see(ids, starts, batch, which)
+    teacher = student.teach(ids, starts, seen).hidden.flatten(0, 1)[chosen]
     # or it would wait, with all its layers, until the student's loss is computed
     mx.eval(teacher)
 
     def loss() -> tuple[mx.array, mx.array]:
-        trace = student.learn(ids, starts, gates, config.sinks)
+        trace = student.learn(ids, starts, gates, config.sinks, seen)
         assert trace.log_beta is not None
         hidden = trace.hidden.flatten(0, 1)[chosen]
         kl, ce = distillation(student.logits, hidden, teacher, target, student.vocabulary)

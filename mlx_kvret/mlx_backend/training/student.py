@@ -8,7 +8,7 @@ each block is recomputed for its gradient, and the stock head turns hidden state
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,16 @@ from ...core.config import EvictionConfig
 from ...core.probing import agrees, distance
 from ...core.types import Array, Ints
 from ...errors import UnsupportedModelError
+from ...training.packing import Batch, in_rows
+from ...training.pictures import places_of
 from .. import hooks
 from ..agreement import RoundedDifferently, as_array, tokens_of
 from ..gates import RetentionGates
+from ..vision import family, forgetful, logits_of, speaking
 from .attention import PackedMask
 from .blocks import recomputed
 from .entries import Entry, entries_for, entries_in
+from .pictures import Seeing
 
 # far enough for a scale that grows with the position to show
 _FAR = 1 << 17
@@ -62,15 +66,18 @@ class Student:
 
     Args:
         recompute: recompute each layer in the backward pass instead of keeping its activations.
+        seeing: what makes inputs of pictures, for a model of mlx-vlm.
 
     Raises:
         UnsupportedModelError: the model's attention or head cannot be hooked without giving wrong results.
     """
 
-    def __init__(self, model: nn.Module, recompute: bool = True):
-        self.model = model
+    def __init__(self, model: nn.Module, recompute: bool = True, seeing: Seeing | None = None):
         model.eval()
         model.freeze()
+        # of a model that sees the part that speaks is teacher and student
+        self.model, self.seeing = speaking(model), seeing
+        self._counts = hasattr(self.model, "get_rope_index")
         self._hidden: mx.array | None = None
         self._captured: mx.array | None = None
         self._hooked: list[nn.Module] = []
@@ -82,12 +89,12 @@ class Student:
                     f"{_name(model)} attends to compressed keys, which training on MLX does not follow; use "
                     "another model"
                 )
-            ids = tokens_of(model, self._stock())
+            ids = tokens_of(self.model, self._stock())
             half = ids.shape[1] // 2
             stock, second = (self._as_it_is(part) for part in (ids, ids[:, half:]))
-            self._hook(_decoder(model), self._around_decoder)
+            self._hook(_decoder(self.model), self._around_decoder)
             if recompute:
-                for layer in model.layers:
+                for layer in self.model.layers:
                     self._hook(layer, _recomputed_layer)
             self._probe(ids, stock, second)
         except BaseException:
@@ -103,25 +110,39 @@ class Student:
         self._hooked = []
         hooks.remove(self.model)
 
-    def teach(self, ids: mx.array, starts: Ints) -> Trace:
-        """Full attention. Arguments as in :meth:`learn`."""
-        return self._run(ids, starts, None)
+    def see(self, ids: mx.array, starts: Ints, batch: Batch, rows: Sequence[int]) -> dict[str, Any] | None:
+        """What the decoder is given for some rows of a batch, if there are pictures in them."""
+        if not (shown := in_rows(batch, rows)):
+            return None
+        assert self.seeing is not None
+        return self.seeing.inputs(ids, starts, shown)
 
-    def learn(self, ids: mx.array, starts: Ints, gates: RetentionGates, sinks: int = 0) -> Trace:
+    def teach(self, ids: mx.array, starts: Ints, seen: dict[str, Any] | None = None) -> Trace:
+        """Full attention. Arguments as in :meth:`learn`."""
+        return self._run(ids, starts, None, seen=seen)
+
+    def learn(
+        self,
+        ids: mx.array,
+        starts: Ints,
+        gates: RetentionGates,
+        sinks: int = 0,
+        seen: dict[str, Any] | None = None,
+    ) -> Trace:
         """Fading attention over packed documents, with a gradient for the gates.
 
         Args:
             ids: (B, T) tokens. ``starts`` (B, T): the place at which each token's document begins.
             sinks: first tokens of each document that do not fade.
+            seen: what the decoder is given beside tokens, where there are pictures.
         """
-        return self._run(ids, starts, gates, sinks)
+        return self._run(ids, starts, gates, sinks, seen)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Final hidden states (N, hidden) to logits (N, vocabulary), by the model's own head."""
         self._hidden = hidden[None]
         try:
-            logits: mx.array = self.model(mx.zeros((1, len(hidden)), mx.int32))[0]
-            return logits
+            return self._say(mx.zeros((1, len(hidden)), mx.int32))[0]
         finally:
             self._hidden = None
 
@@ -131,17 +152,38 @@ class Student:
         stock = hooks.new_cache(self.model, self._made, EvictionConfig.create(policy="full"))
         return entries_for(stock, self._layout.places, PackedMask(starts), gates, offset, sinks)
 
-    def _run(self, ids: mx.array, starts: Ints, gates: RetentionGates | None, sinks: int = 0) -> Trace:
+    def _say(self, ids: mx.array, **given: Any) -> mx.array:
+        """Logits of one call of the model, which keeps no positions of it."""
+        with forgetful(self.model):
+            return logits_of(self.model(ids, **given))
+
+    def _run(
+        self,
+        ids: mx.array,
+        starts: Ints,
+        gates: RetentionGates | None,
+        sinks: int = 0,
+        seen: dict[str, Any] | None = None,
+    ) -> Trace:
         cache = self._cache(starts, gates, sinks=sinks)
-        hidden = self._decode(ids, cache)
+        hidden = self._decode(ids, cache, starts, seen)
         found = [entry.log_beta for entry in entries_in(cache) if entry.log_beta is not None]
         if gates is None:
             return Trace(hidden, None)
         return Trace(hidden, mx.stack(found, 1).swapaxes(2, 3).flatten(1, 2))
 
-    def _decode(self, ids: mx.array, cache: list[Any]) -> mx.array:
+    def _decode(
+        self, ids: mx.array, cache: list[Any], starts: Ints, seen: dict[str, Any] | None = None
+    ) -> mx.array:
+        given = dict(seen or {})
+        if self._counts:
+            # M-RoPE's positions begin anew with every document, and are not the cache's
+            wide = np.broadcast_to(places_of(starts), (3, *starts.shape))
+            given.setdefault("position_ids", mx.array(wide))
+        else:
+            given.pop("position_ids", None)
         # the head's logits are built but, MLX being lazy, never computed
-        self.model(ids, cache=cache)
+        self._say(ids, cache=cache, **given)
         hidden, self._captured = self._captured, None
         assert hidden is not None
         return hidden
@@ -167,12 +209,12 @@ class Student:
 
     def _as_it_is(self, ids: mx.array) -> _Logits:
         """Logits of the model before it is hooked for training."""
-        logits = self.model(ids)[0]
+        logits = self._say(ids)[0]
         values, eps, rounding = as_array(logits), float(mx.finfo(logits.dtype).eps), 0.0
         # float32 is never off by more than what is usual
         if eps > 1e-5:
             cache = self._layout.replaced(self._stock(), RoundedDifferently)
-            rounding = distance(as_array(self.model(ids, cache=cache)[0]), values)
+            rounding = distance(as_array(self._say(ids, cache=cache)[0]), values)
         self.vocabulary, self.dtype = logits.shape[-1], logits.dtype
         return _Logits(values, eps, rounding)
 
@@ -215,7 +257,7 @@ class Student:
 
         for entry in entries_in(cache):
             vars(entry)["attend"] = functools.partial(attend, entry)
-        self._decode(ids, cache)
+        self._decode(ids, cache, starts)
         return mx.stack(lengths)
 
 
@@ -271,4 +313,6 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 
 def _name(model: nn.Module) -> str:
-    return str(getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2])
+    return str(
+        family(model) or getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
+    )

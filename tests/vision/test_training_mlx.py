@@ -1,0 +1,201 @@
+"""Gates trained with pictures on MLX: the same batches as on torch give the same losses and gradients."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+
+import mlx_kvret
+from mlx_kvret.cli import main
+from mlx_kvret.core.config import GateConfig
+from mlx_kvret.cuda_backend.gates import RetentionGates as TorchGates
+from mlx_kvret.cuda_backend.gates import to_arrays
+from mlx_kvret.cuda_backend.training.processes import Single
+from mlx_kvret.cuda_backend.training.step import gradient as torch_gradient
+from mlx_kvret.cuda_backend.training.student import Student as TorchStudent
+from mlx_kvret.errors import DataError
+from mlx_kvret.mlx_backend.gates import RetentionGates
+from mlx_kvret.mlx_backend.seeing import taken
+from mlx_kvret.mlx_backend.training.engine import _opened, train
+from mlx_kvret.mlx_backend.training.step import gradient
+from mlx_kvret.mlx_backend.training.student import Student
+from mlx_kvret.mlx_backend.vision import forgetful, logits_of
+from mlx_kvret.training.config import TrainConfig
+from mlx_kvret.training.packing import Packer
+from mlx_kvret.training.records import Records
+from mlx_kvret.training.run import Base, RunOptions
+from vision.folders_torch import folder
+from vision.test_training_torch import documents, opened, photo, said
+
+pytest.importorskip("mlx_vlm")
+
+# float32 on both sides: sums of some hundred terms in another order
+NEAR = 1e-6
+
+
+def as_published(path: Path, to: Path) -> Path:
+    """A Qwen2.5-VL folder with the config that its makers publish, text settings on top, as mlx-vlm reads it."""
+    shutil.copytree(path, to)
+    config = json.loads((to / "config.json").read_text())
+    text = config["text_config"]
+    rope = {"rope_theta": text["rope_parameters"]["rope_theta"]}
+    rope |= {"rope_scaling": text["rope_parameters"] | {"type": "default"}}
+    flat = {name: value for name, value in text.items() if name not in ("model_type", "dtype")}
+    (to / "config.json").write_text(json.dumps(flat | config | rope))
+    return to
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Folders for torch and for MLX, with the same weights."""
+    made = tmp_path_factory.mktemp("folders")
+    found = {name: (folder(name, made / name), made / name) for name in ("qwen2_5_vl", "qwen3_vl")}
+    own = found["qwen2_5_vl"][0]
+    return found | {"qwen2_5_vl": (own, as_published(own, made / "published"))}
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Records with one picture, with none, and with two."""
+    for number in range(3):
+        photo(number, 84, 56 + 28 * (number % 2)).save(tmp_path / f"{number}.png")
+    part = [{"type": "image"}, {"type": "text", "text": "w20 w21"}]
+    rows = [
+        {"messages": said(part, "w30 w31"), "images": ["0.png"]},
+        {"messages": said("w22 <image> w23", "w32 w33 w34"), "images": ["1.png"]},
+        {"messages": said("w24 w25 w26", "w35")},
+        {"messages": said("<image> w27 <image>", "w36 w37"), "images": ["2.png", "0.png"]},
+    ]
+    path = tmp_path / "albums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def both_gates(student: Student) -> tuple[RetentionGates, TorchGates]:
+    """The same random gates in both backends."""
+    torch.manual_seed(3)
+    shape = student.layers, student.kv_heads, student.hidden_size
+    config = GateConfig("rg10", *shape, width=16, bias_init=2.0, shared_projection=True)
+    theirs, ours = TorchGates(config), RetentionGates(config)
+    ours.load_weights([(name, mx.array(x)) for name, x in to_arrays(theirs).items()])
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("name", "length"), [("qwen2_5_vl", 48), ("qwen3_vl", 48), ("qwen3_vl", 14)])
+def test_losses_and_gradients_are_those_of_torch(
+    name: str, length: int, folders: dict[str, tuple[Path, Path]], album: Path
+) -> None:
+    for_torch, for_mlx = folders[name]
+    model, tokenizer, seeing = _opened(Base.find(for_mlx), pictures=True)
+    base, their_tokenizer, their_seeing = opened(for_torch)
+    assert seeing is not None
+    mine = documents(album, tokenizer, seeing)  # type: ignore[arg-type]
+    theirs = documents(album, their_tokenizer, their_seeing)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.spans == other.spans
+        assert (one.learn == other.learn).all()
+    student, stock = Student(model, True, seeing), TorchStudent(base, their_seeing)
+    gates, torch_gates = both_gates(student)
+    assert student.packs
+    config = TrainConfig(budget=5, length=length, capacity_weight=0.7, batch=2)
+    records = Records([album])
+    packers = [
+        Packer(records, lambda n, own=own: own[n], length, 2, seed=3, epochs=1) for own in (mine, theirs)
+    ]
+    cut = shown = 0
+    while (batch := packers[0].batch()) is not None:
+        other = packers[1].batch()
+        assert other is not None
+        cut, shown = cut + batch.cut, shown + len(batch.shown)
+        expected = torch_gradient(stock, torch_gates, other, config, Single("cpu"), 1)
+        for micro_batch in (1, 2):
+            losses, found = gradient(student, gates, batch, config, micro_batch)
+            for column in ("kl", "cross_entropy", "capacity", "soft_size"):
+                assert getattr(losses, column) == pytest.approx(getattr(expected, column), rel=1e-5, abs=1e-6)
+            flat: Any = dict(tree_flatten(found))
+            for weight, tensor in torch_gates.named_parameters():
+                assert tensor.grad is not None
+                assert np.abs(np.array(flat[weight]) - tensor.grad.numpy()).max() < NEAR, weight
+            largest = max(float(tensor.grad.abs().max()) for tensor in torch_gates.parameters())
+            assert largest > 1e3 * NEAR
+    assert shown >= 3
+    assert (cut > 0) == (length == 14)
+    student.detach()
+    stock.detach()
+
+
+def test_packed_documents_are_as_each_alone_and_the_tower_looks_once(
+    folders: dict[str, tuple[Path, Path]], album: Path
+) -> None:
+    model, tokenizer, seeing = _opened(Base.find(folders["qwen3_vl"][1]), pictures=True)
+    assert seeing is not None
+    whole = documents(album, tokenizer, seeing)  # type: ignore[arg-type]
+    alone = []
+    for one in whole:
+        made = taken({"input_ids": one.ids, **one.pixels})
+        with forgetful(model.language_model):
+            alone.append(np.array(logits_of(model(made.ids, made.pixels, **made.given))[0]))
+    packer = Packer(Records([album]), lambda n: whole[n], 96, 2, seed=3, epochs=1)
+    batch = packer.batch()
+    assert batch is not None
+    assert packer.batch() is None
+    student, calls, stock = Student(model, True, seeing), list[int](), type(model.vision_tower)
+
+    class Counted(stock):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **given: Any) -> Any:
+            calls.append(1)
+            return super().__call__(*args, **given)
+
+    model.vision_tower.__class__ = Counted
+    gates, _ = both_gates(student)
+    gradient(student, gates, batch, TrainConfig(budget=5, length=96, batch=2), 2)
+    assert len(calls) == 3
+    ids = mx.array(batch.ids)
+    seen = student.see(ids, batch.starts, batch, range(2))
+    hidden = student.teach(ids, batch.starts, seen).hidden
+    found = 0
+    for row, column in zip(*np.nonzero(batch.position == 0), strict=True):
+        number = next(
+            n
+            for n, one in enumerate(whole)
+            if one.ids.tolist() == batch.ids[row, column : column + len(one.ids)].tolist()
+        )
+        logits = np.array(student.logits(hidden[int(row), int(column) : int(column) + len(alone[number])]))
+        assert np.abs(logits - alone[number]).max() < 2e-6 * np.abs(alone[number]).max()
+        found += 1
+    assert found == 4
+    student.detach()
+
+
+def test_training_by_the_command_line_and_its_gates(
+    folders: dict[str, tuple[Path, Path]], album: Path, tmp_path: Path
+) -> None:
+    run, base = tmp_path / "run", folders["qwen3_vl"][1]
+    command = ["train", str(base), "--data", str(album), "--output", str(run), "--backend", "mlx"]
+    command += ["--length", "40", "--budget", "6", "--width", "8", "--steps", "2", "--loss", "assistant"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert len((run / "log.csv").read_text().splitlines()) == 3
+    for backend in ("mlx", "torch"):
+        model, processor = mlx_kvret.load(base, run / "gates", backend=backend)
+        cache = mlx_kvret.make_cache(model, budget=4, buffer=1)
+        prompt = "w5 <image> w6"
+        assert mlx_kvret.generate(model, processor, prompt, images=[photo(1)], cache=cache, max_tokens=4)
+        assert cache.entries <= 5 * 6
+
+
+def test_a_model_of_text_takes_no_pictures(album: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="reads text only; remove them, or train a vision-language model"):
+        train(
+            "demo", Records([album]), TrainConfig(budget=4, length=32, steps=1), RunOptions(tmp_path / "run")
+        )
