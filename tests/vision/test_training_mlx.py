@@ -43,7 +43,7 @@ NEAR = 1e-6
 
 
 def as_published(path: Path, to: Path) -> Path:
-    """A Qwen2.5-VL folder with the config that its makers publish, text settings on top, as mlx-vlm reads it."""
+    """A Qwen2.5-VL folder with the config that its makers publish, its text settings on top."""
     shutil.copytree(path, to)
     config = json.loads((to / "config.json").read_text())
     text = config["text_config"]

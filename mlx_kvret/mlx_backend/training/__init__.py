@@ -1,4 +1,4 @@
-"""Training of retention gates for a frozen model of mlx-lm, also a quantised one, or of mlx-vlm with pictures.
+"""Training of retention gates for a frozen model of mlx-lm, also a quantised one, or one of mlx-vlm.
 
 ``blocks``      work in blocks with bounded memory
 ``attention``   attention whose entries fade with age, in bounded memory
