@@ -78,8 +78,8 @@ def ragged_view(lengths: list[int], window: int, dim: int, rows: int = 1, seed: 
         slab = pool.slab(index)
         owner = flat[torch.randperm(total)]
         slab.owner[:total] = owner.to(DEVICE, torch.int32)
-        table, offsets = listing(slab.owner, heads, len(slab.table))
-        slab.take({"table": table, "offsets": offsets})
+        table, offsets = listing(slab.owner[None], heads, len(slab.table))
+        pool.take({"table": table, "offsets": offsets}, [index])
     pool.keys.normal_()
     pool.values.normal_()
     if rows == 1:

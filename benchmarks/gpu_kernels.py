@@ -58,8 +58,8 @@ def poisoned_view(
         flat = np.full(len(slab.owner) - 1, size)
         flat[random.permutation(len(flat))[: own.sum()]] = np.repeat(np.arange(size), own)
         slab.owner[:-1] = torch.from_numpy(flat).to(DEVICE, torch.int32)
-        table, offsets = listing(slab.owner, size, len(slab.table))
-        slab.take({"table": table, "offsets": offsets})
+        table, offsets = listing(slab.owner[None], size, len(slab.table))
+        pool.take({"table": table, "offsets": offsets}, [index])
     used = pool.owner < size
     for which, (array, dim) in enumerate(((pool.keys, key_dim), (pool.values, value_dim))):
         noise = pool.stored(which, torch.randn(*used.shape, dim, device=DEVICE).to(dtype))
@@ -167,8 +167,9 @@ def check_moving(put: Put, left: Callable[[], float], few: bool = False) -> None
             pool.keys.zero_(), pool.values.zero_()
         keep = torch.rand(heads * tokens, device=DEVICE) < 0.4
         slots = torch.randperm(4 * heads * tokens, device=DEVICE)[: heads * tokens]
-        moving.fill(pools[0].slab(1), slots, keep, *new)
-        pools[1].slab(1).fill(slots[keep], *(a.flatten(0, 2)[keep] for a in new))
+        slots += pools[0].slots
+        moving.fill(pools[0], slots, keep, *new)
+        pools[1].fill(slots[keep], *(a.flatten(0, 2)[keep] for a in new))
         same = all(torch.equal(*pair) for pair in zip(pools[0].arrays(), pools[1].arrays(), strict=True))
         put("fill", ok=same, bits=kv_bits or 16, equal_to_twin=same)
     slabs, places = torch.tensor([2, 0], device=DEVICE), torch.tensor([3, 1], device=DEVICE)

@@ -18,37 +18,38 @@ from mlx_kvret.core.types import Mask
 
 from . import digits
 from .kernels.dispatch import fill, select
-from .pool import Slab
-from .row import Row
+from .row import Row, run_gates
 from .selection import keydiff_score, retention_score, select_split
 
 # entries that select together; each takes some 60 bytes meanwhile
 TOGETHER = 1 << 22
 Part = tuple[torch.Tensor, torch.Tensor]
+Due = Sequence[tuple[Row, Move]]
 
 
 class Compaction:
-    """Moves and accounts of one row; done twice, because it was broken off, it comes to the same.
+    """Moves and accounts of rows; done twice, because it was broken off, it comes to the same.
 
-    ``moves`` are slots, survivors, keys and values (layers, H, N, D); ``arrays`` as of :meth:`Slab.admitted`;
-    ``rest`` what goes to the beginning of the window.
+    ``moves`` are slots, survivors, keys and values (n, H, N, D); ``arrays`` as of :meth:`Pool.admitted`;
+    ``rest`` what goes to the beginning of windows.
     """
 
     def __init__(
         self,
-        row: Row,
+        rows: Sequence[Row],
         moves: list[tuple[torch.Tensor, ...]],
         arrays: dict[str, torch.Tensor],
-        rest: list[tuple[torch.Tensor, torch.Tensor]],
+        rest: list[Part],
         after: State,
     ) -> None:
-        self._slab, self._moves, self._arrays, self._rest, self._after = row.slab, moves, arrays, rest, after
+        self._pool, self._slabs = rows[0].arena.pool, [row.hold.index for row in rows]
+        self._moves, self._arrays, self._rest, self._after = moves, arrays, rest, after
 
     def put(self) -> None:
         """Move keys and values, then the accounts."""
         for slots, survives, keys, values in self._moves:
-            fill(self._slab, slots, survives, keys, values)
-        self._slab.take(self._arrays)
+            fill(self._pool, slots, survives, keys, values)
+        self._pool.take(self._arrays, self._slabs)
         for place, left in self._rest:
             place.copy_(left)
         self._after.put()
@@ -96,79 +97,70 @@ def settle(rows: Sequence[Row]) -> None:
             _compact(same[start : start + most])
 
 
-def _compact(due: Sequence[tuple[Row, Move]]) -> None:
+def _compact(due: Due) -> None:
     """The oldest of the newest tokens moved into the pool; groups that are due select first.
 
     All of these rows move as many tokens by the same rule, but for their budgets.
     """
-    arena, tokens = due[0][0].arena, due[0][1].tokens
-    new = [_newcomers(row, row.seen - row.length, tokens) for row, _ in due]
-    joined = []
-    for (row, _), own in zip(due, new, strict=True):
-        slab = row.slab
-        old = slab.rows(slab.retention), slab.rows(slab.position), slab.rows(slab.owner)
-        joined.append([torch.cat(pair, 1) for pair in zip(old, own, strict=True)])
-    keeps = _chosen(due, joined) if due[0][1].due.any() else []
-    for at, ((row, move), own) in enumerate(zip(due, new, strict=True)):
-        alive = joined[at][2] < arena.pool.heads
-        keep = alive
-        if keeps:
-            own_due = _own_due(row, move)
-            mask = torch.from_numpy(own_due).to(arena.device, non_blocking=True)[:, None]
-            keep = keeps[at] if own_due.all() else torch.where(mask, keeps[at], alive)
-        arena.put(_compacted(row, move, own, keep))
-
-
-def _chosen(due: Sequence[tuple[Row, Move]], joined: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Which of each row's candidates (retention, position and head) stay, as a mask (groups, C + N)."""
-    arena, tokens, config = due[0][0].arena, due[0][1].tokens, due[0][0].config
-    scores = [_score(row, row.slab, own, tokens) for (row, _), own in zip(due, joined, strict=True)]
-    if arena.share is not None:
-        ((row, move),), ((_, position, head),) = due, joined
-        own_due = _own_due(row, move)
-        given = scores[0], position, head, row.seen, config, arena.share, own_due, row.pictures
-        return [digits.select(*given)]
-    if config.scope == "modality":
-        split = zip(due, scores, joined, strict=True)
-        return [
-            select_split(score, own[1], own[2], row.seen, row.config, arena.pool.heads, row.pictures)
-            for (row, _), score, own in split
-        ]
-    position, head = (torch.cat([own[which] for own in joined]) for which in (1, 2))
-    numbers = torch.tensor([[row.seen, row.config.budget] for row, _ in due])
-    numbers = numbers.to(arena.device, non_blocking=True).repeat_interleave(arena.pool.groups, 0)
-    keep = select(
-        torch.cat(scores),
-        position,
-        head,
-        numbers[:, :1],
-        config,
-        arena.size,
-        arena.pool.heads,
-        numbers[:, 1:],
-    )
-    return list(keep.split(arena.pool.groups))
-
-
-def _compacted(row: Row, move: Move, new: tuple[torch.Tensor, ...], keep: torch.Tensor) -> Compaction:
-    """What becomes of a row once ``keep`` (groups, C + N) of its entries and newcomers stay."""
-    share, tokens, capacity = row.arena.share, move.tokens, keep.shape[1] - new[0].shape[1]
+    rows, tokens = [row for row, _ in due], due[0][1].tokens
+    arena, pool = rows[0].arena, rows[0].arena.pool
+    slabs, capacity = [row.hold.index for row in rows], pool.capacity * pool.size
+    new = _newcomers(rows, tokens)
+    old = (pool.groups_of(pool.of(a, slabs)) for a in (pool.retention, pool.position, pool.owner))
+    joined = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
+    keep = joined[2] < pool.heads
+    if due[0][1].due.any():
+        own_due = np.concatenate([_own_due(row, move) for row, move in due])
+        chosen = _chosen(due, joined)
+        mask = torch.from_numpy(own_due).to(arena.device, non_blocking=True)[:, None]
+        keep = chosen if own_due.all() else torch.where(mask, chosen, keep)
     stays, survives = keep[:, :capacity], keep[:, capacity:]
-    if share is not None:
-        stays = _with_room(row, stays, survives)
-    slab = row.slab
-    slots = slab.destinations(stays, survives)
-    arrays = slab.admitted(stays, slots, survives, *new)
-    counts = None
+    if arena.share is not None:
+        stays = _with_room(rows[0], stays, survives)
+    slots = pool.destinations(stays, survives, slabs)
+    arrays = pool.admitted(stays, slots, survives, *new, slabs)
+    after = State((row, _after(row, move, arrays["offsets"][at])) for at, (row, move) in enumerate(due))
+    rest = [part for row in rows for part in _remaining(row, tokens)]
+    arena.put(Compaction(rows, _moves(rows, slots, survives, tokens), arrays, rest, after))
+
+
+def _chosen(due: Due, joined: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Which candidates (retention, position and head) of all rows stay, as a mask (R·groups, C + N)."""
+    (retention, position, head), (first, move) = joined, due[0]
+    arena, config, tokens = first.arena, first.config, move.tokens
+    pool, seen = arena.pool, [row.seen for row, _ in due]
+    numbers = torch.tensor([seen, [row.config.budget for row, _ in due]])
+    clock, budget = numbers.to(arena.device, non_blocking=True).repeat_interleave(pool.groups, 1)[..., None]
+    score = retention
+    if config.policy == "learned":
+        score = retention_score(retention, position, clock, config.lookahead)
+    if config.policy == "keydiff":
+        heads_of = zip(due, head.split(pool.groups), strict=True)
+        score = torch.cat([_keydiff(row, own, tokens) for (row, _), own in heads_of])
+    if arena.share is not None:
+        return digits.select(score, position, head, first.seen, config, arena.share, _own_due(*due[0]))
+    if config.scope == "modality":
+        split = zip(due, *(a.split(pool.groups) for a in (score, position, head)), strict=True)
+        return torch.cat(
+            [
+                select_split(mine, place, own, row.seen, row.config, pool.heads, row.pictures)
+                for (row, _), mine, place, own in split
+            ]
+        )
+    return select(score, position, head, clock, config, arena.size, pool.heads, budget)
+
+
+def _after(row: Row, move: Move, offsets: torch.Tensor) -> dict[str, Any]:
+    """What becomes of a row whose heads' entries are now listed from ``offsets`` (heads + 1,) on."""
+    share, counts = row.arena.share, None
     if row.config.threshold is not None:
-        counts = np.diff(arrays["offsets"].cpu().numpy()[:: row.arena.size])
+        counts = np.diff(offsets.cpu().numpy()[:: row.arena.size])
         counts = counts if share is None else share.totals(counts, row.config)
     schedule = copy.copy(row.schedule)
     schedule.done(move, row.seen - row.length, counts)
-    left = row.length - tokens
+    left = row.length - move.tokens
     scored = left if row.arena.gates is not None else 0
-    after = State([(row, {"schedule": schedule, "length": left, "scored": scored, "chunk": None})])
-    return Compaction(row, _moves(row, slots, survives, tokens), arrays, _remaining(row, tokens), after)
+    return {"schedule": schedule, "length": left, "scored": scored, "chunk": None}
 
 
 def _own_due(row: Row, move: Move) -> Mask:
@@ -188,17 +180,26 @@ def _with_room(row: Row, stays: torch.Tensor, survives: torch.Tensor) -> torch.T
 
 
 def _moves(
-    row: Row, slots: torch.Tensor, survives: torch.Tensor, tokens: int
+    rows: Sequence[Row], slots: torch.Tensor, survives: torch.Tensor, tokens: int
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Slots, survivors, keys and values; of all layers at once where they stand in one array."""
-    recent, index = row.arena.recent, row.hold.index
-    if row.chunk is None:
+    """Slots, survivors, keys and values; of all layers and rows at once where they stand in one array."""
+    recent, layers = rows[0].arena.recent, rows[0].arena.shape.layers
+    by_layer = [
+        a.reshape(len(rows), layers, -1).transpose(0, 1).reshape(layers, -1) for a in (slots, survives)
+    ]
+    if all(row.chunk is None for row in rows):
         assert recent.keys is not None and recent.values is not None
-        held = (a[:, index, :, :tokens] for a in (recent.keys, recent.values))
-        return [(slots.flatten(), survives.flatten(), *held)]
-    layers = range(row.arena.shape.layers)
-    by_layer = [a.reshape(len(layers), -1) for a in (slots, survives)]
-    return [(*(a[layer] for a in by_layer), *row.newest(layer, 0, tokens)) for layer in layers]
+        first = rows[0].hold.index
+        which: Any = slice(first, first + 1)
+        if len(rows) > 1:
+            which = torch.tensor([row.hold.index for row in rows]).to(slots.device, non_blocking=True)
+        held = (a[:, which, :, :tokens] for a in (recent.keys, recent.values))
+        return [(*(a.flatten() for a in by_layer), *(a.flatten(0, 1) for a in held))]
+    found = []
+    for layer in range(layers):
+        newest = zip(*(row.newest(layer, 0, tokens) for row in rows), strict=True)
+        found.append((*(a[layer] for a in by_layer), *(torch.cat(side) for side in newest)))
+    return found
 
 
 def _remaining(row: Row, tokens: int) -> list[Part]:
@@ -221,23 +222,24 @@ def _remaining(row: Row, tokens: int) -> list[Part]:
     return parts
 
 
-def _newcomers(row: Row, start: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Retention, position and flat head of the oldest ``tokens`` of the newest ones, (groups, N)."""
-    pool, device = row.arena.pool, row.arena.device
-    position = torch.arange(start, start + tokens, device=device).expand(pool.heads, -1)
-    head = torch.arange(pool.heads, device=device)[:, None].expand(-1, tokens)
-    groups = (pool.groups, -1)
-    return row.retention(tokens).reshape(groups), position.reshape(groups), head.reshape(groups)
+def _newcomers(rows: Sequence[Row], tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Retention, position and flat head of the oldest ``tokens`` of rows' newest ones, (R·groups, N)."""
+    pool, device = rows[0].arena.pool, rows[0].arena.device
+    if rows[0].config.policy == "learned":
+        run_gates(rows)
+    retention = torch.stack([row.retention(tokens) for row in rows])
+    start = torch.tensor([row.seen - row.length for row in rows]).to(device, non_blocking=True)
+    shape = len(rows), pool.heads, tokens
+    position = (start[:, None] + torch.arange(tokens, device=device))[:, None].expand(shape)
+    head = torch.arange(pool.heads, device=device)[:, None].expand(shape)
+    groups = (len(rows) * pool.groups, -1)
+    return retention.reshape(groups), position.reshape(groups), head.reshape(groups)
 
 
-def _score(row: Row, slab: Slab, candidates: list[torch.Tensor], tokens: int) -> torch.Tensor:
-    retention, position, head = candidates
-    if row.config.policy == "learned":
-        return retention_score(retention, position, row.seen, row.config.lookahead)
-    if row.config.policy == "keydiff":
-        layers = range(row.arena.shape.layers)
-        new = torch.cat([row.newest(layer, 0, tokens)[0] for layer in layers])
-        new = slab.pool.as_kept(new).reshape(slab.groups, -1, new.shape[-1])
-        old = slab.pool.read(0, slab.rows(slab.keys))
-        return keydiff_score(torch.cat([old, new], 1), head, slab.heads)
-    return retention
+def _keydiff(row: Row, head: torch.Tensor, tokens: int) -> torch.Tensor:
+    """How much each key of a row is like the mean of its head; ``head`` (groups, C + N)."""
+    slab, layers = row.slab, range(row.arena.shape.layers)
+    new = torch.cat([row.newest(layer, 0, tokens)[0] for layer in layers])
+    new = slab.pool.as_kept(new).reshape(slab.groups, -1, new.shape[-1])
+    old = slab.pool.read(0, slab.rows(slab.keys))
+    return keydiff_score(torch.cat([old, new], 1), head, slab.heads)

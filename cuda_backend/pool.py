@@ -72,8 +72,7 @@ class Pool:
         """Have these ``ARRAYS``, of that capacity, all at once."""
         owner = arrays[-1]
         used = self.groups * capacity * self.size
-        listed = [listing(slab, self.heads, used) for slab in owner]
-        table, offsets = (torch.stack(column) for column in zip(*listed, strict=True))
+        table, offsets = listing(owner, self.heads, used)
         made = zip((*ARRAYS, *LISTS), (*arrays, table, offsets), strict=True)
         vars(self).update(made, capacity=capacity, _hosts=[None] * len(owner))
 
@@ -125,6 +124,77 @@ class Pool:
         form = self.forms[0]
         return keys if form is None else unpack(pack(keys, form), form, keys.dtype)
 
+    # ------------------------------------------------------------------ a compaction of R slabs
+
+    def of(self, array: torch.Tensor, slabs: Sequence[int]) -> torch.Tensor:
+        """An array over slots of slabs (R, n), a view where there is one."""
+        if len(slabs) == 1:
+            return array[slabs[0] : slabs[0] + 1]
+        return array[torch.tensor(slabs).to(array.device, non_blocking=True)]
+
+    def groups_of(self, array: torch.Tensor) -> torch.Tensor:
+        """An array over slots of slabs (R, n) as (R·groups, C), without the spill slots."""
+        return array.view(-1, self.capacity * self.size + 1)[:, :-1]
+
+    def destinations(self, keep: torch.Tensor, survives: torch.Tensor, slabs: Sequence[int]) -> torch.Tensor:
+        """Slots for newcomers: the n-th survivor of a group fills the group's n-th hole, others are spilled.
+
+        ``keep`` (R·groups, C) marks entries that stay, ``survives`` (R·groups, N) newcomers; returns
+        (R·groups, N) slots, int64, which count over all slabs.
+        """
+        slots, device = self.capacity * self.size, keep.device
+        local = torch.arange(slots, device=device).expand_as(keep)
+        # each hole is written to the place of its rank, and what is none behind them
+        rank = torch.where(keep, slots, (~keep).cumsum(1) - 1)
+        holes = torch.full_like(rank, slots)
+        holes = F.pad(holes, (0, 1)).scatter_(1, rank, local)
+        rank = (survives.cumsum(1) - 1).clamp(0, slots - 1)
+        place = torch.where(survives, holes.gather(1, rank), slots)
+        first = torch.tensor(slabs).to(device, non_blocking=True)[:, None] * self.slots
+        return place + (first + torch.arange(self.groups, device=device) * (slots + 1)).view(-1, 1)
+
+    def admitted(
+        self,
+        keep: torch.Tensor,
+        slots: torch.Tensor,
+        survives: torch.Tensor,
+        retention: torch.Tensor,
+        position: torch.Tensor,
+        head: torch.Tensor,
+        slabs: Sequence[int],
+    ) -> dict[str, torch.Tensor]:
+        """The slabs' accounts once what ``keep`` (R·groups, C) drops is free and newcomers are in ``slots``.
+
+        All others are of any shape, one slab's after the other's. Keys and values follow with :meth:`fill`.
+        """
+        owner = self.of(self.owner, slabs).clone()
+        self.groups_of(owner).masked_fill_(~keep, self.heads)
+        local = slots.view(len(slabs), -1) % self.slots
+        new = torch.where(survives, head, self.heads), retention, position
+        old = owner, self.of(self.retention, slabs), self.of(self.position, slabs)
+        filled = {
+            name: array.scatter(1, local, values.to(array.dtype).reshape(local.shape))
+            for name, array, values in zip(("owner", "retention", "position"), old, new, strict=True)
+        }
+        table, offsets = listing(filled["owner"], self.heads, self.table.shape[1])
+        return filled | {"table": table, "offsets": offsets}
+
+    def take(self, arrays: dict[str, torch.Tensor], slabs: Sequence[int]) -> None:
+        """Put :meth:`admitted` arrays where a captured step reads them; twice is as good as once."""
+        index = torch.tensor(slabs).to(self.owner.device, non_blocking=True)
+        for name, array in arrays.items():
+            getattr(self, name).index_copy_(0, index, array)
+        for slab in slabs:
+            self.forget(slab)
+
+    def fill(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,) of all slabs, in place.
+
+        This is where they are packed, once.
+        """
+        for which, (array, new) in enumerate(((self.keys, keys), (self.values, values))):
+            array.flatten(0, 1)[slots] = self.stored(which, new)
+
     def slab(self, index: int) -> Slab:
         """One slab, to be read and written in place."""
         return Slab(self, index)
@@ -165,62 +235,6 @@ class Slab:
         """An array over slots as (groups, C, ...), without the spill slots."""
         return array.view(self.groups, self.capacity * self.size + 1, *array.shape[1:])[:, :-1]
 
-    def destinations(self, keep: torch.Tensor, survives: torch.Tensor) -> torch.Tensor:
-        """Slots for newcomers: the n-th survivor of a group fills the group's n-th hole, others are spilled.
-
-        ``keep`` (groups, C) marks entries that stay, ``survives`` (groups, N) newcomers; returns (groups, N)
-        slots, int64.
-        """
-        slots = self.capacity * self.size
-        local = torch.arange(slots, device=keep.device).expand_as(keep)
-        # each hole is written to the place of its rank, and what is none behind them
-        rank = torch.where(keep, slots, (~keep).cumsum(1) - 1)
-        holes = torch.full_like(rank, slots)
-        holes = F.pad(holes, (0, 1)).scatter_(1, rank, local)
-        rank = (survives.cumsum(1) - 1).clamp(0, slots - 1)
-        place = torch.where(survives, holes.gather(1, rank), slots)
-        return place + torch.arange(self.groups, device=keep.device)[:, None] * (slots + 1)
-
-    def admitted(
-        self,
-        keep: torch.Tensor,
-        slots: torch.Tensor,
-        survives: torch.Tensor,
-        retention: torch.Tensor,
-        position: torch.Tensor,
-        head: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The accounts once what ``keep`` (groups, C) drops is free and newcomers stand in their ``slots``.
-
-        All others are (groups, N). Keys and values follow with :meth:`fill`.
-        """
-        owner, slots = self.owner.clone(), slots.flatten()
-        self.rows(owner).masked_fill_(~keep, self.heads)
-        new = torch.where(survives, head, self.heads), retention, position
-        filled = {
-            name: array.index_copy(0, slots, values.to(array.dtype).flatten())
-            for (name, array), values in zip(
-                {"owner": owner, "retention": self.retention, "position": self.position}.items(),
-                new,
-                strict=True,
-            )
-        }
-        table, offsets = listing(filled["owner"], self.heads, len(self.table))
-        return filled | {"table": table, "offsets": offsets}
-
-    def take(self, arrays: dict[str, torch.Tensor]) -> None:
-        """Put :meth:`admitted` arrays where a captured step reads them; twice is as good as once."""
-        for name, array in arrays.items():
-            getattr(self, name).copy_(array)
-        self.pool.forget(self.index)
-
-    def fill(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write ``keys`` (N, Dk) and ``values`` (N, Dv) into ``slots`` (N,), in place.
-
-        This is where they are packed, once.
-        """
-        self.keys[slots], self.values[slots] = self.pool.stored(0, keys), self.pool.stored(1, values)
-
     def adopt(self, other: Slab) -> None:
         """Take over the entries of another pool's slab, which fit.
 
@@ -246,8 +260,8 @@ class Slab:
         self._list()
 
     def _list(self) -> None:
-        table, offsets = listing(self.owner, self.heads, len(self.table))
-        self.take({"table": table, "offsets": offsets})
+        table, offsets = listing(self.owner[None], self.heads, len(self.table))
+        self.pool.take({"table": table, "offsets": offsets}, [self.index])
 
 
 def resized(
@@ -262,8 +276,8 @@ def resized(
 
 
 def listing(owner: torch.Tensor, heads: int, used: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table (used,) and the offsets (heads + 1,) of a slab's owners (n,), int32."""
+    """The table (..., used) and the offsets (..., heads + 1) of slabs' owners (..., n), int32."""
     wide = owner.long()
-    counts = wide.new_zeros(heads + 1).scatter_add_(0, wide, torch.ones_like(wide))
-    offsets = F.pad(counts[:-1].cumsum(0), (1, 0)).to(torch.int32)
-    return owner.argsort(stable=True)[:used].to(torch.int32), offsets
+    counts = wide.new_zeros(*wide.shape[:-1], heads + 1).scatter_add_(-1, wide, torch.ones_like(wide))
+    offsets = F.pad(counts[..., :-1].cumsum(-1), (1, 0)).to(torch.int32)
+    return owner.argsort(dim=-1, stable=True)[..., :used].to(torch.int32), offsets

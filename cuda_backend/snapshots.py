@@ -182,13 +182,14 @@ def _fill(shared: Bounded, snapshot: Snapshot) -> None:
     counts = np.bincount(group, minlength=pool.groups)
     if kept.any():
         pool.grow(int(-(-counts.max() // arena.size)), keys, values)
-        slab = row.slab
         local = np.arange(len(group)) - (np.cumsum(counts) - counts)[group]
-        slots = torch.from_numpy(group * (pool.capacity * pool.size + 1) + local).to(device)
+        first, slabs = row.hold.index * pool.slots, [row.hold.index]
+        slots = torch.from_numpy(first + group * (pool.capacity * pool.size + 1) + local).to(device)
         nothing = torch.zeros(pool.groups, pool.capacity * pool.size, dtype=torch.bool, device=device)
         everything = torch.ones(len(slots), dtype=torch.bool, device=device)
-        slab.fill(slots, *words)
-        slab.take(slab.admitted(nothing, slots, everything, retention[~new], position[~new], head[~new]))
+        pool.fill(slots, *words)
+        new_accounts = retention[~new], position[~new], head[~new]
+        pool.take(pool.admitted(nothing, slots, everything, *new_accounts, slabs), slabs)
 
 
 def _words(stored: Tensor, device: torch.device) -> torch.Tensor:

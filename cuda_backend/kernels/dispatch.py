@@ -11,7 +11,7 @@ import torch
 from mlx_kvret.core.config import EvictionConfig
 
 from .. import attention, selection
-from ..pool import Slab
+from ..pool import Pool
 from ..view import ChunkView, LayerView
 
 # as many query tokens as decode attention takes, and rows of queries per KV head
@@ -79,15 +79,15 @@ def select(
 
 
 def fill(
-    slab: Slab, slots: torch.Tensor, survives: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    pool: Pool, slots: torch.Tensor, survives: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Move the survivors (R·H·T,) among keys and values (R, H, T, D) into their slots (R·H·T,)."""
+    """Move the survivors (n·H·T,) among keys and values (n, H, T, D) into slots (n·H·T,) of all slabs."""
     if enabled(keys.device):
         from .moving import fill as move
 
-        move(slab, slots, survives, keys, values)
+        move(pool, slots, survives, keys, values)
     else:
-        slab.fill(slots, keys.flatten(0, 2), values.flatten(0, 2))
+        pool.fill(slots, keys.flatten(0, 2), values.flatten(0, 2))
 
 
 def append(

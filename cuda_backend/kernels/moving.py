@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pool import Slab
+from ..pool import Pool
 from .stored import store_stored, stored, strides
 
 # elements of a tile: eight for each of 128 threads
@@ -88,7 +88,7 @@ def append(
 
 
 def fill(
-    slab: Slab, slots: torch.Tensor, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    pool: Pool, slots: torch.Tensor, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """As :func:`.dispatch.fill`."""
     _, heads, tokens, key_dim = keys.shape
@@ -97,7 +97,7 @@ def fill(
     entries = max(1, TILE // block)
     keys, values = (a if a.stride(3) == 1 else a.contiguous() for a in (keys, values))
     fill_kernel[(triton.cdiv(len(slots), entries),)](
-        keys, values, slots, keep, **stored(slab, keys, values),
+        keys, values, slots, keep, **stored(pool, keys, values),
         count=len(slots), tokens=tokens, heads=heads, **strides("key", keys), **strides("value", values),
         KEY=key_dim, VALUE=value_dim, ENTRIES=entries, BLOCK=block,
     )  # fmt: skip

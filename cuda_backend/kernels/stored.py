@@ -16,7 +16,7 @@ import triton.language as tl
 from mlx_kvret.core.bits import Packing
 
 from .. import packing
-from ..pool import Pool, Slab
+from ..pool import Pool
 
 LEAST = tl.constexpr(packing.LEAST)
 
@@ -101,8 +101,8 @@ def _rounded(b_x):
     return tl.where(b_x < 0, -b_whole, b_whole)
 
 
-def stored(pool: Pool | Slab, keys: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:
-    """What kernels need to know of a pool's or slab's rows; keys and values (..., D) of the newest tokens."""
+def stored(pool: Pool, keys: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:
+    """What kernels need to know of a pool's rows; keys and values (..., D) of the newest tokens."""
     pairs = zip(("key", "value"), (pool.keys, pool.values), pool.forms, (keys, values), strict=True)
     return {name: value for pair in pairs for name, value in _stored(*pair).items()}
 

@@ -47,7 +47,7 @@ _PLACES: dict[str, list[tuple[Any, str]]] = {
     "torch": [
         *((torch_reading.Reading, name) for name in ("observe", "append", "views", "commit")),
         *((torch_recent.Recent, name) for name in ("reserve", "reserve_scores", "reserve_inputs")),
-        *((torch_pool.Slab, name) for name in ("destinations", "admitted", "fill", "take")),
+        *((torch_pool.Pool, name) for name in ("destinations", "admitted", "fill", "take")),
         (torch_arena.Arena, "put"),
         (torch_bounded, "run_gates"),
         *((torch_row.Row, name) for name in ("own", "retention", "newest", "scores")),

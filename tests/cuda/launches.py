@@ -164,7 +164,7 @@ def launches(
         moving.append(new, new, places.slabs, places.length, window, window)
         newest = window[:1, :, :8].expand(2, -1, -1, -1)
         slots = torch.zeros(16 * heads, dtype=torch.int64)
-        moving.fill(pool.slab(1), slots, slots == 0, newest, newest)
+        moving.fill(pool, slots, slots == 0, newest, newest)
         entries = torch.zeros(1, 200)
         select.select_triton(entries, entries.long(), entries.long(), 9, config, 2 * heads, 2 * heads)
     # a kernel for each two variants, of many launches

@@ -90,8 +90,8 @@ def random_view(
         slab = pool.slab(index)
         local = rng.choice(size + 1, len(slab.owner) - 1, p=[*own, 1 - own.sum()])
         slab.owner[:-1] = torch.from_numpy(local).to(DEVICE)
-        table, offsets = listing(slab.owner, size, len(slab.table))
-        slab.take({"table": table, "offsets": offsets})
+        table, offsets = listing(slab.owner[None], size, len(slab.table))
+        pool.take({"table": table, "offsets": offsets}, [index])
     used = pool.owner < size
     for which, (array, dim) in enumerate(((pool.keys, key_dim), (pool.values, value_dim))):
         stored = pool.stored(which, torch.randn(*used.shape, dim).to(dtype))
@@ -322,17 +322,19 @@ def test_filling_holes_equals_its_twin(
     keys[0, 1, 2, 1] = 15 if kv_bits == 4 else 255
     slots, keep = torch.randperm(43)[:42], torch.rand(42) < 0.6
     keep[:12] = True
-    slabs = []
+    pools = []
     for _ in range(2):
         pool = Pool(2, 1, 1, DEVICE, packings(kv_bits, key_dim, value_dim))
         pool.grow(43, keys, values)
         for rows in (pool.keys, pool.values):
             rows.view(torch.uint8).fill_(255)
-        slabs.append(pool.slab(1))
-    moving.fill(slabs[0], slots, keep, keys, values)
-    slabs[1].fill(slots[keep], keys.flatten(0, 2)[keep], values.flatten(0, 2)[keep])
+        pools.append(pool)
+    # of both slabs
+    slots = torch.where(slots % 2 == 0, slots, slots + pools[0].slots)
+    moving.fill(pools[0], slots, keep, keys, values)
+    pools[1].fill(slots[keep], keys.flatten(0, 2)[keep], values.flatten(0, 2)[keep])
     for name in ("keys", "values"):
-        ours, expected = (getattr(slab.pool, name).view(torch.uint8) for slab in slabs)
+        ours, expected = (getattr(pool, name).view(torch.uint8) for pool in pools)
         assert torch.equal(ours, expected)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from cross import rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend import compaction
+from mlx_kvret.cuda_backend.row import run_gates
 
 from .bare import WORDS, Bare
 
@@ -124,3 +126,28 @@ def test_rows_that_are_due_together_select_together(room: int, monkeypatch: pyte
     assert sum(together) == sum(asked)
     # unless they are too many entries to be looked at at once
     assert (max(together), len(together) < len(asked)) == ((1, False) if room == 1 else (2, True))
+
+
+class Worked(TorchDispatchMode):
+    """Counts operations, but for views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_compaction_of_all_rows_costs_the_operations_of_one() -> None:
+    counts = []
+    for count in (1, 2, 5, 16):
+        batch = HOST.new(SMALL)
+        for _ in range(count - 1):
+            batch.extend(HOST.new(SMALL))
+        for token in range(9):
+            HOST.read(batch, [[(token + row) % WORDS] for row in range(count)])
+        run_gates(batch.rows)
+        with Worked() as worked:
+            batch.settle()
+        counts.append(worked.count)
+    assert counts[1] == counts[2] == counts[3] <= counts[0] + 16 and counts[0] > 30
