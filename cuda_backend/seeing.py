@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mlx_kvret.core.picture_prompts import Asked, asked, is_processed, listed, processor_of, tokenizer_of
-from mlx_kvret.core.pictures import InChunks, runs
+from mlx_kvret.core.pictures import InChunks, check_finite, runs
 from mlx_kvret.core.vision import picture_tokens
 from mlx_kvret.errors import ConfigError, KVRetError, UnsupportedFeatureError
 
@@ -206,6 +206,7 @@ class Seen(InChunks):
             self._features = Features.of(model, prompt.given)
         count = sum(b - a for a, b in self.spans)
         rows = 0 if self._features is None else len(self._features.rows)
+        check_finite(self._features is None or bool(self._features.rows.isfinite().all()))
         if rows != count:
             raise ConfigError(
                 f"the prompt has {count} tokens of pictures, and its pictures make {rows}; give what the "

@@ -113,6 +113,19 @@ def chunk_ends(length: int, step: int, pictures: Iterable[tuple[int, int]]) -> l
     return ends
 
 
+def check_finite(finite: bool) -> None:
+    """Refuse pictures of which a tower did not make numbers.
+
+    Raises:
+        UnsupportedFeatureError: which is mended by another type, or by other pictures.
+    """
+    if not finite:
+        raise UnsupportedFeatureError(
+            "the model's vision tower makes infinite or no numbers of these pictures; load the model in "
+            "bfloat16 or float32, whose range is larger than float16's, or give smaller pictures"
+        )
+
+
 class InChunks(abc.ABC):
     """A prompt with pictures that is read in passes, none of which cuts a picture.
 

@@ -18,6 +18,8 @@ from ..core.picture_prompts import spoken_by
 from ..core.vision import check_vision
 from ..errors import CheckpointError, KVRetError, MissingDependencyError, UnsupportedModelError
 
+# models of which mlx-vlm reads the settings of the text beside those of the whole
+_FLAT = ("qwen2_vl", "qwen2_5_vl")
 # what transformers 5 calls the towers of models that mlx-vlm knows by the whole model's name
 _TOWERS = {"qwen3_vl_vision": "qwen3_vl", "qwen2_5_vl_vision": "qwen2_5_vl", "qwen2_vl_vision": "qwen2_vl"}
 
@@ -93,6 +95,10 @@ def meant(config: dict[str, Any]) -> dict[str, Any]:
         changed["text_config"] = own | {
             name: v for name, v in text.items() if v is not None or name not in own
         }
+    if config.get("model_type") in _FLAT and isinstance(text, dict):
+        # what the text's config names as the whole does is the whole's
+        changed = {name: v for name, v in changed["text_config"].items() if name not in config} | changed
+        del changed["text_config"]
     if isinstance(vision, dict) and vision.get("model_type") in _TOWERS:
         changed["vision_config"] = vision | {"model_type": _TOWERS[vision["model_type"]]}
     return changed

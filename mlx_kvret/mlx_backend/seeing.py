@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..core.picture_prompts import Asked, asked, is_processed, listed, processor_of, tokenizer_of
-from ..core.pictures import InChunks, runs
+from ..core.pictures import InChunks, check_finite, runs
 from ..errors import ConfigError, KVRetError
 from .cache import BoundedCache
 from .vision import can_see, family, logits_of, speaking, tokens_of_pictures
@@ -78,19 +78,10 @@ def processed(model: nn.Module, processor: Any, found: Asked, first: bool) -> Pr
     Raises:
         ConfigError: the processor refuses it, or other tokens come of it than of its pictures.
     """
-    from mlx_vlm.utils import prepare_inputs
-
     bos = tokenizer_of(processor).bos_token
     begin = first and (bos is None or not found.text.startswith(bos))
-    config = getattr(model, "config", None)
     try:
-        made = prepare_inputs(
-            processor,
-            images=list(found.pictures),
-            prompts=found.text,
-            image_token_index=getattr(config, "image_token_index", None),
-            add_special_tokens=begin,
-        )
+        made = _made(model, processor, found, begin)
     except KVRetError:
         raise
     except Exception as error:  # processors of many makes
@@ -108,6 +99,25 @@ def processed(model: nn.Module, processor: Any, found: Asked, first: bool) -> Pr
             "or the processor is not the model's"
         )
     return prompt
+
+
+def _made(model: nn.Module, processor: Any, found: Asked, begin: bool) -> Mapping[str, Any]:
+    from mlx_vlm.utils import prepare_inputs
+
+    pictures, config = list(found.pictures), getattr(model, "config", None)
+    try:
+        return prepare_inputs(
+            processor,
+            images=pictures,
+            prompts=found.text,
+            image_token_index=getattr(config, "image_token_index", None),
+            add_special_tokens=begin,
+        )
+    except ValueError as error:
+        # LLaVA's of mlx-vlm hands what is meant for its tokenizer to a picture processor that refuses it
+        if "unexpected keyword argument" not in str(error) or not pictures:
+            raise
+        return processor(images=pictures, text=[found.text])
 
 
 def _unbegun(made: Mapping[str, Any], tokenizer: Any, text: str) -> dict[str, Any]:
@@ -173,6 +183,7 @@ class Seen(InChunks):
         out = model.get_input_embeddings(
             prompt.ids, prompt.pixels, mask=mx.ones_like(prompt.ids), **prompt.given
         )
+        check_finite(bool(mx.isfinite(out.inputs_embeds).all()))
         rest = {k: v for k, v in out.to_dict().items() if k != "inputs_embeds" and v is not None}
         # positions that are left on the model are another conversation's at the next chunk
         if "position_ids" not in rest and getattr(lm, "_position_ids", None) is not None:

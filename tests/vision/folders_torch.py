@@ -92,10 +92,21 @@ def family(name: str) -> str:
 
 def folder(name: str, path: Path) -> Path:
     """A model that ``load`` opens; its words are w5, w6, ..."""
-    special = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>"} | NAMES[family(name)]
+    tiny_model(name).save_pretrained(path)
+    beside(path, name, NAMES[family(name)], MARKS[family(name)], KINDS[name])
+    return path
+
+
+def beside(
+    path: Path, name: str, own: dict[int, str], mark: str, made: tuple[str, dict[str, Any], dict[str, Any]]
+) -> None:
+    """Write tokenizer, chat template and processor; ``own`` are the tokens around and of a picture.
+
+    ``made`` are the processor's class, the settings of its pictures, and its own.
+    """
+    special = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>"} | own
     words = Tokenizer(models.WordLevel({special.get(i, f"w{i}"): i for i in range(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    own = NAMES[family(name)]
     tokens = {"image_token": own[IMAGE]}
     tokens |= {"boi_token": own[START], "eoi_token": own[END]} if name.startswith("gemma") else {}
     if name == "gemma4":
@@ -108,10 +119,8 @@ def folder(name: str, path: Path) -> Path:
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=tokens, additional_special_tokens=list(own.values()),
     )  # fmt: skip
-    tiny_model(name).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    kind, image, more = KINDS[name]
+    kind, image, more = made
     (path / "preprocessor_config.json").write_text(json.dumps(image | {"processor_class": kind}))
     (path / "processor_config.json").write_text(json.dumps(more | {"processor_class": kind}))
-    (path / "chat_template.jinja").write_text(TEMPLATE.replace("MARK", MARKS[family(name)]))
-    return path
+    (path / "chat_template.jinja").write_text(TEMPLATE.replace("MARK", mark))

@@ -169,6 +169,16 @@ def test_wrong_use_is_refused(opened: Any, tmp_path: Path) -> None:
         processor.video_processor([])
 
 
+def test_a_tower_that_makes_no_numbers_is_told(opened: Any) -> None:
+    model, processor = opened("llava")
+    tower = model.model.vision_tower.embeddings.patch_embedding
+    before = tower.weight.data
+    tower.weight.data = torch.full_like(before, torch.inf)
+    with pytest.raises(UnsupportedFeatureError, match="bfloat16 or float32"):
+        tokens(model, processor, "w5 <image> w6", images=picture(1), **LARGE)
+    tower.weight.data = before
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_with_and_without_pictures(name: str, opened: Any) -> None:
     model, processor = opened(name)

@@ -20,9 +20,9 @@ CLOSE = dict.fromkeys(tiny.RIGHT, 2e-6) | {"qwen3_5": 5e-6}
 class Conversation:
     """Turns of a conversation, each embedded alone, and what a stock model is given to read all of it."""
 
-    def __init__(self, name, model, turns=TALK):
+    def __init__(self, name, model, turns=None):
         self.name, self.model, self.lm = name, model, model.language_model
-        self.turns = [tiny.turn(name, model, *one) for one in turns]
+        self.turns = turns or [tiny.turn(name, model, *one) for one in TALK]
         ids = [turn[0] for turn in self.turns]
         self.ids = mx.concatenate([part for one in ids for part in (one, mx.array([ANSWER]))], axis=1)
         self.positions = None

@@ -157,9 +157,9 @@ M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 RIGHT = tuple(name for name in CONFIGS if name not in ("paligemma", "mllama"))
 
 
-def build(name: str, seed: int = 0):
+def build(name: str, seed: int = 0, config=None):
     """A random model of mlx-vlm; weights larger than usual, so that its attention is not uniform."""
-    config = {"model_type": name, **CONFIGS[name]}
+    config = {"model_type": name, **(CONFIGS[name] if config is None else config)}
     mx.random.seed(seed)
     arch, _ = get_model_and_args(dict(config))[:2]
     made = arch.ModelConfig.from_dict(config)
