@@ -1,4 +1,4 @@
-"""Faults planted in the attention kernels: one textual change each, and the call that must notice it.
+"""Faults planted in the kernels: one textual change each, and the call that must notice it.
 
 ``PYTHONPATH=tests python -m tests.kernels.mutants`` tries all of them; the tests try some.
 """
@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import mlx.core as mx
+import numpy as np
 from metal_host import KernelError, check
 
-from mlx_kvret.mlx_backend.kernels import decode_attention, launch
+from mlx_kvret.mlx_backend.candidates import candidates_kernel, candidates_reference
+from mlx_kvret.mlx_backend.kernels import compaction_plan, decode_attention, launch, score_select
 from mlx_kvret.mlx_backend.kernels.attention import attend
-from mlx_kvret.mlx_backend.kernels.prefill_attention import tiled
+from mlx_kvret.mlx_backend.kernels.launch import rows as host_rows
+from mlx_kvret.mlx_backend.kernels.prefill_attention import chunk_rows, tiled, tiled_rows
+from mlx_kvret.mlx_backend.pool import destinations_reference
+from mlx_kvret.mlx_backend.selection import select_reference
 
-from .cases import batch_with, uniform, view_with
+from .cases import batch_with, pool_with, uniform, view_with
 from .test_attention import TOLERANCE, exact
+from .test_chunks import RAGGED, chunks_with, one_by_one, queries_for
 
 
 def _rows(size, group, dtype=mx.float32, bits=None, sinks=False):
@@ -29,6 +35,75 @@ def _rows(size, group, dtype=mx.float32, bits=None, sinks=False):
         attend,
         uniform(3 * group) if sinks else None,
     )
+
+
+def _attention(view, queries, kernel, sinks):
+    """The kernel's call, its twin's result and the tolerance."""
+    scale = queries.shape[-1] ** -0.5
+    twin = exact(queries, view, scale, True, sinks)
+    return lambda: kernel(queries, view, scale, True, sinks), twin, TOLERANCE[queries.dtype]
+
+
+def _chunks():
+    """Chunks of rows with windows before them, on slabs in another order."""
+    chunks = chunks_with(*RAGGED)
+    queries = queries_for(chunks, 2)
+    given = queries, chunks, 0.2, True, uniform(4)
+    return lambda: tiled_rows(*given), one_by_one(*given), TOLERANCE[mx.float32]
+
+
+def _chunk_rows():
+    windows, new = [uniform(3, 2, 5, 32) for _ in "kv"], [uniform(2, 2, 7, 32) for _ in "kv"]
+    where = [(-3, 0), (-3, 1), (0, 0), (0, 1), (0, 2), (-2, 0), (1, 0), (1, 1), (1, 2), (1, 3)]
+    index = host_rows(np.array(where, np.int32))
+    twin = [
+        mx.concatenate([old[2, :, :2], own[0, :, :3], old[1, :, :1], own[1, :, :4]], axis=1)[None]
+        for old, own in zip(windows, new, strict=True)
+    ]
+    return lambda: list(chunk_rows(*new, windows, index, len(where))), twin, 0.0
+
+
+def _candidates(learned=True):
+    pool = pool_with([[5, 0, 21, 2], [0] * 4, [1, 0, 0, 0]], 32, 32, free=2)
+    pool.retention = -mx.abs(pool.retention)
+    column = np.array([[3, 1, 7], [5, -1, -1]], np.int32)
+    numbers = np.array([(2, 40, 950, 7, 30, 9), (0, 600, 700, 1, 0, 100)], np.int32)
+    given = pool, -mx.abs(uniform(4, 9)), column, numbers, learned
+    return lambda: candidates_kernel(*given), candidates_reference(*given), 1e-5
+
+
+def _selection():
+    """Three rows of two groups of other budgets, ages and floors; ties of the first digits and of all."""
+    rng, size = np.random.default_rng(1), (6, 300)
+    score = mx.array((rng.integers(0, 30, size) / 64 - 0.2).astype(np.float32))
+    position = np.stack([rng.permutation(300) for _ in range(6)]).astype(np.int32)
+    head = rng.integers(0, 9, size) % 7
+    arrays = score, mx.array(rng.random(size) < 0.1), mx.array(position), mx.array(head.astype(np.int32))
+    wanted, seen = np.array([40, 50, 9, 150, 3, 100]), np.array([300, 300, 900, 900, 70_000, 70_000])
+    lowest = np.array([-np.inf, -np.inf, -0.1, 0.1, -np.inf, 0.0])
+    twin = mx.concatenate(
+        [
+            select_reference(
+                *(a[g : g + 1] for a in arrays), int(wanted[g]), int(seen[g]), 6, float(lowest[g])
+            )
+            for g in range(6)
+        ]
+    )
+    return lambda: score_select.select(*arrays, wanted, seen, 6, lowest), twin, 0.0
+
+
+def _holes():
+    # more that stay than holes
+    keep = mx.random.bernoulli(0.95, (3, 3000))
+    base = np.array([7000, 0, 14_000], np.int32)
+    twin = destinations_reference(keep, base, 2500)
+    return lambda: compaction_plan.destinations(keep, base, 2500), twin, 0.0
+
+
+def _counts():
+    owner = mx.random.randint(0, 6, (3, 9000)).astype(mx.int32)
+    twin = mx.stack([mx.zeros((6,), mx.int32).at[row].add(1) for row in owner])
+    return lambda: score_select.head_counts(owner, 5), twin, 0.0
 
 
 def _drafts(size, bits=None):
@@ -57,6 +132,16 @@ CALLS: dict[str, Callable] = {
     "chunk": lambda: _chunk(32, "k8v4"),
     "chunk of floats": lambda: _chunk(96, None, sinks=True),
 }
+# calls, what they should give, and how near
+CALLS = {name: lambda made=made: _attention(*made()) for name, made in CALLS.items()}
+CALLS |= {
+    "chunks": _chunks,
+    "chunk rows": _chunk_rows,
+    "candidates": _candidates,
+    "selection": _selection,
+    "holes": _holes,
+    "counts": _counts,
+}
 
 
 @dataclass(frozen=True)
@@ -82,17 +167,10 @@ class Mutant:
     def noticed(self) -> bool:
         """Whether the call fails."""
         mx.random.seed(0)
-        view, queries, kernel, sinks = CALLS[self.call]()
-        scale = queries.shape[-1] ** -0.5
-        twin = exact(queries, view, scale, True, sinks)
+        call, twin, tolerance = CALLS[self.call]()
         with self._planted():
             try:
-                check(
-                    lambda: kernel(queries, view, scale, True, sinks),
-                    lambda: twin,
-                    TOLERANCE[queries.dtype],
-                    (self.found_by,),
-                )
+                check(call, lambda: twin, tolerance, (self.found_by,))
             except KernelError:
                 return True
         return False
@@ -330,6 +408,121 @@ MUTANTS = [
         ("logits of base e", "scaling[0] * LOG2E", "scaling[0]", "chunk of floats"),
         ("sinks of base e", "sinks_strides[0]]) * LOG2E", "sinks_strides[0]])", "chunk of floats"),
         ("kept entries taken for new ones", "if (pooled) {", "if (pooled && entry > 0) {", "chunk"),
+        ("the first row's slab for all", "flat = batch[at] *", "flat = batch[0] *", "chunks"),
+        ("newest tokens of the first row", "start = batch[at + 1]", "start = batch[1]", "chunks"),
+        ("as many newest tokens as the first row", "recent = batch[at + 2]", "recent = batch[2]", "chunks"),
+        ("as many queries as the first row", "tokens = batch[at + 3]", "tokens = batch[3]", "chunks"),
+        ("queries of the row's number", "query_row = batch[at + 4]", "query_row = at / 5", "chunks"),
+        ("results of the first row", "(query_row * queries_shape[1] + query_head)", "query_head", "chunks"),
+        ("rows of as many places as tokens", "* queries_shape[2] + token", "* tokens + token", "chunks"),
+        (
+            "values of the first row",
+            "recent_values_strides[1] + start * recent_values_strides[2]",
+            "recent_values_strides[1]",
+            "chunks",
+        ),
+    ),
+    *_of(
+        "chunk_rows",
+        ("windows' slabs off by one", "-1 - from", "-from", "chunk rows"),
+        ("what is new taken from windows", "fresh = from >= 0", "fresh = from > 0", "chunk rows"),
+        ("values of the next head", "h * values_strides[1]", "(1 - h) * values_strides[1]", "chunk rows"),
+        ("windows' keys of the first token", "t * window_keys_strides[2]", "0", "chunk rows"),
+        (
+            "the last token left out",
+            "if (token >= count) return;",
+            "if (token + 1 >= count) return;",
+            "chunk rows",
+        ),
+        ("tokens beyond the last", "if (token >= count) return;", "", "chunk rows", "asan"),
+    ),
+    *_of(
+        "candidates",
+        ("the first row's slab for all", "numbers[row * 6]) *", "numbers[0]) *", "candidates"),
+        ("the first row's clock for all", "seen = numbers[row * 6 + 2]", "seen = numbers[2]", "candidates"),
+        (
+            "new tokens from the first row's place",
+            "start = numbers[row * 6 + 1]",
+            "start = numbers[1]",
+            "candidates",
+        ),
+        ("the first row's look-ahead", "steps = numbers[row * 6 + 3]", "steps = numbers[3]", "candidates"),
+        ("the first row's sinks", "sinks = numbers[row * 6 + 4]", "sinks = numbers[4]", "candidates"),
+        ("the first row's window", "window = numbers[row * 6 + 5]", "window = numbers[5]", "candidates"),
+        ("spill slots not counted", "(capacity + 1)", "capacity", "candidates"),
+        ("padding taken for tokens", "if (from >= 0) {", "if (from >= -1) {", "candidates"),
+        ("tokens before heads", "(i - capacity) / newcomers", "(i - capacity) % SIZE", "candidates"),
+        ("all of one head", "size_t(flat) * newest_shape[1] + from", "size_t(from)", "candidates"),
+        ("the window one shorter", "place >= seen - window", "place > seen - window", "candidates"),
+        (
+            "an age of one less",
+            "utility(log_beta, seen - place, steps)",
+            "utility(log_beta, seen - place - 1, steps)",
+            "candidates",
+        ),
+    ),
+    *_of(
+        "scoring",
+        ("no sum of later uses", "return result + precise::log", "return result; precise::log", "candidates"),
+        ("sums of one step", "float(steps) * safe) / exp", "safe) / exp", "candidates"),
+    ),
+    *_of(
+        "rank_histogram",
+        ("no entry counts", "head[at] < heads ?", "head[at] <= heads ?", "selection"),
+        ("prefixes of another group", "state[group * 3] >>", "state[0] >>", "selection"),
+        ("one histogram for all", "(size_t(group) << BITS) + bin", "size_t(bin)", "selection"),
+        (
+            "no barrier before counting",
+            "threadgroup_barrier(mem_flags::mem_threadgroup);",
+            "",
+            "selection",
+            "tsan",
+        ),
+    ),
+    *_of(
+        "rank_digit",
+        ("wanted of the first group", "state[group * 3 + 1])", "state[1])", "selection"),
+        (
+            "digits from below",
+            "top - (self * E + i)];\nuint",
+            "top + 1 - (1 << BITS) + (self * E + i)];\nuint",
+            "selection",
+        ),
+        (
+            "no barrier before the sums",
+            "threadgroup_barrier(mem_flags::mem_threadgroup);",
+            "",
+            "selection",
+            "tsan",
+        ),
+    ),
+    *_of(
+        "rank_verdict",
+        ("one floor for all", "lowest[group]", "lowest[0]", "selection"),
+        ("what must stay goes too", "rank >> 32 == 2 ||", "", "selection"),
+    ),
+    *_of(
+        "tie_limit",
+        ("the first row's clock", "seen = numbers[group * 3]", "seen = numbers[0]", "selection"),
+        ("ranks of the first row's length", "numbers[group * 3 + 2] : -8", "numbers[2] : -8", "selection"),
+        ("ties of the first group", "limit[group] =", "limit[0] =", "selection"),
+    ),
+    *_of(
+        "keep_mask",
+        ("the first group's limit", "<= limit[group]", "<= limit[0]", "selection"),
+        ("the limit itself goes", "<= limit[group]", "< limit[group]", "selection"),
+    ),
+    *_of(
+        "hole_filling",
+        ("slots of the first group", "base[group] + slot", "base[0] + slot", "holes"),
+        ("survivors that find no hole overwrite", "place++ < found[0]", "place++ <= found[0]", "holes"),
+        ("holes are not seen by others", " | mem_flags::mem_device", "", "holes", "tsan"),
+        ("newcomers of the first group", "size_t(group) * keep_shape[1] +", "", "holes"),
+    ),
+    *_of(
+        "head_counts",
+        ("owners of the first slab", "owner[row * owner_shape[1] + i]", "owner[i]", "counts"),
+        ("counts of the first slab", "counts[row * BINS + bin]", "counts[bin]", "counts"),
     ),
 ]
 
