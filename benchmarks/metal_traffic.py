@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,6 +108,46 @@ def batch(budget: int) -> Iterator[str]:
             )
 
 
+def chunks(budget: int) -> Iterator[str]:
+    """One layer of Qwen3-4B, 16 or fewer tokens of each row in one launch, heads 100:1 in every other row."""
+    yield "| rows | bits | K and V | memory |"
+    yield "|---|---|---|---|"
+    model = MODELS["Qwen3-4B"]
+    for rows in (1, 2, 4, 8, 16):
+        for bits in (None, 8, "k8v4", 4):
+            kinds = uneven(model.kv_heads, budget // 8), [budget // 8] * model.kv_heads
+            tokens = [1 + row * 5 % 16 for row in range(rows)]
+            lengths = [kinds[row % 2] for row in range(rows)]
+            seen, blocks = traffic.chunks(lengths, tokens, model.group, model.head_dim, bits=bits)
+            assert set(blocks) == {1}
+            yield f"| {rows} | {bits or 16} | {seen.entries:.3f} | {seen.memory:,} |"
+
+
+def together(budget: int) -> Iterator[str]:
+    """Launches of a compaction of rows that are due at once, 36 layers of 8 heads: of this library's kernels,
+    and of these and MLX's operations together, without the copies that make an array contiguous.
+    """
+    yield "| rows | kernels, row after row | at once | all, row after row | at once |"
+    yield "|---|---|---|---|---|"
+    for rows in (1, 2, 4, 8, 16):
+        apart, most = traffic.launches(rows, 36, 8, together=False)
+        ours, every = traffic.launches(rows, 36, 8)
+        yield f"| {rows} | {apart} | {ours} | {most:,} | {every} |"
+
+
+def compacting_rows(budget: int) -> Iterator[str]:
+    """Qwen3-4B's heads with a 32nd of the budget; bytes of each candidate."""
+    yield "| rows | score reads | loaded, bytes each | stored | moves / evicted | kernels |"
+    yield "|---|---|---|---|---|---|"
+    heads, each = MODELS["Qwen3-4B"].cache.heads, budget // 32
+    for rows in (1, 4, 16):
+        seen = traffic.compaction(each * heads, each // 8 * heads, heads, rows=rows)
+        yield (
+            f"| {rows} | {seen.score_reads:.2f} | {seen.loaded:.1f} | {seen.stored:.1f} | {seen.moves:.3f} | "
+            f"{seen.launches} |"
+        )
+
+
 def threadgroups(budget: int) -> Iterator[str]:
     """Of one launch of decode attention, for one row and for 8; a buffer of M/8."""
     yield "| model | bits | " + " | ".join(f"M = {most:,}" for most in SIZES) + " |"
@@ -180,10 +221,13 @@ def report(budget: int) -> Iterator[str]:
         "Rows of a batch": batch,
         "Threadgroups": threadgroups,
         "Reading a chunk": reading,
+        "Chunks of a batch": chunks,
         "A compaction": compacting,
+        "A compaction of several rows": compacting_rows,
+        "Launches of a compaction": together,
         "Gates": gates,
     }.items():
-        yield f"\n## {title}\n\n{table.__doc__}\n"
+        yield f"\n## {title}\n\n{inspect.getdoc(table)}\n"
         yield from table(budget)
 
 

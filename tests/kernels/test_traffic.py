@@ -6,7 +6,7 @@ from metal_host import EMULATED
 
 from mlx_kvret.mlx_backend.kernels import decode_attention
 
-from .traffic import chunks, compaction, decode, prefill, rows
+from .traffic import chunks, compaction, decode, launches, prefill, rows
 
 PIECE_BYTES = decode_attention.PIECE_BYTES
 pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulator counts; here the kernels run")
@@ -99,3 +99,14 @@ def test_a_compaction_reads_the_scores_four_times_and_moves_no_more_than_it_evic
     assert seen.score_reads == 4.0 and seen.launches == 11
     assert 0.5 < seen.moves <= 1.0
     assert seen.memory <= MOST_MEMORY
+
+
+def test_a_compaction_of_many_rows_costs_little_more_launches_than_one():
+    ours, one = launches(1, layers=3, kv_heads=2)
+    for count in (2, 16):
+        several, every = launches(count, layers=3, kv_heads=2)
+        assert several == ours == 12
+        # a few more: tokens of many windows are gathered, and log β of a chunk stand in an array for each row
+        assert every <= one + 2 * 3 + count + 8
+    apart, most = launches(16, layers=3, kv_heads=2, together=False)
+    assert apart == 16 * ours and most >= 15 * one

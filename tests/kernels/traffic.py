@@ -1,13 +1,25 @@
 """What the kernels move, counted access by access by the emulator."""
 
+import os
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import metal_host
 import mlx.core as mx
 import numpy as np
 
+from mlx_kvret.core.budget import CacheShape
+from mlx_kvret.core.config import EvictionConfig
+from mlx_kvret.mlx_backend import compaction as mlx_compaction
+from mlx_kvret.mlx_backend import kernels
+from mlx_kvret.mlx_backend.arena import Arena
+from mlx_kvret.mlx_backend.bounded import Bounded
 from mlx_kvret.mlx_backend.candidates import candidates_kernel
-from mlx_kvret.mlx_backend.kernels import compaction_plan, score_select
+from mlx_kvret.mlx_backend.joining import new_row
+from mlx_kvret.mlx_backend.kernels import compaction_plan, launch, score_select
 from mlx_kvret.mlx_backend.kernels.attention import attend
 from mlx_kvret.mlx_backend.kernels.prefill_attention import ROWS, tiled, tiled_rows
 
@@ -150,3 +162,48 @@ def compaction(kept, new, heads, ties=False, rows=1):
         traffic.threadgroup_memory,
         len(traffic.launches),
     )
+
+
+# of MLX's operations those that launch nothing
+VIEWS = {"Transpose", "Reshape", "ExpandDims", "Squeeze", "Slice", "Broadcast", "Flatten", "Unflatten"}
+
+
+def launches(rows, layers, kv_heads, together=True):
+    """Of a compaction of ``rows`` that are due at once: launches of our kernels, and of these and MLX's own.
+
+    They are counted in what MLX would launch, without carrying it out. Unless ``together`` one row compacts
+    after the other.
+    """
+    shape = CacheShape(layers, kv_heads, 32, 32, 4, 8)
+    config = EvictionConfig(budget=8, buffer=4)
+    gates = SimpleNamespace(log_beta=lambda layer, x: -mx.abs(x[..., :kv_heads]))
+    arena = Arena(shape, config, {}, gates, slabs=rows)
+    batch = Bounded(arena, [new_row(arena) for _ in range(rows)], batch=True)
+    for tokens in (9, 1, 1, 1):
+        batch.prepare(tokens)
+        batch.reading, _ = batch.begin(tokens)
+        for layer in range(layers):
+            batch.reading.observe(layer, uniform(rows, tokens, 8))
+            batch.reading.append(layer, *(uniform(rows, kv_heads, tokens, 32) for _ in "kv"))
+        batch.finish()
+        mx.eval(arena.newest())
+    arena.score(wait=True)
+    found: Counter[str] = Counter()
+
+    def look(entry):
+        if entry.get("type") == "primitive" and entry["name"] not in VIEWS:
+            found[entry["name"]] += len(entry["inputs"]) if entry["name"] == "Concatenate" else 1
+
+    def settle(token):
+        batch.settle()
+        lookup = arena.pool.lookup
+        return [*arena.pool.arrays(), lookup.table, lookup.offsets, *arena.recent.arrays(), token]
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, {kernels.VARIABLE: "metal"}))
+        stack.enter_context(patch.object(launch, "_evaluated", lambda arrays: True))
+        stack.enter_context(patch.object(mx, "async_eval", lambda *arrays: None))
+        if not together:
+            stack.enter_context(patch.object(mlx_compaction, "TOGETHER", 1))
+        mx.export_function(look, settle, mx.array(0))
+    return found["CustomKernel"], sum(found.values())
