@@ -7,7 +7,7 @@ from .batch import BatchGenerator
 from .cache import BoundedCache
 from .generation import TokenIds, stop_tokens, vocabulary
 from .hooks import check_cache
-from .sampling import alike, alone, processors_of
+from .sampling import alike, alone, of_first, processors_of
 from .seeing import Seen, check_no_pictures, prepared
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_no_pictures",
     "checked_cache",
     "make_cache",
+    "of_first",
     "prepared",
     "processors_of",
     "row_cache",

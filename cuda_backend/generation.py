@@ -24,7 +24,7 @@ from .attaching import make_cache
 from .cache import BoundedCache, cache_argument
 from .loops import end_text
 from .memory import explained
-from .sampling import Processor, Sampler, alike, processors_of, sampler_of
+from .sampling import Processor, Sampler, alike, of_first, processors_of, sampler_of
 from .seeing import Prepared, Seen, prepared
 from .step import decoder_step
 from .tokens import Told
@@ -130,6 +130,7 @@ def stream_generate(
     reader: Any = TokenIds() if tokenizer is None else spoken_by(tokenizer)
     own: dict[str, Any] = {"sampler": sampler, "logits_processors": logits_processors or ()}
     own |= drawing(alike(model, asked), vocabulary(model), sampler_of, processors_of, logits_processors)
+    own["sampler"] = of_first(model, own["sampler"])
     choose = _Choice(**own, ids=ids)
     return _responses(
         model, reader, shown or ids, cache, choose, max_tokens, prefill_step_size, prompt_progress_callback

@@ -100,7 +100,7 @@ def stream_batch(
     waiting = rows_of(room, model, tokenizer, list(zip(asked, shown, held, strict=True)), known)
     columns = {
         "max_tokens": [ENDLESS if limit < 0 else limit for limit in limits],
-        "samplers": [room.alone(own) for own in seeds],
+        "samplers": [room.of_first(model, room.alone(own)) for own in seeds],
         "logits_processors": [room.processors_of(own) for own in seeds],
     }
     reader = room.TokenIds() if tokenizer is None else tokenizer

@@ -12,7 +12,7 @@ from .api import stop_tokens
 from .attaching import make_cache
 from .generation import TokenIds, vocabulary
 from .hooks import checked_cache, row_cache, rows_agree
-from .sampling import alike, alone, processors_of
+from .sampling import alike, alone, of_first, processors_of
 from .seeing import Seen, Speaker, check_no_pictures, prepared
 from .vision import family, is_vision, speaking
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_no_pictures",
     "checked_cache",
     "make_cache",
+    "of_first",
     "prepared",
     "processors_of",
     "row_cache",

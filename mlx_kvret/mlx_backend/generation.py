@@ -28,7 +28,7 @@ from . import hooks
 from .attaching import make_cache
 from .cache import BoundedCache
 from .loops import Text
-from .sampling import alike, behind, processors_of, sampler_of
+from .sampling import alike, behind, of_first, processors_of, sampler_of
 from .seeing import Prepared, Seen, Speaker, check_no_pictures, prepared, reader_of
 from .vision import is_vision, speaking
 
@@ -115,6 +115,8 @@ def stream_generate(
         check_no_pictures(model, ids)
     more = options.get("logits_processors")
     options |= drawing(alike(model, asked), vocabulary(model), sampler_of, processors_of, more)
+    if (sampler := of_first(model, options.get("sampler"))) is not None:
+        options["sampler"] = sampler
     held: list[Any] = cache
     if draft_model is not None:
         if hooks.attachment(draft_model) is not None:

@@ -28,6 +28,15 @@ def alike(model: nn.Module, asked: Sampling) -> Sampling:
     return dataclasses.replace(asked, seed=int(attached.layout.share.ranks.first(seed)[0]))
 
 
+def of_first(model: nn.Module, draw: Sampler | None) -> Sampler | None:
+    """The first rank's tokens for all, where several hold a model: others may round to another choice."""
+    attached = attachment(model)
+    if attached is None or attached.layout.share is None:
+        return draw
+    ranks: Any = attached.layout.share.ranks
+    return lambda logprobs: ranks.token(mx.argmax(logprobs, -1) if draw is None else draw(logprobs))
+
+
 def sampler_of(asked: Sampling) -> Sampler | None:
     """Log probabilities (1, V) to a token (1,); None for the likeliest. A seed is set at once."""
     if asked.temp == 0:

@@ -7,6 +7,7 @@ sleep in between, so that none waits in vain for one that is gone, and none burn
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -172,8 +173,9 @@ def follow(backend: Backend, rows: int) -> None:
             os._exit(STATUS)
         leaving.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, leave)
     deed = ""
     while deed != "end":
         deed, dropped, given = line.say()

@@ -1,0 +1,85 @@
+"""What becomes of a step that fails on one rank: the server goes on where it can, else it ends."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+
+from mlx_kvret.errors import KVRetError, RankLost
+from mlx_kvret.serving.leading import Leader, follow
+
+from .threads import together
+
+
+class Cache:
+    seen = entries = nbytes = 0
+
+
+class Backend:
+    """Counts what is asked of it, and fails where it is told to."""
+
+    batches = False
+
+    def __init__(self, ranks: Any, fails: str = "") -> None:
+        self.ranks, self.fails, self.asked = ranks, fails, list[str]()
+
+    def _note(self, what: str) -> None:
+        self.asked.append(what)
+        if self.fails == what:
+            self.fails = ""
+            raise MemoryError(what)
+
+    def new_cache(self, budget: Any) -> Cache:
+        self._note("new")
+        return Cache()
+
+    def copy(self, cache: Cache) -> Cache:
+        self._note("copy")
+        return Cache()
+
+    def read(self, cache: Cache, ids: list[int]) -> None:
+        self._note("read")
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_copy_that_fails_on_one_rank_fails_once(whose: int) -> None:
+    def work(ranks: Any) -> Any:
+        backend = Backend(ranks, "copy" if ranks.rank == whose else "")
+        if ranks.rank:
+            follow(backend, 4)
+            return backend.asked, 0
+        leader = Leader(backend, 4)
+        cache = leader.new_cache(8)
+        with pytest.raises(MemoryError if whose == 0 else KVRetError):
+            leader.copy(cache)
+        twin = leader.copy(cache)
+        leader.read(twin, [1, 2, 3])
+        del cache, twin
+        gc.collect()  # an exception's frames are a circle
+        # what nobody holds any more goes with the next word
+        leader.beat()
+        leader.close()
+        return backend.asked, len(leader.deeds.caches)
+
+    (first, left), (second, _) = together(2, work)
+    assert first == second == ["new", "copy", "copy", "read"]
+    assert left == 0
+
+
+def test_a_pass_that_fails_on_one_rank_ends_it() -> None:
+    """The others cannot be told, for they may be in the midst of it."""
+
+    def work(ranks: Any) -> Any:
+        leader = Leader(Backend(ranks, "read"), 4)
+        cache = leader.new_cache(None)
+        for _ in range(2):
+            with pytest.raises(RankLost, match="rank 0 failed"):
+                leader.read(cache, [1])
+        # nothing is said any more, and nobody waits
+        leader.reset()
+        leader.close()
+        return leader.deeds._backend.asked
+
+    assert together(1, work) == [["new", "read"]]
