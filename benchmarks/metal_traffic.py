@@ -174,7 +174,7 @@ def reading(budget: int) -> Iterator[str]:
 
 
 def compacting(budget: int) -> Iterator[str]:
-    """All heads compete."""
+    """All heads compete: what there is to choose from, what stays, and where newcomers go."""
     yield "| model | candidates | score reads | loaded, bytes each | stored | moves / evicted | memory |"
     yield "|---|---|---|---|---|---|---|"
     for name, model in MODELS.items():

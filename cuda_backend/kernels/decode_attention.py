@@ -92,8 +92,8 @@ def decode_attention_fwd_kernel(
         low = part % windows * window_size
         high = tl.minimum(low + window_size, length)
         if low < high:
-            p_key += window * key_row + head * key_head
-            p_value += window * value_row + head * value_head
+            p_key += window * key_row + head.to(tl.int64) * key_head
+            p_value += window * value_row + head.to(tl.int64) * value_head
             b_query, b_max, b_sum, b_out = _begun(
                 p_query, row * KV_HEADS + head, tokens, GROUP, KEY, ROWS, BLOCK_KEY, BLOCK_VALUE
             )

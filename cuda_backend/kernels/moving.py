@@ -26,7 +26,7 @@ def append_kernel(
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the new token of ENTRIES heads, of ``count`` = R·H, behind what their rows' windows hold."""
-    which = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    which = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     column = tl.arange(0, BLOCK)[None, :]
     row, head = which // HEADS, which % HEADS
     slab = tl.load(p_slabs + row, mask=which < count, other=0).to(tl.int64)

@@ -101,8 +101,8 @@ def prefill_attention_fwd_kernel(
         )  # fmt: skip
         b_logit = logits(b_query, b_key, scale, softcap, HAS_CAP)
         b_max, b_sum, b_out = accumulate(b_logit, b_inside[None, :], b_value, b_max, b_sum, b_out)
-    p_key += head * key_head
-    p_value += head * value_head
+    p_key += head.to(tl.int64) * key_head
+    p_value += head.to(tl.int64) * value_head
     # the tile's first token stands here; whole blocks before it are seen by all its rows
     own = length - tokens + token
     diagonal = (length - tokens + begin + 1) // BLOCK * BLOCK

@@ -34,7 +34,7 @@ def rank_histogram_kernel(
     Candidates are (groups, ``count``). TOGETHER says that a group is a segment: then a program counts by
     itself first, for the first digits of all candidates are few.
     """
-    group, place = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = group.to(tl.int64) * count + place
     b_segment = tl.load(p_segment + at, mask=place < count, other=-1)
     b_here = b_segment >= 0
@@ -86,7 +86,8 @@ def radix_select(
     prefix = torch.zeros(segments, 2, dtype=torch.int64, device=high.device)
     counts = torch.zeros(segments, 256, dtype=torch.int32, device=high.device)
     left = wanted.to(torch.int32).clone()
-    grid = (triton.cdiv(count, BLOCK), groups)
+    # groups of all rows may be more than a grid's second axis takes
+    grid = (groups, triton.cdiv(count, BLOCK))
     for in_low, bits in ((False, HIGH_BITS), (True, LOW_BITS)):
         for shift in range(bits - 8, -1, -8):
             rank_histogram_kernel[grid](

@@ -76,7 +76,7 @@ class Reading:
                 f"a batch of {x.shape[0]} sequences does not work with a cache of {len(self.rows)}; make a "
                 "cache for each, and generate with mlx_lm.batch_generate or mlx-lm's BatchGenerator"
             )
-        if self.observed is None:
+        if self.observed is None or not self.active:
             return
         if self.observed.count == x.shape[0] * x.shape[1]:
             flat = x.reshape(-1, x.shape[-1])
@@ -93,6 +93,9 @@ class Reading:
         Returns what attention is to be asked with: a single row's whole window (1, H, r, D), else what came.
         """
         recent, single = self.arena.recent, len(self.rows) == 1
+        if not self.active:
+            self.fetched[layer] = keys, values
+            return keys, values
         if self.wide is None and len(self.active) == 1:
             index = self.active[0][0]
             new = (keys, values) if single else (keys[index : index + 1], values[index : index + 1])
@@ -165,6 +168,9 @@ class Reading:
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Attention (R, Hq, T, Dv) of ``queries`` (R, Hq, T, Dk); zeros for what is padding."""
+        if not self.active:
+            _, values = self.fetched[layer]  # type: ignore[misc]
+            return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
         if len(self.rows) == 1:
             return attend(queries, self.view(layer), scale, causal, sinks)
         if self.wide is None:

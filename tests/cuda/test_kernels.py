@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -233,6 +234,27 @@ def test_any_number_of_rows_reads_chunks_at_once(rows: int) -> None:
     for at, part, own in view.views():
         expected[at, :, part] = naive_attend(queries[at, :, part], own, 0.3)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what nobody touches takes no memory there")
+def test_windows_of_more_elements_than_32_bits_count() -> None:
+    heads, step, tokens = 3, 2**30 + 16, 2
+    try:
+        # 7 GB of addresses, of which a few pages are touched
+        wide = torch.empty(heads * step, dtype=HALF)
+    except RuntimeError:
+        pytest.skip("the machine gives no program so many addresses")
+    keys = wide.as_strided((1, heads, tokens, 16), (heads * step, step, 16, 1))
+    keys.copy_(torch.randn(keys.shape))
+    small = random_view(1, heads, tokens, 16, 16, HALF)
+    view, near = (
+        replace(small, keys=keys, values=keys),
+        replace(small, keys=keys.clone(), values=keys.clone()),
+    )
+    queries = torch.randn(1, heads, tokens, 16).to(HALF)
+    expected = naive_attend(queries, near, 0.3)
+    for kernel in (prefill_attention, partial(decode_attention, pieces=2)):
+        torch.testing.assert_close(kernel(queries, view, 0.3), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_a_long_chunk_sees_itself_causally() -> None:
