@@ -18,16 +18,26 @@ from torch.utils.checkpoint import checkpoint
 
 # rows of queries (tokens times query heads per KV head) that share one call: bounds the mask of a block
 ROWS = 2048
+# elements of a block's bias in float32, where one is built: 128 MB
+BIAS_ELEMENTS = 1 << 25
 
 
 class Mask(Protocol):
-    """What a query may see, asked for one block at a time."""
+    """What a query may see, asked for one block at a time.
+
+    ``ahead`` tells that some see later ones of their picture: those entries have not begun to fade.
+    """
+
+    ahead: bool
 
     def block(self, queries: range, keys: range) -> torch.Tensor:
         """(B or 1, 1, queries, keys) bool, True where visible."""
 
     def first_key(self, queries: range) -> int:
         """No key before this one is visible to any of these queries."""
+
+    def last_key(self, queries: range) -> int:
+        """Nor is this one, or any after it."""
 
 
 def decay_attention(
@@ -40,12 +50,12 @@ def decay_attention(
     rows: int = ROWS,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of a sequence on itself, decayed if ``log_beta`` is given.
+    """Attention of a sequence on itself as its mask says, decayed if ``log_beta`` is given.
 
     Args:
         query: (B, H·G, T, D); ``key`` (B, H, T, D); ``value`` (B, H, T, Dv).
         log_beta: (B, T, H) float32, at most 0.
-        mask: must hide every key after its query.
+        mask: what is visible.
         scale: of the products of queries and keys.
         rows: G times the number of tokens of a block of queries.
         sinks: (H·G,) logits that take part in each softmax and have no value.
@@ -56,6 +66,8 @@ def decay_attention(
     batch, heads, tokens = key.shape[:3]
     groups = query.shape[1] // heads
     step = max(1, rows // groups)
+    if mask.ahead and log_beta is not None:
+        step = max(1, min(step, BIAS_ELEMENTS // (batch * heads * groups * tokens)))
     # float16 cannot hold age·log β, and pieces of it would be subnormal
     compute = torch.float32 if query.dtype == torch.float16 else query.dtype
     query, key, padded = query.to(compute), key.to(compute), value.to(compute)
@@ -84,12 +96,14 @@ def _block(
 ) -> torch.Tensor:
     """One block of queries against the keys it may see: (B, H, G·t, Dv)."""
     (batch, heads, _, width), count = key.shape, len(block)
-    keys = range(mask.first_key(block), block.stop)
+    keys = range(mask.first_key(block), mask.last_key(block))
     groups = query.shape[1] // heads
     # query heads of a KV head become rows, so that keys are not repeated
     query = query.reshape(batch, heads, groups * count, width)
     key, value = key[:, :, keys.start : keys.stop], value[:, :, keys.start : keys.stop]
     size = value.shape[-1]
+    if log_beta is not None and mask.ahead:
+        return _with_bias(query, key, value, log_beta, mask, block, keys, scale, sinks)
     if log_beta is not None:
         query, key = _extend(query, key, log_beta[:, keys.start : keys.stop], block, keys, scale)
     seen = mask.block(block, keys)[:, :, None].expand(-1, 1, groups, count, len(keys))
@@ -103,6 +117,32 @@ def _block(
     query, key, value = (F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
     return out[..., :size]
+
+
+def _with_bias(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor,
+    mask: Mask,
+    block: range,
+    keys: range,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """A block whose queries see later keys: ``max(t - i, 0)·log β_i`` has no low rank, and is built."""
+    (batch, heads, rows, _), count = query.shape, len(block)
+    at, other = (torch.arange(x.start, x.stop, device=key.device) for x in (block, keys))
+    age = (at[:, None] - other).clamp(min=0)
+    bias = age * log_beta[:, keys.start : keys.stop].transpose(1, 2)[:, :, None]
+    bias = bias.masked_fill(~mask.block(block, keys), -math.inf)
+    logits = scale * query.float() @ key.float().transpose(2, 3)
+    logits = logits.view(batch, heads, -1, count, len(keys)) + bias[:, :, None]
+    if sinks is not None:
+        sink = sinks.float().view(1, heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sink], -1)
+    weight = logits.softmax(-1)[..., : len(keys)].reshape(batch, heads, rows, len(keys))
+    return (weight @ value.float()).to(value.dtype)
 
 
 def _extend(
@@ -173,7 +213,8 @@ def naive_decay_attention(
     logits = torch.einsum("bhgtd,bhid->bhgti", query, key) * scale
     if log_beta is not None:
         place = torch.arange(tokens, device=key.device)
-        logits = logits + (place[:, None] - place) * log_beta.transpose(1, 2)[:, :, None, None, :]
+        age = (place[:, None] - place).clamp(min=0)
+        logits = logits + age * log_beta.transpose(1, 2)[:, :, None, None, :]
     everything = range(tokens)
     logits = logits.masked_fill(~mask.block(everything, everything)[:, :, None], -torch.inf)
     if sinks is not None:
@@ -184,18 +225,28 @@ def naive_decay_attention(
 
 
 class PackedMask:
-    """Causal within each document of a row. ``starts`` (B, T): where the token's document begins."""
+    """Causal within each document of a row. ``starts`` (B, T): where the token's document begins.
 
-    def __init__(self, starts: torch.Tensor):
-        self.starts = starts
+    Where ``ends`` (B, T) are given a token sees all before there; it is its picture's end, or the next token.
+    """
+
+    def __init__(self, starts: torch.Tensor, ends: torch.Tensor | None = None):
+        self.starts, self.ends = starts, ends
+        self.ahead = ends is not None
         self._first: Sequence[int] = starts.amin(0).tolist()
+        self._last: Sequence[int] = [] if ends is None else ends.amax(0).tolist()
 
     def block(self, queries: range, keys: range) -> torch.Tensor:
         device = self.starts.device
-        row = torch.arange(queries.start, queries.stop, device=device)[:, None]
         column = torch.arange(keys.start, keys.stop, device=device)[None]
         begin = self.starts[:, None, queries.start : queries.stop, None]
+        if self.ends is not None:
+            return (column < self.ends[:, None, queries.start : queries.stop, None]) & (column >= begin)
+        row = torch.arange(queries.start, queries.stop, device=device)[:, None]
         return (column <= row) & (column >= begin)
 
     def first_key(self, queries: range) -> int:
         return self._first[queries.start]
+
+    def last_key(self, queries: range) -> int:
+        return max(self._last[queries.start : queries.stop]) if self.ahead else queries.stop

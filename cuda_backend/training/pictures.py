@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +12,23 @@ from transformers import PreTrainedModel
 
 from mlx_kvret.core.picture_prompts import Asked
 from mlx_kvret.errors import ConfigError, UnsupportedModelError
-from mlx_kvret.training.pictures import Shown
+from mlx_kvret.training.pictures import Shown, ends_of
 
 from ..pictures import TYPES, Eyes
 from ..seeing import FEATURES, GRIDS, Features, processed
 
-# arguments of a decoder that are put together from documents, and those that stay out
-_KNOWN = {"inputs_embeds", "position_ids", "visual_pos_masks", "deepstack_visual_embeds"}
+# arguments of a decoder that are put together from documents, of each token and else, and those that stay out
+_BY_TOKEN = ("inputs_embeds", "per_layer_inputs")
+_KNOWN = {*_BY_TOKEN, "position_ids", "visual_pos_masks", "deepstack_visual_embeds"}
 _PLAIN = {"input_ids", "attention_mask", "cache", "past_key_values", "use_cache", "return_dict"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a decoder is ``given``; ``ends`` (R, T) of each token's sight, where pictures are seen whole."""
+
+    given: dict[str, Any]
+    ends: torch.Tensor | None
 
 
 class Seeing:
@@ -36,28 +47,28 @@ class Seeing:
         return cls(model, processor, eyes)
 
     def __call__(self, text: str, pictures: Sequence[Any]) -> Mapping[str, Any]:
-        if self.eyes.whole:
-            raise ConfigError(
-                f"{self.model.config.model_type} models look both ways inside of a picture, which training "
-                "does not follow; train on text alone, whose gates serve pictures too"
-            )
         made = processed(self.model, self.processor, Asked(text, list(pictures)), first=False)
         return {"input_ids": made.ids.cpu().numpy(), **made.given}
 
     @torch.no_grad()
-    def inputs(self, ids: torch.Tensor, starts: torch.Tensor, shown: Sequence[Shown]) -> dict[str, Any]:
+    def inputs(self, ids: torch.Tensor, starts: torch.Tensor, shown: Sequence[Shown]) -> Inputs:
         """What a decoder is given for rows (R, T) with pictures; M-RoPE begins anew with every document."""
-        base = self._caught(input_ids=ids)
+        base, ends = self._caught(input_ids=ids), None
         position = torch.arange(ids.shape[1], device=ids.device) - starts
-        given = {"inputs_embeds": base["inputs_embeds"].clone(), "position_ids": position}
+        given = {name: base[name].clone() for name in _BY_TOKEN if base.get(name) is not None}
+        given["position_ids"] = position
+        if self.eyes.whole:
+            ends, masks = self._whole(ids, starts, shown)
+            given |= masks
         marks, deep = torch.zeros_like(ids, dtype=torch.bool), list[list[torch.Tensor]]()
         for piece in sorted(shown, key=lambda one: (one.row, one.begin)):
-            own, place = (
-                self._piece(piece, ids.device),
-                (piece.row, slice(piece.begin, piece.begin + len(piece.ids))),
-            )
-            given["inputs_embeds"][place] = own["inputs_embeds"][0]
-            if (found := own.get("position_ids")) is not None:
+            own = self._piece(piece, ids.device)
+            place = piece.row, slice(piece.begin, piece.begin + len(piece.ids))
+            for name in _BY_TOKEN:
+                if own.get(name) is not None:
+                    given[name][place] = own[name][0]
+            # others are counted by the place
+            if (found := own.get("position_ids")) is not None and found.ndim == 3:
                 if given["position_ids"].ndim == 2:
                     given["position_ids"] = given["position_ids"].expand(3, -1, -1).clone()
                 given["position_ids"][:, place[0], place[1]] = found[-3:, 0]
@@ -67,7 +78,22 @@ class Seeing:
         if deep:
             layers = [torch.cat(parts) for parts in zip(*deep, strict=True)]
             given |= {"visual_pos_masks": marks, "deepstack_visual_embeds": layers}
-        return given
+        return Inputs(given, ends)
+
+    def _whole(
+        self, ids: torch.Tensor, starts: torch.Tensor, shown: Sequence[Shown]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The ends of sight, and the masks that the model makes of rows whose pictures are seen whole."""
+        ends = torch.from_numpy(ends_of(starts.cpu().numpy(), shown)).to(ids.device)
+        types = torch.zeros_like(ids)
+        for piece in shown:
+            for a, b in piece.spans:
+                types[piece.row, piece.begin + a : piece.begin + b] = 1
+        names = [
+            name for name in TYPES if name in inspect.signature(self.model.base_model.forward).parameters
+        ]
+        masks = self._caught(input_ids=ids, **dict.fromkeys(names[:1], types)).get("attention_mask")
+        return ends, {"attention_mask": masks}
 
     def _piece(self, piece: Shown, device: torch.device) -> dict[str, Any]:
         """What the decoder would be given for one document alone."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from mlx_kvret.errors import UnsupportedModelError
@@ -39,6 +39,8 @@ class _BlockMask:
 
     def __init__(self, how: dict[str, Any], documents: PackedMask, window: int | None):
         self._how, self._documents, self._window = how, documents, window
+        # some models' layers of one kind look ahead inside of a picture, and those of the other kind do not
+        self.ahead = documents.ahead and how.get("mask_function") is not causal_mask_function
 
     def block(self, queries: range, keys: range) -> torch.Tensor:
         where = {"q_length": len(queries), "q_offset": queries.start}
@@ -51,6 +53,9 @@ class _BlockMask:
     def first_key(self, queries: range) -> int:
         reach = queries.start - self._window + 1 if self._window else 0
         return max(self._documents.first_key(queries), reach)
+
+    def last_key(self, queries: range) -> int:
+        return self._documents.last_key(queries) if self.ahead else queries.stop
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..cache import cache_argument
 from ..gates import RetentionGates
 from ..modules import attention_modules, competing_layers
 from .attention import PackedMask
-from .pictures import Seeing
+from .pictures import Inputs, Seeing
 from .registry import CALL, IMPLEMENTATION, Call
 from .sharding import Shards
 
@@ -117,14 +117,14 @@ class Student:
 
     def see(
         self, ids: torch.Tensor, starts: torch.Tensor, batch: Batch, rows: Sequence[int]
-    ) -> dict[str, Any] | None:
+    ) -> Inputs | None:
         """What the decoder is given for some rows of a batch, if there are pictures in them."""
         if not (shown := in_rows(batch, rows)):
             return None
         assert self.seeing is not None
         return self.seeing.inputs(ids, starts, shown)
 
-    def teach(self, ids: torch.Tensor, starts: torch.Tensor, seen: dict[str, Any] | None = None) -> Trace:
+    def teach(self, ids: torch.Tensor, starts: torch.Tensor, seen: Inputs | None = None) -> Trace:
         """Full attention, without a gradient. Arguments as in :meth:`learn`."""
         with torch.no_grad():
             return self._run(ids, starts, None, seen=seen)
@@ -135,7 +135,7 @@ class Student:
         starts: torch.Tensor,
         gates: RetentionGates,
         sinks: int = 0,
-        seen: dict[str, Any] | None = None,
+        seen: Inputs | None = None,
     ) -> Trace:
         """Fading attention over packed documents.
 
@@ -164,12 +164,13 @@ class Student:
         starts: torch.Tensor,
         gates: RetentionGates | None,
         sinks: int = 0,
-        seen: dict[str, Any] | None = None,
+        seen: Inputs | None = None,
     ) -> Trace:
-        self._active, self._documents, self._collected = gates, PackedMask(starts), {}
+        documents = PackedMask(starts, None if seen is None else seen.ends)
+        self._active, self._documents, self._collected = gates, documents, {}
         position = torch.arange(ids.shape[1], device=ids.device) - starts
         self._lasting = (position < sinks)[..., None] if sinks else None
-        given = {"input_ids": ids, "position_ids": position} if seen is None else seen
+        given = {"input_ids": ids, "position_ids": position} if seen is None else seen.given
         out = self.model.get_decoder()(**given, use_cache=False)
         collected, self._collected = self._collected, None
         if gates is None:

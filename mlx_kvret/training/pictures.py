@@ -55,6 +55,15 @@ def places_of(starts: Ints) -> Ints:
     return np.arange(starts.shape[1]) - starts
 
 
+def ends_of(starts: Ints, shown: Sequence[Shown]) -> Ints:
+    """One past the last token that each of a batch's tokens (R, T) sees where pictures are seen whole."""
+    ends = np.broadcast_to(np.arange(1, starts.shape[1] + 1), starts.shape).copy()
+    for piece in shown:
+        for a, b in piece.spans:
+            ends[piece.row, piece.begin + a : piece.begin + b] = piece.begin + b
+    return ends
+
+
 def placed(
     messages: list[dict[str, Any]], images: object, where: str
 ) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:

@@ -9,7 +9,13 @@ from rounding import float64
 
 
 def attention_terms(
-    inputs: list[Any], starts: Any, scale: float, given: Any, sinks: Any = None, window: int | None = None
+    inputs: list[Any],
+    starts: Any,
+    scale: float,
+    given: Any,
+    sinks: Any = None,
+    window: int | None = None,
+    ends: Any = None,
 ) -> list[np.ndarray]:
     """Σ|terms| of the output and of each input's gradient, in float64.
 
@@ -21,18 +27,20 @@ def attention_terms(
         starts: (B, T), where a token's document begins.
         given: (B, H·G, T, Dv), the gradient of the output.
         sinks: (H·G,) logits without a value.
+        ends: (B, T), one past the last token that each sees; the next token unless given.
     """
     query, key, value, *fade = (float64(x) for x in inputs)
     (batch, heads, tokens, _), count = key.shape, query.shape[1]
     keys, values = (np.repeat(x, count // heads, 1) for x in (key, value))
     row, column = np.arange(tokens)[:, None], np.arange(tokens)
     begin = float64(starts)[:, None, :, None]
+    end = row + 1 if ends is None else float64(ends)[:, None, :, None]
     if window:
         begin = np.maximum(begin, row - window + 1)
     age = np.maximum(row - column, 0)
     faded = age * np.repeat(fade[0].swapaxes(1, 2), count // heads, 1)[:, :, None] if fade else 0
     logits = np.where(
-        (column <= row) & (column >= begin), scale * query @ keys.swapaxes(2, 3) + faded, -np.inf
+        (column < end) & (column >= begin), scale * query @ keys.swapaxes(2, 3) + faded, -np.inf
     )
     nothing = np.full((count, 1, 1), -np.inf) if sinks is None else float64(sinks)[:, None, None]
     weight = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))

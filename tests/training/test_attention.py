@@ -47,13 +47,21 @@ def outcome(function, inputs, *options):
     return [out.detach()] + [x.grad.float() for x in inputs]
 
 
-def compare(inputs, tokens, rows, tolerance, sinks=None):
+def with_pictures(tokens):
+    """The same rows, with pictures that are seen whole."""
+    ends = torch.arange(1, tokens + 1).repeat(2, 1)
+    for row, first, last in ((0, 3, 12), (0, 20, tokens), (1, tokens // 3, tokens // 3 + 5), (1, 0, 2)):
+        ends[row, first:last] = last
+    return PackedMask(packed(tokens).starts, ends)
+
+
+def compare(inputs, tokens, rows, tolerance, sinks=None, mask=None):
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    mask = packed(tokens)
+    mask = mask or packed(tokens)
     found = outcome(decay_attention, inputs, mask, SCALE, rows, sinks)
     expected = outcome(naive_decay_attention, exact, mask, SCALE, sinks)
     given = torch.randn(expected[0].shape, generator=torch.Generator().manual_seed(2))
-    sizes = attention_terms([x.detach() for x in exact], mask.starts, SCALE, given, sinks)
+    sizes = attention_terms([x.detach() for x in exact], mask.starts, SCALE, given, sinks, ends=mask.ends)
     for mine, right, size in zip(found, expected, sizes, strict=True):
         assert_norm_near(mine, right, tolerance, size)
 
@@ -67,6 +75,19 @@ def test_equals_naive(tokens, groups, size, value, rows):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 def test_sinks(dtype, tolerance):
     compare(tensors(dtype=dtype), 50, 33, tolerance, torch.linspace(-3, 5, 6))
+
+
+@pytest.mark.parametrize("rows", [4, 21, 2048])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_later_tokens_of_a_picture_have_not_faded(dtype, tolerance, rows):
+    compare(tensors(dtype=dtype), 50, rows, tolerance, torch.linspace(-3, 5, 6), with_pictures(50))
+    query, key, value, _ = tensors(dtype=torch.float32)
+    plain = decay_attention(query, key, value, None, with_pictures(50), SCALE, rows)
+    assert_near(plain, naive_decay_attention(query, key, value, None, with_pictures(50), SCALE), 32)
+    gone = torch.full((2, 50, 2), -1e4)
+    out = decay_attention(query, key, value, gone, with_pictures(50), SCALE, rows)
+    alone = torch.softmax(SCALE * query[0, 0, 3] @ key[0, 0, 3:12].T, -1) @ value[0, 0, 3:12]
+    assert_near(out[0, 0, 3], alone, 32)
 
 
 def test_bfloat16_carries_float32_columns():
