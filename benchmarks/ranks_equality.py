@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "k8v4, layer": {"kv_bits": "k8v4", "scope": "layer"},
     "full": {"policy": "full"},
 }
+QUICK = ["global", "ties: gates alike, global", "modality", "8 bits"]
 # a prompt in chunks, then answers and turns; no token comes twice, for its keys in the first layer would be
 # equally long but for rounding
 CHUNKS = [150, 70, *[1] * 30, 40, *[1] * 20, 3, 90, *[1] * 17, 64, *[1] * 16]
@@ -177,7 +178,11 @@ def saved(model: Any, folder: Path, who: str) -> Iterator[tuple[str, Any]]:
 def started(folder: Path, run: Run, names: list[str]) -> list[dict[str, Any]]:
     """What each process of a run found."""
     told = ["--work", str(folder), run.backend, run.split, *names]
-    subprocess.run([*run.command, __file__, *told], check=True, stdout=sys.stderr)
+    command = [*run.command, __file__, *told]
+    # an input that stays open: mlx.launch looks at one that has ended again and again
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr) as process:
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, command)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(run.size)]
 
 
@@ -199,38 +204,38 @@ def rows(alone: dict[str, Any], found: list[dict[str, Any]], names: list[str]) -
 
 
 def main(quick: bool) -> None:
-    names = ["global", "ties: gates alike, global", "modality", "8 bits"] if quick else list(CASES)
-    runs = [Run("mlx", "tensor", 2), Run("mlx", "pipeline", 2), Run("torch", "tensor", 2)]
+    names = QUICK if quick else list(CASES)
+    runs = [Run("mlx", "tensor", 2), Run("torch", "tensor", 2), Run("mlx", "pipeline", 2)]
     if not quick:
-        runs += [Run("mlx", "tensor", 3), Run("mlx", "pipeline", 3), Run("torch", "tensor", 3)]
-    lines = []
+        runs += [Run("mlx", "tensor", 3), Run("torch", "tensor", 3), Run("mlx", "pipeline", 3)]
+    text = HEAD
     with tempfile.TemporaryDirectory() as scratch:
-        first = Path(scratch) / "first"
-        make(first)
-        for backend in ("mlx", "torch"):
-            folder = Path(scratch) / backend
-            shutil.copytree(first, folder)
-            alone = work(folder, backend, None, names)
-            for run in (one for one in runs if one.backend == backend):
-                found = started(folder, run, names)
-                again = dict(saved(mlx_kvret.load(folder / "model", folder / "gates", backend=backend)[0],
-                                   folder, "alone"))  # fmt: skip
-                lines += ["", f"## {backend}, {run.split}, {run.size} processes", ""]
-                lines += [
-                    "| case | compactions | heads' sets equal | logits differ by at most |",
-                    "|---|---|---|---|",
-                ]
-                lines += [f"| {' | '.join(row)} |" for row in rows(alone, found, names)]
-                for name, expected in again.items():
-                    who, what = name.split("-")
-                    equal = sum(one["saved"].get(name) == expected for one in found)
-                    lines.append(
-                        f"| saved by {who}, opened by both: {what} | | {equal} of {run.size} ranks | |"
-                    )
-    text = HEAD + "\n".join(lines) + "\n"
-    print(text)
-    if not quick:
-        RESULTS.write_text(text)
+        folders = {backend: Path(scratch) / backend for backend in ("mlx", "torch")}
+        make(folders["mlx"])
+        shutil.copytree(folders["mlx"], folders["torch"])
+        alone = {backend: work(folder, backend, None, names) for backend, folder in folders.items()}
+        for run in runs:
+            text += "\n".join(table(run, folders[run.backend], alone[run.backend], names)) + "\n"
+            print(text)
+            if not quick:
+                # each run stands for itself
+                RESULTS.write_text(text)
+
+
+def table(run: Run, folder: Path, alone: dict[str, Any], names: list[str]) -> Iterator[str]:
+    """What one run's processes found, against one process."""
+    found = started(folder, run, names)
+    model, _ = mlx_kvret.load(folder / "model", folder / "gates", backend=run.backend)
+    again = dict(saved(model, folder, "alone"))
+    yield f"\n## {run.backend}, {run.split}, {run.size} processes\n"
+    yield "| case | compactions | heads' sets equal | logits differ by at most |"
+    yield "|---|---|---|---|"
+    for row in rows(alone, found, names):
+        yield f"| {' | '.join(row)} |"
+    for name, expected in again.items():
+        who, what = name.split("-")
+        equal = sum(one["saved"].get(name) == expected for one in found)
+        yield f"| saved by {who}, opened by both: {what} |  | {equal} of {run.size} ranks |  |"
 
 
 HEAD = f"""# Several processes against one

@@ -99,7 +99,14 @@ def _planned(model: Any, tokenizer: Any, options: dict[str, Any], room: Room) ->
     assert memory is not None
     if share is not None:
         memory, kept = share.of_all(memory, backend.eviction), kept and share.of_all(kept, backend.eviction)
-    return backend, plan(backend.shape, backend.eviction, room.chunk, memory, room.rows, kept)
+    try:
+        return backend, plan(backend.shape, backend.eviction, room.chunk, memory, room.rows, kept)
+    except ConfigError as error:
+        if share is None:
+            raise
+        raise ConfigError(
+            f"{error} (bytes of all {share.ranks.size} processes; --memory and --prompt-cache are each one's)"
+        ) from error
 
 
 def _free(backend: Backend) -> int:
