@@ -8,8 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_kvret.cli.company import Company
+from mlx_kvret.errors import ConfigError, RankError
 
 from .processes import HERE, gloo, ring
+from .threads import together
 
 STORY = "remember Anna amber. " * 3 + "Bob went home. " * 40
 ASKED = """/read story.txt
@@ -29,9 +36,9 @@ recall Anna
 """
 
 
-def talk(told: list[dict[str, str]], text: str, folder: Path, wait: float, pause: float) -> list[str]:
+def talk(told: list[dict[str, str]], text: str, folder: Path) -> list[str]:
     """What the first process says to lines that are typed, and what the others say; all end well."""
-    base = os.environ | {"MLX_KVRET_RANK_TIMEOUT": str(wait), "PYTHONPATH": str(HERE.parents[1])}
+    base = os.environ | {"MLX_KVRET_RANK_TIMEOUT": "60", "PYTHONPATH": str(HERE.parents[1])}
     line = [
         sys.executable,
         "-m",
@@ -52,7 +59,6 @@ def talk(told: list[dict[str, str]], text: str, folder: Path, wait: float, pause
     try:
         while "Commands" not in (said := processes[0].stderr.readline()):
             assert said
-        time.sleep(pause)
         for process in processes[1:]:
             process.stdin.close()
             process.stdin = None
@@ -67,11 +73,11 @@ def talk(told: list[dict[str, str]], text: str, folder: Path, wait: float, pause
 
 
 def test_as_one_process(tmp_path: Path) -> None:
-    """Commands, files that only the first one's machine needs, mistakes, and a pause beyond the limit."""
+    """Commands, files that only the first one's machine needs, and mistakes."""
     (tmp_path / "story.txt").write_text(STORY)
-    (expected,) = talk([{}], ASKED, tmp_path, 60, 0)
+    (expected,) = talk([{}], ASKED, tmp_path)
     for told in (ring(2, tmp_path), gloo(2, tmp_path)):
-        first, second = talk(told, ASKED, tmp_path, 3, 5)
+        first, second = talk(told, ASKED, tmp_path)
         assert plain(first) == plain(expected)
         assert not re.search("(?m)^(?!rank 1: error)(?!.*%\\|).+", second), second
     assert expected.count("error: ") == 3
@@ -81,3 +87,27 @@ def plain(text: str) -> list[str]:
     """Without speeds and bytes, which on several ranks are counted by arithmetic, and what loading says."""
     lines = [re.sub(r"\d[\d,.]*(/s| [kKMG]?B)", "", line) for line in text.splitlines()]
     return [line for line in lines if "%|" not in line and line.strip()]
+
+
+def test_nobody_waits_long_for_one_who_types() -> None:
+    """While the first one waits for a line the others hear that there is none yet; then all hear the same."""
+
+    def typed() -> str:
+        time.sleep(0.6)
+        return "hello"
+
+    def wrong() -> str:
+        raise ConfigError("no UTF-8")
+
+    def work(ranks: Any) -> Any:
+        company = Company(ranks)
+        heard, rounds = company.hear(typed), ranks.rounds
+        for ask in (wrong, None):
+            with pytest.raises(ConfigError, match="no UTF-8"):
+                company.hear(ask) if ask else company.told(wrong)
+        company.agree([1, 2, 3])
+        with pytest.raises(RankError):
+            company.agree([ranks.rank])
+        return heard, rounds >= 4, company.hear(lambda: None)
+
+    assert together(2, work) == [("hello", True, None)] * 2

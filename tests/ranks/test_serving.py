@@ -140,7 +140,7 @@ def test_as_one_process(backend: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("whom", [0, 1])
 def test_a_rank_dies(whom: int, tmp_path: Path) -> None:
     """The other one ends within the limit and says why, whether or not anybody asks for anything."""
-    with several(ring(2, tmp_path), wait=4) as server, ThreadPoolExecutor(1) as pool:
+    with several(ring(2, tmp_path)) as server, ThreadPoolExecutor(1) as pool:
         if whom:
             asked = pool.submit(server.ask, TEXT, NEVER_ENDS)
             while server.metric("generated_tokens_total") < 2:
