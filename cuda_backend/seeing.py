@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mlx_kvret.core.picture_prompts import Asked, asked, is_processed, listed, processor_of, tokenizer_of
+from mlx_kvret.core.picture_prompts import (
+    Asked,
+    asked,
+    check_no_video,
+    is_processed,
+    listed,
+    processor_of,
+    tokenizer_of,
+)
 from mlx_kvret.core.pictures import InChunks, check_finite, runs
 from mlx_kvret.core.vision import picture_tokens
 from mlx_kvret.errors import ConfigError, KVRetError, UnsupportedFeatureError
@@ -117,8 +125,9 @@ def taken(model: PreTrainedModel, made: Mapping[str, Any]) -> Prepared:
     """What a processor made of one prompt, in arrays of any make.
 
     Raises:
-        ConfigError: it is of several prompts, or is no array.
+        ConfigError: it is of several prompts, or of a video, or is no array.
     """
+    check_no_video(made)
     found = {str(name): _tensor(model, name, value) for name, value in made.items() if value is not None}
     ids = found.pop("input_ids").long()
     ids = ids[None] if ids.ndim == 1 else ids

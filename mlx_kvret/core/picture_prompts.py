@@ -80,6 +80,19 @@ def is_processed(prompt: Any) -> bool:
     )
 
 
+def check_no_video(made: Mapping[str, Any]) -> None:
+    """Refuse what a processor made of a video, whose pixels no chunk of a prompt would be given.
+
+    Raises:
+        ConfigError: says how a video is given.
+    """
+    if held := [str(name) for name, value in made.items() if "video" in str(name) and value is not None]:
+        raise ConfigError(
+            f"the prompt holds a video ({held[0]}); give its frames as images, in their order, beside a text "
+            "or messages"
+        )
+
+
 def has_pictures(prompt: Any, images: Any = None) -> bool:
     """Whether a prompt, or what stands beside it, has any picture."""
     if is_processed(prompt):

@@ -11,7 +11,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..core.picture_prompts import Asked, asked, is_processed, listed, processor_of, tokenizer_of
+from ..core.picture_prompts import (
+    Asked,
+    asked,
+    check_no_video,
+    is_processed,
+    listed,
+    processor_of,
+    tokenizer_of,
+)
 from ..core.pictures import InChunks, check_finite, runs
 from ..errors import ConfigError, KVRetError
 from .cache import BoundedCache
@@ -135,8 +143,9 @@ def taken(made: Mapping[str, Any]) -> Prepared:
     """What a processor made of one prompt, in arrays of any make.
 
     Raises:
-        ConfigError: it is of several prompts, or is no array.
+        ConfigError: it is of several prompts, or of a video, or is no array.
     """
+    check_no_video(made)
     found = {str(name): _array(name, value) for name, value in made.items() if value is not None}
     ids = found.pop("input_ids")
     ids = ids[None] if ids.ndim == 1 else ids

@@ -76,6 +76,16 @@ def test_one_picture_needs_no_list_and_a_video_is_named(bench):
     ):
         with pytest.raises(ConfigError, match=words):
             mlx_kvret.generate(model, bench.tokenizer, "recall Ada", **wrong, **given)
+    # what a processor makes of one, whose pixels would be left out
+    ids = np.array([[5, 6, model.config.video_token_id, 7]])
+    made = {"input_ids": ids, "pixel_values_videos": np.zeros((4, 384), np.float32)}
+    made["video_grid_thw"] = np.array([[1, 2, 2]])
+    with pytest.raises(ConfigError, match=r"holds a video \(pixel_values_videos\); give its frames"):
+        mlx_kvret.generate(model, bench.tokenizer, made, **given)
+    frames = mlx_kvret.generate(model, bench.tokenizer, "recall Ada", images=[pixels] * 3, **given)
+    assert frames == mlx_kvret.generate(
+        model, bench.tokenizer, "<image><image><image>recall Ada", images=[demo.VISION_SAMPLE] * 3, **given
+    )
     for kind, words in (("video_url", "give its frames"), ("input_audio", "parts of type text or image")):
         with pytest.raises(ConfigError, match=words):
             messages = [{"role": "user", "content": [{"type": kind, kind: "a"}]}]
