@@ -10,6 +10,7 @@ messages; messages whose content is a list of parts, ``{"type": "text", "text": 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,7 +264,20 @@ def _of_text(processor: Any, text: str, pictures: list[Image]) -> Asked:
         text = text.replace(COMMON_MARK, around)
     elif alone not in text:
         text = around * len(pictures) + text
+    else:
+        text = _with_what_is_around(text, alone, around.strip())
     return Asked(_checked(processor, text, len(pictures)), pictures)
+
+
+def _with_what_is_around(text: str, alone: str, around: str) -> str:
+    """A text whose bare marks have around them what the template puts there: models count positions by it."""
+    begin, _, end = (part.strip() for part in around.partition(alone))
+    parts = text.split(alone)
+    for at, (before, after) in enumerate(itertools.pairwise(parts)):
+        if not (before.rstrip().endswith(begin) and after.lstrip().startswith(end)):
+            parts[at] += around.partition(alone)[0]
+            parts[at + 1] = around.partition(alone)[2] + parts[at + 1]
+    return alone.join(parts)
 
 
 def _checked(processor: Any, text: str, pictures: int) -> str:

@@ -15,7 +15,7 @@ from ..core.installed import command_for, missing
 from ..core.loading import reading_tokenizer
 from ..core.model_folder import CONFIG_FILE
 from ..core.picture_prompts import spoken_by
-from ..core.vision import check_vision
+from ..core.vision import M_ROPE, check_vision
 from ..errors import CheckpointError, KVRetError, MissingDependencyError, UnsupportedModelError
 
 # models of which mlx-vlm reads the settings of the text beside those of the whole
@@ -89,6 +89,9 @@ def meant(config: dict[str, Any]) -> dict[str, Any]:
     changed = dict(config)
     if isinstance(text, dict) and isinstance(rope := text.get("rope_parameters"), dict):
         own: dict[str, Any] = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        if str(config.get("model_type")).startswith("glm4v"):
+            # all of a head, where transformers says nothing; half of it in mlx-vlm
+            own["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
         kind = rope.get("rope_type", "default")
         if kind != "default" or "mrope_section" in rope:
             own["rope_scaling"] = rope | {"type": kind}
@@ -99,6 +102,11 @@ def meant(config: dict[str, Any]) -> dict[str, Any]:
         # what the text's config names as the whole does is the whole's
         changed = {name: v for name, v in changed["text_config"].items() if name not in config} | changed
         del changed["text_config"]
+    if str(config.get("model_type")) in M_ROPE and isinstance(
+        start := config.get("image_start_token_id"), int
+    ):
+        # GLM's name of what mlx-vlm counts pictures by
+        changed.setdefault("vision_start_token_id", start)
     if isinstance(vision, dict) and vision.get("model_type") in _TOWERS:
         changed["vision_config"] = vision | {"model_type": _TOWERS[vision["model_type"]]}
     return changed

@@ -200,6 +200,8 @@ class Seen(InChunks):
         self.model, self.ids, self.embeds = lm, prompt.ids, out.inputs_embeds
         self.given = prompt.given | rest
         spans = runs(prompt.tokens, tokens_of_pictures(model))
+        if hasattr(lm, "get_rope_index"):
+            _check_places(spans, prompt.given.get("image_grid_thw"), self.given.get("position_ids"))
         self.last = len(prompt.tokens) - 1
         self.until, self.spans = self.last, [(a, min(b, self.last)) for a, b in spans if a < self.last]
 
@@ -213,6 +215,23 @@ class Seen(InChunks):
             self.ids[:, start:end], inputs_embeds=self.embeds[:, start:end], cache=cache, **self.given
         )
         return logits_of(out)
+
+
+def _check_places(spans: list[tuple[int, int]], grids: Any, positions: Any) -> None:
+    """Refuse pictures that mlx-vlm counts as text: it looks for the token that templates put before each."""
+    if spans and (grids is None or len(grids) != len(spans)):
+        raise ConfigError(
+            f"the prompt has {len(spans)} pictures among its tokens and {0 if grids is None else len(grids)} "
+            "image_grid_thw; give one for each"
+        )
+    wide = np.zeros((3, 0)) if positions is None else np.array(positions).reshape(-1, positions.shape[-1])
+    for start, end in spans:
+        sides = np.ptp(wide[-2:, start:end], axis=1) + 1 if wide.shape[1] else np.zeros(2)
+        if sides.prod() != end - start:
+            raise ConfigError(
+                f"the picture at tokens {start} to {end - 1} stands without what the model's template puts "
+                "before one, so that it would be read as text; write <image>, or give messages"
+            )
 
 
 class Speaker(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 
 import mlx_kvret
 from mlx_kvret.api import backend_of
+from mlx_kvret.errors import ConfigError
 
 from .folders_torch import MARKS, family, folder
 
@@ -69,3 +70,35 @@ def test_the_same_entries_and_snapshots_that_cross(
 
 def _same(found: Any, expected: Any) -> None:
     assert [[h.tolist() for h in own] for own in found] == [[h.tolist() for h in own] for own in expected]
+
+
+def test_what_transformers_saved_of_glm4v_counts_and_rotates_alike(tmp_path: Path) -> None:
+    """The towers differ by how they stretch their positions; what comes after them does not."""
+    path, logits, seen = folder("glm4v", tmp_path), [], []
+    for backend in ("torch", "mlx"):
+        model, processor = mlx_kvret.load(path, None, backend=backend)
+        cache = mlx_kvret.make_cache(model, budget=512, policy="recent")
+        given = {"cache": cache, "max_tokens": 1}
+        first = next(iter(mlx_kvret.stream_generate(model, processor, "w5 w6 w7 w8", **given)))
+        logits.append(np.array(first.logprobs, np.float32).reshape(-1))
+        mlx_kvret.generate(model, processor, "w9 <image> w6", images=photo(1, 84, 56), **given)
+        # the same with the mark alone, which has around it what the template puts there
+        mlx_kvret.generate(model, processor, "w9 <|image|> w6", images=photo(1, 84, 56), **given)
+        seen.append(cache.pictures)
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+    assert seen[0] == seen[1] and [p.advance for p in seen[0]] == [3, 3]
+
+
+def test_pictures_without_what_stands_before_them_are_not_read_as_text(tmp_path: Path) -> None:
+    for backend in ("torch", "mlx"):
+        model, processor = mlx_kvret.load(folder("qwen3_vl", tmp_path), None, backend=backend)
+        bare = backend_of(model).processed(model, processor, "w5 <|image_pad|> w6", [photo(1, 84, 56)])
+        cache = mlx_kvret.make_cache(model, budget=512, policy="recent")
+        if backend == "torch":
+            mlx_kvret.generate(model, processor, bare, cache=cache, max_tokens=1)
+            assert [p.advance for p in cache.pictures] == [3]
+            continue
+        # mlx-vlm counts by what stands before
+        with pytest.raises(ConfigError, match="would be read as text"):
+            mlx_kvret.generate(model, processor, bare, cache=cache, max_tokens=1)
+        assert cache.seen == 0

@@ -9,12 +9,14 @@ from click.testing import CliRunner
 
 import mlx_kvret
 from mlx_kvret import rows
+from mlx_kvret.api import backend_of
 from mlx_kvret.cli import main
 from mlx_kvret.core.picture_prompts import spoken_by
 from mlx_kvret.demo import VISION_SAMPLE
 from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
 
 pytest.importorskip("mlx_vlm")
+MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 OTHER = np.random.default_rng(3).integers(0, 256, (48, 80, 3), np.uint8)
 
 
@@ -131,7 +133,6 @@ def test_tokens_are_drawn_and_penalised_as_alone(loaded):
         (["a", "b"], [[VISION_SAMPLE], ["none.png"]], {}, r"prompts\[1\]: images\[0\]: cannot read"),
         ([asking("a"), asking("b", None)], None, {}, r"prompts\[1\]: .*1 image parts without a picture"),
         (["a", "<|image_pad|> b"], None, {}, "1 tokens that stand for pictures, and there are none"),
-        (["a", "b <|image_pad|>"], [None, OTHER], {}, "a prompt ends with a picture"),
         (["a"], [[OTHER]], {"policy": "full"}, "policy 'full' cannot stand in a batch"),
         (["a"], [[OTHER]], {"videos": ["a.mp4"]}, "a video is given as its frames"),
     ],
@@ -143,6 +144,29 @@ def test_what_cannot_work_is_told_before_anything_is_answered(loaded, prompts, i
         return
     with pytest.raises((ConfigError, UnsupportedFeatureError), match=words):
         list(mlx_kvret.stream_batch(*loaded, prompts, images=images, **given))
+
+
+def test_a_row_ends_with_text(loaded):
+    model, processor = loaded
+    made = backend_of(model).processed(model, processor, f"b {MARK}", [OTHER])
+    ids = made["input_ids"].shape
+    cut = {name: value[:, :-1] if value.shape[:2] == ids else value for name, value in made.items()}
+    with pytest.raises(UnsupportedFeatureError, match="a prompt ends with a picture"):
+        list(mlx_kvret.stream_batch(*loaded, ["a", cut], budget=8, max_tokens=1))
+    # alone it is answered
+    assert list(mlx_kvret.stream_generate(*loaded, cut, budget=8, max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    "options", [{"scope": "modality"}, {"scope": "head", "policy": "keydiff"}, {"kv_bits": 4}], ids=str
+)
+def test_rows_of_every_way_to_evict(loaded, options):
+    given = {"budget": 12, "buffer": 3, "max_tokens": 5, "prefill_step_size": 16} | options
+    prompts, images = zip(*(PROMPTS[i] for i in (3, 1, 0)), strict=True)
+    assert mlx_kvret.generate_batch(*loaded, prompts, images=images, **given) == [
+        mlx_kvret.generate(*loaded, prompt, images=own, **given)
+        for prompt, own in zip(prompts, images, strict=True)
+    ]
 
 
 def test_a_model_of_text_says_so():

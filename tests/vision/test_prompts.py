@@ -43,7 +43,11 @@ def test_a_text_has_its_pictures_where_it_says_or_first():
     assert read("What?", RED).text == "<v><pad></v>What?"
     assert read("a <image> b <image>", RED, BLUE).text == "a <v><pad></v> b <v><pad></v>"
     found = read("a <v><pad></v> b <pad>", RED, BLUE)
-    assert found.text == "a <v><pad></v> b <pad>"
+    assert found.text == "a <v><pad></v> b <v><pad></v>", "a bare mark has around it what templates put there"
+    found = read("<v> <pad> </v><pad>", RED, BLUE)
+    assert found.text == "<v> <pad> </v><v><pad></v>"
+    found = read("<pad><pad>", RED, BLUE)
+    assert found.text == "<v><pad></v><v><pad></v>"
     assert colours(found.pictures) == [[255, 0, 0], [0, 0, 255]]
     assert asked(Processor(), "x", RED).text == "<v><pad></v>x", "a single picture needs no list"
     with pytest.raises(ConfigError, match=r"has 1 places for a picture .<pad>., and there are 2 pictures"):
