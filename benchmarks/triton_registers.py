@@ -31,7 +31,8 @@ def row(launch: Launch, tokens: int, bits: str) -> str:
     constants, name = dict(launch.constants), launch.name.removesuffix("_kernel")
     for flag, words in {"TOGETHER": "counts by itself first", "IN_LOW": "low word"}.items():
         name += f", {words}" if constants.get(flag) else ""
-    which = "chunk" if "prefill" in name else str(tokens) if "decode" in name else "–"
+    chunk = "chunks of rows" if constants.get("HAS_ROWS") else "chunk"
+    which = chunk if "prefill" in name else str(tokens) if "decode" in name else "–"
     warps = str(dict(launch.options).get("num_warps", 4))
     return "| " + " | ".join([name, which, bits, warps, *said, shared]) + " |"
 

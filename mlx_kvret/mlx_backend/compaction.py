@@ -88,8 +88,7 @@ def _newest(due: Due, recent: Recent) -> list[Pair]:
     """Keys and values (n, D) that are to move, by layer: each row's heads one after another."""
     layers = range(due[0][0].arena.shape.layers)
     if len(due) > 1 and all(row.wide is None for row, _ in due):
-        # nothing but these tokens is read, whatever stands beside them
-        return [recent.gathered(layer, [(row.slab, move.tokens) for row, move in due]) for layer in layers]
+        return recent.gathered([(row.slab, move.tokens) for row, move in due])
     found = []
     for layer in layers:
         windows = [row.window(layer, recent) for row, _ in due]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 
@@ -24,7 +22,6 @@ class Recent:
         self.slabs, self.buffer = slabs, buffer
         self.keys: list[mx.array | None] = [None] * layers
         self.values: list[mx.array | None] = [None] * layers
-        self._places: dict[Any, mx.array] = {}
 
     def append(self, layer: int, slab: int, start: int, keys: mx.array, values: mx.array) -> None:
         """Put keys (1, H, T, Dk) and values (1, H, T, Dv) of a slab's tokens from place ``start`` on."""
@@ -77,22 +74,24 @@ class Recent:
         index = mx.array(slabs, mx.int32)
         return keys[:, :, :length][index], values[:, :, :length][index]
 
-    def gathered(self, layer: int, rows: list[tuple[int, int]]) -> Pair:
-        """Keys and values (n, D) of the first tokens of several slabs, each slab's heads one after another.
+    def gathered(self, rows: list[tuple[int, int]]) -> list[Pair]:
+        """Keys and values (n, D) by layer of the first tokens of several slabs, each slab's heads in turn.
 
-        ``rows`` are slabs and how many tokens of each.
+        ``rows`` are slabs and how many tokens of each; nothing else is read.
         """
-        keys, values = self.whole(layer)
-        heads, room = keys.shape[1:3]
-        key = room, *rows
-        if key not in self._places:
-            begin = np.arange(heads)[:, None] * room
-            parts = [slab * heads * room + begin + np.arange(tokens) for slab, tokens in rows]
-            flat = np.concatenate([part.reshape(-1) for part in parts])
-            # the same for all layers
-            self._places = {key: mx.array(flat.astype(np.int64 if flat.max() >= 2**31 else np.int32))}
-        index = self._places[key]
-        return keys.reshape(-1, keys.shape[-1])[index], values.reshape(-1, values.shape[-1])[index]
+        found = []
+        index: dict[int, mx.array] = {}
+        for layer in range(len(self.keys)):
+            keys, values = self.whole(layer)
+            heads, room = keys.shape[1:3]
+            if room not in index:
+                begin = np.arange(heads)[:, None] * room
+                parts = [slab * heads * room + begin + np.arange(tokens) for slab, tokens in rows]
+                flat = np.concatenate([part.reshape(-1) for part in parts])
+                index[room] = mx.array(flat.astype(np.int64 if flat.max() >= 2**31 else np.int32))
+            flat_keys, flat_values = (a.reshape(-1, a.shape[-1]) for a in (keys, values))
+            found.append((flat_keys[index[room]], flat_values[index[room]]))
+        return found
 
     def _roomy(self, held: mx.array | None, end: int, new: mx.array) -> mx.array:
         """An array of its own on the same values, with room up to ``end``."""

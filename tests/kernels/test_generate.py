@@ -53,7 +53,7 @@ def test_the_demo_model_generates_the_same(path, options):
             assert (head == head_again).all()
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [16, 8, "k8v4", 4])
 def test_rows_of_a_batch_generate_the_same(path, bits):
     model, tokenizer = mlx_kvret.load("demo")
     rng = np.random.default_rng(2)
