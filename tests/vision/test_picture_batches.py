@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
 from click.testing import CliRunner
 
@@ -148,7 +149,7 @@ def test_what_cannot_work_is_told_before_anything_is_answered(loaded, prompts, i
 
 def test_a_row_ends_with_text(loaded):
     model, processor = loaded
-    made = backend_of(model).processed(model, processor, f"b {MARK}", [OTHER])
+    made = backend_of(model).processed(model, processor, f"b {MARK}", [PIL.Image.fromarray(OTHER)])
     ids = made["input_ids"].shape
     cut = {name: value[:, :-1] if value.shape[:2] == ids else value for name, value in made.items()}
     with pytest.raises(UnsupportedFeatureError, match="a prompt ends with a picture"):
