@@ -27,21 +27,21 @@ def attention_terms(
         starts: (B, T), where a token's document begins.
         given: (B, H·G, T, Dv), the gradient of the output.
         sinks: (H·G,) logits without a value.
-        ends: (B, T), one past the last token that each sees; the next token unless given.
+        ends: (B, T), where the token's picture ends; tokens with the same one see each other.
     """
     query, key, value, *fade = (float64(x) for x in inputs)
     (batch, heads, tokens, _), count = key.shape, query.shape[1]
     keys, values = (np.repeat(x, count // heads, 1) for x in (key, value))
     row, column = np.arange(tokens)[:, None], np.arange(tokens)
     begin = float64(starts)[:, None, :, None]
-    end = row + 1 if ends is None else float64(ends)[:, None, :, None]
     if window:
         begin = np.maximum(begin, row - window + 1)
+    seen = (column <= row) & (column >= begin)
+    if ends is not None:
+        seen = seen | (float64(ends)[:, None, :, None] == float64(ends)[:, None, None])
     age = np.maximum(row - column, 0)
     faded = age * np.repeat(fade[0].swapaxes(1, 2), count // heads, 1)[:, :, None] if fade else 0
-    logits = np.where(
-        (column < end) & (column >= begin), scale * query @ keys.swapaxes(2, 3) + faded, -np.inf
-    )
+    logits = np.where(seen, scale * query @ keys.swapaxes(2, 3) + faded, -np.inf)
     nothing = np.full((count, 1, 1), -np.inf) if sinks is None else float64(sinks)[:, None, None]
     weight = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
     weight /= 1 + np.exp(nothing - np.logaddexp.reduce(logits, -1, keepdims=True))

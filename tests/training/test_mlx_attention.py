@@ -1,5 +1,7 @@
 """Fading attention and soft size in MLX against their naive twins in float64, and their memory."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -66,6 +68,27 @@ def test_attention_equals_naive(tokens, groups, size, value, elements, window):
         1e-5,
         lambda given: attention_terms(inputs, rest[0].starts, SCALE, given, window=window),
     )
+
+
+@pytest.mark.parametrize("elements", [1, 5000, 1 << 20])
+@pytest.mark.parametrize("window", [None, 7])
+def test_later_tokens_of_a_picture_have_not_faded(elements, window):
+    mask = packed(50, window=window)
+    ends = np.tile(np.arange(1, 51), (2, 1))
+    for row, first, last in ((0, 3, 12), (0, 20, 50), (1, 16, 21), (1, 0, 2)):
+        ends[row, first:last] = last
+    mask, inputs = replace(mask, ends=ends), tensors()
+    compare(
+        lambda *x: decay_attention(*x, mask, SCALE, elements=elements),
+        lambda *x: naive_decay_attention(*x, mask, SCALE),
+        inputs,
+        1e-5,
+        lambda given: attention_terms(inputs, mask.starts, SCALE, given, window=window, ends=ends),
+    )
+    query, key, value, _ = tensors()
+    out = decay_attention(query, key, value, mx.full((2, 50, 2), -1e4), mask, SCALE, elements=elements)
+    alone = mx.softmax(SCALE * query[0, 0, 3] @ key[0, 0, 3:12].T, -1) @ value[0, 0, 3:12]
+    assert np.abs(np.array(out[0, 0, 3] - alone)).max() < 1e-5
 
 
 @pytest.mark.parametrize("decays", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ from mlx_kvret.cuda_backend.training.step import gradient as torch_gradient
 from mlx_kvret.cuda_backend.training.student import Student as TorchStudent
 from mlx_kvret.errors import DataError
 from mlx_kvret.mlx_backend.gates import RetentionGates
-from mlx_kvret.mlx_backend.seeing import taken
+from mlx_kvret.mlx_backend.seeing import Seen, taken
 from mlx_kvret.mlx_backend.training.engine import _opened, train
 from mlx_kvret.mlx_backend.training.step import gradient
 from mlx_kvret.mlx_backend.training.student import Student
 from mlx_kvret.mlx_backend.vision import forgetful, logits_of
 from mlx_kvret.training.config import TrainConfig
-from mlx_kvret.training.packing import Packer
+from mlx_kvret.training.documents import Document
+from mlx_kvret.training.packing import Batch, Packer
 from mlx_kvret.training.records import Records
 from mlx_kvret.training.run import Base, RunOptions
+from vision import folders_mlx
 from vision.folders_torch import folder
 from vision.test_training_torch import documents, opened, photo, said
+from vision.tiny_torch import IMAGE
 
 pytest.importorskip("mlx_vlm")
 
@@ -134,35 +138,75 @@ def test_losses_and_gradients_are_those_of_torch(
     stock.detach()
 
 
+FAMILIES = ("qwen3_vl", "gemma3", "gemma4", "llava", "internvl_chat", "pixtral", "mistral3")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_are_as_each_alone_and_the_tower_looks_once(
-    folders: dict[str, tuple[Path, Path]], album: Path
+    name: str, folders: dict[str, tuple[Path, Path]], album: Path, tmp_path: Path
 ) -> None:
-    model, tokenizer, seeing = _opened(Base.find(folders["qwen3_vl"][1]), pictures=True)
+    path = folders[name][1] if name in folders else folders_mlx.folder(name, tmp_path)
+    model, tokenizer, seeing = _opened(Base.find(path), pictures=True)
     assert seeing is not None
     whole = documents(album, tokenizer, seeing)  # type: ignore[arg-type]
+    if name == "gemma4":
+        model.language_model.config.use_bidirectional_attention = "vision"
+        whole = [typed(one) for one in whole]
     alone = []
     for one in whole:
-        made = taken({"input_ids": one.ids, **one.pixels})
         with forgetful(model.language_model):
-            alone.append(np.array(logits_of(model(made.ids, made.pixels, **made.given))[0]))
-    packer = Packer(Records([album]), lambda n: whole[n], 96, 2, seed=3, epochs=1)
-    batch = packer.batch()
-    assert batch is not None
-    assert packer.batch() is None
-    student, calls, stock = Student(model, True, seeing), list[int](), type(model.vision_tower)
+            made = Seen(model, taken({"input_ids": one.ids, **one.pixels}))
+            logits = made.model(made.ids, inputs_embeds=made.embeds, **made.given)
+            alone.append(np.array(logits_of(logits)[0]))
+    student, calls, stock = Student(model, True, seeing), list[int](), type(tower := eyes_of(model))
 
     class Counted(stock):  # type: ignore[misc, valid-type]
         def __call__(self, *args: Any, **given: Any) -> Any:
             calls.append(1)
             return super().__call__(*args, **given)
 
-    model.vision_tower.__class__ = Counted
+    tower.__class__ = Counted
     gates, _ = both_gates(student)
-    gradient(student, gates, batch, TrainConfig(budget=5, length=96, batch=2), 2)
-    assert len(calls) == 3
-    ids = mx.array(batch.ids)
-    seen = student.see(ids, batch.starts, batch, range(2))
-    hidden = student.teach(ids, batch.starts, seen).hidden
+    found, config = [], TrainConfig(budget=5, length=512, batch=4)
+    for apart, micro_batch in ((True, 1), (False, 4)):
+        packer = Packer(Records([album]), lambda n: whole[n], 512, 4, seed=3, epochs=1, alone=apart)
+        batch = packer.batch()
+        assert batch is not None
+        assert bool((batch.position[1:] < 0).all()) != apart
+        calls.clear()
+        losses, gradients = gradient(student, gates, batch, config, micro_batch)
+        assert len(calls) == 3
+        found.append((losses, dict(tree_flatten(gradients))))
+        ids = mx.array(batch.ids)
+        seen = student.see(ids, batch.starts, batch, range(4))
+        assert (seen is not None and seen.ends is not None) == (name == "gemma4")
+        hidden = student.teach(ids, batch.starts, seen).hidden
+        compare(student, whole, alone, batch, hidden)
+    (one, mine), (other, packed) = found
+    for column in ("kl", "cross_entropy", "capacity", "soft_size"):
+        assert getattr(one, column) == pytest.approx(getattr(other, column), rel=1e-5, abs=1e-6)
+    for weight, value in mine.items():
+        assert np.abs(np.array(value) - np.array(packed[weight])).max() < NEAR, weight
+    student.detach()
+
+
+def eyes_of(model: Any) -> Any:
+    """A model's vision tower."""
+    return getattr(model, "vision_tower", None) or model.vision_model
+
+
+def typed(one: Document) -> Document:
+    """With the types of tokens, by which Gemma 4 sees pictures whole; mlx-vlm's own processor gives none."""
+    if not one.pixels:
+        return one
+    types = {"mm_token_type_ids": mx.array((one.ids == IMAGE).astype(np.int32))[None]}
+    return replace(one, pixels={**one.pixels, **types})
+
+
+def compare(
+    student: Student, whole: list[Document], alone: list[np.ndarray], batch: Batch, hidden: mx.array
+) -> None:
+    """Each document's logits in the rows of a batch against its own alone."""
     found = 0
     for row, column in zip(*np.nonzero(batch.position == 0), strict=True):
         number = next(
@@ -171,10 +215,9 @@ def test_packed_documents_are_as_each_alone_and_the_tower_looks_once(
             if one.ids.tolist() == batch.ids[row, column : column + len(one.ids)].tolist()
         )
         logits = np.array(student.logits(hidden[int(row), int(column) : int(column) + len(alone[number])]))
-        assert np.abs(logits - alone[number]).max() < 2e-6 * np.abs(alone[number]).max()
+        assert np.abs(logits - alone[number]).max() < 5e-6 * np.abs(alone[number]).max()
         found += 1
-    assert found == 4
-    student.detach()
+    assert found == len(whole)
 
 
 def test_training_by_the_command_line_and_its_gates(

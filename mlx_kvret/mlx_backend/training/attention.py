@@ -25,11 +25,14 @@ BLOCK_ELEMENTS = 1 << 25
 class PackedMask:
     """Causal within each document of a row, and within a sliding window if there is one.
 
-    ``starts`` (B, T): where the token's document begins, not decreasing.
+    ``starts`` (B, T): where the token's document begins, not decreasing. Where ``ends`` (B, T) are given
+    tokens that have the same one are a picture's, and see each other: those of
+    :func:`mlx_kvret.training.pictures.ends_of`.
     """
 
     starts: Ints
     window: int | None = None
+    ends: Ints | None = None
 
     def block(self, queries: slice, keys: slice) -> mx.array:
         """(B, queries, keys) bool, True where visible."""
@@ -37,12 +40,19 @@ class PackedMask:
         begin = mx.array(self.starts[:, queries].astype(np.int32))[..., None]
         if self.window:
             begin = mx.maximum(begin, row - self.window + 1)
-        return (column <= row) & (column >= begin)
+        seen = (column <= row) & (column >= begin)
+        if self.ends is None:
+            return seen
+        mine, other = (mx.array(self.ends[:, places].astype(np.int32)) for places in (queries, keys))
+        return seen | (mine[..., None] == other[:, None])
 
     def keys(self, queries: slice) -> slice:
-        """The keys from the first one that any of these queries may see."""
+        """The keys from the first to the last one that any of these queries may see."""
+        begin = int(self.starts[:, queries.start].min())
+        if self.ends is not None:
+            return slice(begin, int(self.ends[:, queries].max()))
         reach = queries.start - self.window + 1 if self.window else 0
-        return slice(max(int(self.starts[:, queries.start].min()), reach), queries.stop)
+        return slice(max(begin, reach), queries.stop)
 
     def blocks(self, elements: int) -> Iterator[tuple[slice, slice]]:
         """Slices of queries and of the keys they may see; ``elements`` pairs of a query and a key in each."""
@@ -72,7 +82,7 @@ def decay_attention(
     sinks: mx.array | None = None,
     elements: int | None = None,
 ) -> mx.array:
-    """Causal attention of a sequence on itself, decayed if ``log_beta`` is given; computed in float32.
+    """Attention of a sequence on itself as its mask says, decayed if ``log_beta`` is given; in float32.
 
     Args:
         query: (B, H·G, T, D); ``key`` (B, H, T, D); ``value`` (B, H, T, Dv).
@@ -180,7 +190,7 @@ def naive_decay_attention(
     logits = scale * query @ key.swapaxes(2, 3)
     if log_beta is not None:
         place = mx.arange(everything.stop)
-        age = (place[:, None] - place).astype(log_beta.dtype)
+        age = mx.maximum(place[:, None] - place, 0).astype(log_beta.dtype)
         logits = logits + age * mx.repeat(log_beta.swapaxes(1, 2), groups, 1)[:, :, None]
     logits = mx.where(mask.block(everything, everything)[:, None], logits, -math.inf)
     if sinks is not None:

@@ -39,8 +39,9 @@ def recomputed(function: Callable[[Any, list[mx.array]], Any]) -> Callable[[Any,
             return out
 
         def backward(inputs: Any, gradients: Any, _: Any) -> list[mx.array]:
-            kept = mx.depends(list(inputs), list(gradients))
-            found = mx.vjp(flat, kept, list(gradients))[1]
+            wanted = _listed(gradients)
+            kept = mx.depends(_listed(inputs), wanted)
+            found = mx.vjp(flat, kept, wanted)[1]
             of_weights, of_arrays = found[: len(own)], found[len(own) :]
             return [*of_weights, *(mx.depends(of_arrays, of_weights) if of_weights else of_arrays)]
 
@@ -48,6 +49,11 @@ def recomputed(function: Callable[[Any, list[mx.array]], Any]) -> Callable[[Any,
         return _tree(structure, out)
 
     return call
+
+
+def _listed(arrays: Any) -> list[mx.array]:
+    """MLX gives a function of one array that array, not a tuple of one."""
+    return [arrays] if isinstance(arrays, mx.array) else list(arrays)
 
 
 def _flat(tree: Any) -> tuple[list[str], list[mx.array]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...errors import UnsupportedModelError
 from ..gates import RetentionGates
+from ..kinds import is_kind
 from ..probe import Place
 from .attention import PackedMask, decay_attention
 
@@ -101,14 +102,14 @@ def entries_for(
     """
 
     def stand_in(cache: Any, place: Place) -> Any:
-        if type(cache) is mlx_cache.CacheList:
+        if is_kind(cache, "CacheList"):
             index = place[0]
             return mlx_cache.CacheList(*(stand_in(c, (index, i)) for i, c in enumerate(cache.caches)))
-        if isinstance(cache, mlx_cache.ArraysCache):
+        if is_kind(cache, "ArraysCache") or isinstance(cache, mlx_cache.ArraysCache):
             return None
-        if type(cache) is mlx_cache.RotatingKVCache:
+        if is_kind(cache, "RotatingKVCache"):
             return Entry(replace(mask, window=cache.max_size), gates, None, offset)
-        if type(cache) is mlx_cache.KVCache:
+        if is_kind(cache, "KVCache"):
             layer = places.index(place) if place in places else None
             return Entry(mask, gates, layer, offset, sinks)
         raise UnsupportedModelError(

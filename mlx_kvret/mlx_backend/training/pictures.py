@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,16 +12,25 @@ import numpy as np
 
 from ...core.picture_prompts import Asked
 from ...core.types import Ints
-from ...errors import ConfigError, UnsupportedModelError
-from ...training.pictures import Shown, places_of
+from ...errors import UnsupportedModelError
+from ...training.pictures import Shown, ends_of, places_of
 from ..both_ways import looks_both_ways
 from ..seeing import Seen, processed, taken
 from ..vision import can_see, family, forgetful, speaking, tokens_of_pictures
 
 # what embeddings come with: for each token, for each token of a picture, and what is of no use here
-_BY_TOKEN = ("per_layer_inputs", "mm_token_type_ids", "token_type_ids")
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+_BY_TOKEN = ("per_layer_inputs", *_TYPES)
 _DEEP, _MARKS = "deepstack_visual_embeds", "visual_pos_masks"
-_ELSE = {"attention_mask", "rope_deltas", "position_ids", _DEEP, _MARKS}
+_ELSE = {"attention_mask", "attention_mask_4d", "rope_deltas", "position_ids", _DEEP, _MARKS}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a language model is ``given``; ``ends`` (R, T) of each token's sight, where pictures are whole."""
+
+    given: dict[str, Any]
+    ends: Ints | None
 
 
 class Seeing:
@@ -38,15 +48,10 @@ class Seeing:
         return cls(model, processor)
 
     def __call__(self, text: str, pictures: Sequence[Any]) -> Mapping[str, Any]:
-        if looks_both_ways(speaking(self.model)):
-            raise ConfigError(
-                f"{family(self.model)} models look both ways inside of a picture, which training on MLX does "
-                "not follow; train with --backend torch, or on text alone, whose gates serve pictures too"
-            )
         made = processed(self.model, self.processor, Asked(text, list(pictures)), first=False).as_mapping()
         return {name: value for name, value in made.items() if value is not None}
 
-    def inputs(self, ids: mx.array, starts: Ints, shown: Sequence[Shown]) -> dict[str, Any]:
+    def inputs(self, ids: mx.array, starts: Ints, shown: Sequence[Shown]) -> Inputs:
         """What a language model is given for rows (R, T) with pictures; M-RoPE begins anew in each document.
 
         Raises:
@@ -77,7 +82,9 @@ class Seeing:
         if deep:
             given |= {_MARKS: mx.array(marks), _DEEP: mx.concatenate(deep, 1)}
         mx.eval(list(given.values()))
-        return given
+        # without the types of tokens its own mask is causal too
+        whole = looks_both_ways(speaking(self.model)) and any(name in given for name in _TYPES)
+        return Inputs(given, ends_of(starts, shown) if whole else None)
 
     def _document(self, piece: Shown) -> Seen:
         """A whole document as the model sees it."""

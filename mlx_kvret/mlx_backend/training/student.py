@@ -30,7 +30,7 @@ from ..vision import family, forgetful, logits_of, speaking
 from .attention import PackedMask
 from .blocks import recomputed
 from .entries import Entry, entries_for, entries_in
-from .pictures import Seeing
+from .pictures import Inputs, Seeing
 
 # far enough for a scale that grows with the position to show
 _FAR = 1 << 17
@@ -110,14 +110,14 @@ class Student:
         self._hooked = []
         hooks.remove(self.model)
 
-    def see(self, ids: mx.array, starts: Ints, batch: Batch, rows: Sequence[int]) -> dict[str, Any] | None:
+    def see(self, ids: mx.array, starts: Ints, batch: Batch, rows: Sequence[int]) -> Inputs | None:
         """What the decoder is given for some rows of a batch, if there are pictures in them."""
         if not (shown := in_rows(batch, rows)):
             return None
         assert self.seeing is not None
         return self.seeing.inputs(ids, starts, shown)
 
-    def teach(self, ids: mx.array, starts: Ints, seen: dict[str, Any] | None = None) -> Trace:
+    def teach(self, ids: mx.array, starts: Ints, seen: Inputs | None = None) -> Trace:
         """Full attention. Arguments as in :meth:`learn`."""
         return self._run(ids, starts, None, seen=seen)
 
@@ -127,7 +127,7 @@ class Student:
         starts: Ints,
         gates: RetentionGates,
         sinks: int = 0,
-        seen: dict[str, Any] | None = None,
+        seen: Inputs | None = None,
     ) -> Trace:
         """Fading attention over packed documents, with a gradient for the gates.
 
@@ -147,10 +147,16 @@ class Student:
             self._hidden = None
 
     def _cache(
-        self, starts: Ints, gates: RetentionGates | None, offset: int = 0, sinks: int = 0
+        self,
+        starts: Ints,
+        gates: RetentionGates | None,
+        offset: int = 0,
+        sinks: int = 0,
+        ends: Ints | None = None,
     ) -> list[Any]:
         stock = hooks.new_cache(self.model, self._made, EvictionConfig.create(policy="full"))
-        return entries_for(stock, self._layout.places, PackedMask(starts), gates, offset, sinks)
+        mask = PackedMask(starts, ends=ends)
+        return entries_for(stock, self._layout.places, mask, gates, offset, sinks)
 
     def _say(self, ids: mx.array, **given: Any) -> mx.array:
         """Logits of one call of the model, which keeps no positions of it."""
@@ -163,19 +169,20 @@ class Student:
         starts: Ints,
         gates: RetentionGates | None,
         sinks: int = 0,
-        seen: dict[str, Any] | None = None,
+        seen: Inputs | None = None,
     ) -> Trace:
-        cache = self._cache(starts, gates, sinks=sinks)
+        cache = self._cache(starts, gates, sinks=sinks, ends=None if seen is None else seen.ends)
         hidden = self._decode(ids, cache, starts, seen)
         found = [entry.log_beta for entry in entries_in(cache) if entry.log_beta is not None]
         if gates is None:
             return Trace(hidden, None)
         return Trace(hidden, mx.stack(found, 1).swapaxes(2, 3).flatten(1, 2))
 
-    def _decode(
-        self, ids: mx.array, cache: list[Any], starts: Ints, seen: dict[str, Any] | None = None
-    ) -> mx.array:
-        given = dict(seen or {})
+    def _decode(self, ids: mx.array, cache: list[Any], starts: Ints, seen: Inputs | None = None) -> mx.array:
+        given = {} if seen is None else dict(seen.given)
+        if "inputs_embeds" in given:
+            # some models (Gemma 3) scale them in place
+            given["inputs_embeds"] = mx.array(given["inputs_embeds"])
         if self._counts:
             # M-RoPE's positions begin anew with every document, and are not the cache's
             wide = np.broadcast_to(places_of(starts), (3, *starts.shape))
