@@ -1,20 +1,23 @@
 """What several processes keep, say and save, against one process: 500 tokens, all scopes and policies.
 
-A small model of random weights reads 500 tokens in chunks and one by one; after every fourth pass what is
+A small model of random weights reads 500 tokens in chunks and one by one; after every third pass what is
 kept of every head is compared with that of one process, position for position, and the logits are. Then
-answers, batches with budgets of their own, and caches that some save and others open. Processes are started
-by mlx.launch (ring) and torchrun (gloo) on this machine. Nothing is timed. Writes
+answers, batches with budgets of their own, and caches that some save and others open. Processes run on
+this machine, as mlx.launch (ring) and torchrun (gloo) start them. Nothing is timed. Writes
 benchmarks/results/ranks_equality.md.
 
-python benchmarks/ranks_equality.py            two and three processes, some CPU minutes
+python benchmarks/ranks_equality.py            two processes, and three for some of the cases; minutes
 python benchmarks/ranks_equality.py --quick    two processes, a few cases, no file
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,12 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
     "k8v4, layer": {"kv_bits": "k8v4", "scope": "layer"},
     "full": {"policy": "full"},
 }
-QUICK = ["global", "ties: gates alike, global", "modality", "8 bits"]
+QUICK = ["global", "ties: gates alike, global", "modality", "8 bits", "threshold, head", "keydiff"]
 # a prompt in chunks, then answers and turns; no token comes twice, for its keys in the first layer would be
 # equally long but for rounding
-CHUNKS = [150, 70, *[1] * 30, 40, *[1] * 20, 3, 90, *[1] * 17, 64, *[1] * 16]
+CHUNKS = [150, 70, *[1] * 20, 40, *[1] * 12, 3, 90, *[1] * 10, 90, *[1] * 15]
 # after so many passes one looks at what is kept
-LOOKS = 4
+LOOKS = 3
 TEXT = [int(token) for token in np.random.default_rng(3).permutation(WORDS - 3)[:TOKENS] + 2]
 
 
@@ -70,13 +73,19 @@ class Run:
     split: str
     size: int
 
-    @property
-    def command(self) -> list[str]:
-        folder = Path(sys.executable).parent
+    def told(self, folder: Path) -> list[dict[str, str]]:
+        """What mlx.launch (ring) or torchrun tells each process in its environment."""
+        with contextlib.ExitStack() as stack:
+            free = [stack.enter_context(socket.socket()) for _ in range(self.size)]
+            for one in free:
+                one.bind(("127.0.0.1", 0))
+            ports = [one.getsockname()[1] for one in free]
         if self.backend == "mlx":
-            ring = ["--backend", "ring", "--python", sys.executable]
-            return [str(folder / "mlx.launch"), "-n", str(self.size), *ring]
-        return [str(folder / "torchrun"), "--nproc-per-node", str(self.size)]
+            hosts = folder / "hosts.json"
+            hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+            return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(self.size)]
+        alike = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0]), "WORLD_SIZE": str(self.size)}
+        return [alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(self.size)]
 
 
 def make(folder: Path) -> None:
@@ -178,11 +187,11 @@ def saved(model: Any, folder: Path, who: str) -> Iterator[tuple[str, Any]]:
 def started(folder: Path, run: Run, names: list[str]) -> list[dict[str, Any]]:
     """What each process of a run found."""
     told = ["--work", str(folder), run.backend, run.split, *names]
-    command = [*run.command, __file__, *told]
-    # an input that stays open: mlx.launch looks at one that has ended again and again
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr) as process:
-        if process.wait():
-            raise subprocess.CalledProcessError(process.returncode, command)
+    command = [sys.executable, __file__, *told]
+    processes = [subprocess.Popen(command, env=os.environ | own) for own in run.told(folder)]
+    statuses = [process.wait() for process in processes]
+    if any(statuses):
+        raise RuntimeError(f"{run} failed")
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(run.size)]
 
 
@@ -215,7 +224,8 @@ def main(quick: bool) -> None:
         shutil.copytree(folders["mlx"], folders["torch"])
         alone = {backend: work(folder, backend, None, names) for backend, folder in folders.items()}
         for run in runs:
-            text += "\n".join(table(run, folders[run.backend], alone[run.backend], names)) + "\n"
+            asked = QUICK if run.size > 2 else names
+            text += "\n".join(table(run, folders[run.backend], alone[run.backend], asked)) + "\n"
             print(text)
             if not quick:
                 # each run stands for itself
@@ -240,10 +250,10 @@ def table(run: Run, folder: Path, alone: dict[str, Any], names: list[str]) -> It
 
 HEAD = f"""# Several processes against one
 
-By `python benchmarks/ranks_equality.py`, on one machine: mlx.launch with ring, torchrun with gloo. A Qwen2 of
+By `python benchmarks/ranks_equality.py`, on one machine: MLX over ring, torch over gloo. A Qwen2 of
 random weights ({LAYERS} layers, {HEADS} KV heads, float32) reads {TOKENS} tokens in {len(CHUNKS)} passes,
 chunks and single tokens, with a budget of {SIZES["budget"]} and a buffer of {SIZES["buffer"]}. After every
-{LOOKS}th pass the positions that each head holds are compared with one process's, on every rank the whole;
+third pass the positions that each head holds are compared with one process's, on every rank the whole;
 the least equal rank counts. Nothing is timed.
 """
 
@@ -251,8 +261,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         place, backend, split = Path(sys.argv[2]), *sys.argv[3:5]
         result = work(place, backend, split, sys.argv[5:])
-        import os
-
         rank = int(os.environ.get("MLX_RANK", os.environ.get("RANK", "0")))
         (place / f"{rank}.pickle").write_bytes(pickle.dumps(result))
     else:
