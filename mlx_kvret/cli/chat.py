@@ -11,7 +11,7 @@ from ..errors import ConfigError, KVRetError, RankLost
 from ..texts import check_stdin
 from . import options as shared
 from . import ranks
-from .company import Company, together
+from .company import Company
 from .ending import one_line
 from .habits import older_names, refusals
 from .screen import note
@@ -65,17 +65,16 @@ def command(context: click.Context, **options: Any) -> None:
     conversation = Conversation(model, tokenizer, system, evict, template, company)
     draw = sampling(model, tokenizer, options)
     draw |= {name: options[name] for name in ("max_tokens", "prefill_step_size")}
-    with together():
-        if saved is not None:
-            conversation.begin_with(Path(saved).expanduser())
-        for file in files:
-            if file == "-":
-                raise ConfigError("--file is standard input, which what you say comes from; give a file")
-            conversation.read(Path(file).expanduser(), options["prefill_step_size"])
-        budget = settings(conversation.cache).get("budget")
-        kept = "every token" if budget is None else f"up to {budget:,} tokens per head"
-        note(f"Commands: {'  '.join(COMMANDS)}. The cache keeps {kept}.", err=True)
-        _talk(conversation, company, draw)
+    if saved is not None:
+        conversation.begin_with(Path(saved).expanduser())
+    for file in files:
+        if file == "-":
+            raise ConfigError("--file is standard input, which what you say comes from; give a file")
+        conversation.read(Path(file).expanduser(), options["prefill_step_size"])
+    budget = settings(conversation.cache).get("budget")
+    kept = "every token" if budget is None else f"up to {budget:,} tokens per head"
+    note(f"Commands: {'  '.join(COMMANDS)}. The cache keeps {kept}.", err=True)
+    _talk(conversation, company, draw)
 
 
 def _talk(conversation: Any, company: Company, draw: dict[str, Any]) -> None:

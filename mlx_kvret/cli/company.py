@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import click
 import numpy as np
 
 from ..core.launched import launched
@@ -113,16 +112,6 @@ class Company:
             return
         with stoppable() if self.first else contextlib.nullcontext(bool) as stop:
             yield lambda: bool(line.ranks.first(np.array([stop()], np.int32))[0])
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Of several processes none goes on without the others: all of them end with the same status."""
-    try:
-        yield
-    except RankLost as error:
-        tell(error)
-        raise click.exceptions.Exit(STATUS) from error
 
 
 def _drop_input() -> None:

@@ -1,6 +1,6 @@
 """How a command ends: whatever goes wrong is one line on stderr and a status, never a traceback.
 
-Status 1: something could not be done; 2: the command line is wrong; 130: ctrl-C.
+Status 1: something could not be done; 2: the command line is wrong; 75: another rank is gone; 130: ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import click
 
 from ..core.launched import launched
 from ..core.plain import plain
-from ..errors import KVRetError
+from ..core.watch import STATUS
+from ..errors import KVRetError, RankLost
 
 TRACEBACK = "MLX_KVRET_TRACEBACK"
 _FULL = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
@@ -40,6 +41,12 @@ def tell(error: object) -> None:
         click.echo(f"{whose}error: {one_line(error)}", file=sys.__stderr__ if later else sys.stderr)
 
 
+class _Lost(click.ClickException):
+    """Another rank is gone: the status is that of a process which has waited for it in vain."""
+
+    exit_code = STATUS
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """Turn every exception inside into one of click's, with a message that says what to do."""
@@ -54,7 +61,7 @@ def explained() -> Iterator[None]:
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        raise click.ClickException(_reason(error)) from error
+        raise (_Lost if isinstance(error, RankLost) else click.ClickException)(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,6 @@ from ..core.picture_prompts import spoken_by
 from ..errors import ConfigError, MissingDependencyError
 from . import options as shared
 from . import ranks
-from .company import together
 from .ending import leaving_at_once
 from .session import loading, note
 
@@ -141,19 +140,18 @@ def command(**options: Any) -> None:
         )
         given = model, spoken_by(tokenizer), evict
         made = start(*given, settings, room) if ranks.first() else None
-    with together():
-        if made is None:
-            serve_along(*given, room)
-            return
-        service, planned = made
-        held = "" if service.backend.ranks is None else f", over {service.backend.ranks.size} processes"
-        note(f"{planned}{held}", err=True)
+    if made is None:
+        serve_along(*given, room)
+        return
+    service, planned = made
+    held = "" if service.backend.ranks is None else f", over {service.backend.ranks.size} processes"
+    note(f"{planned}{held}", err=True)
 
-        def ready(address: str) -> None:
-            page = f", a page to talk to it at {address}/" if settings.page else ""
-            note(f"{settings.model} at {address}/v1{page} (ctrl-C ends)", err=True)
+    def ready(address: str) -> None:
+        page = f", a page to talk to it at {address}/" if settings.page else ""
+        note(f"{settings.model} at {address}/v1{page} (ctrl-C ends)", err=True)
 
-        Serving(service, ready).run_until_told()
+    Serving(service, ready).run_until_told()
 
 
 def _half(model: str, backend: str, revision: str | None) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mlx_kvret.errors import KVRetError, RankLost
+from mlx_kvret.errors import ConfigError, KVRetError, RankLost
+from mlx_kvret.serving import starting
 from mlx_kvret.serving.leading import Leader, follow
 
 from .threads import together
@@ -83,3 +86,10 @@ def test_a_pass_that_fails_on_one_rank_ends_it() -> None:
         return leader.deeds._backend.asked
 
     assert together(1, work) == [["new", "read"]]
+
+
+def test_snapshots_of_a_share_stay_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    share = SimpleNamespace(split=object(), ranks=None)
+    monkeypatch.setattr(starting, "backend_for", lambda *_: share)
+    with pytest.raises(ConfigError, match="--prompt-cache-dir"):
+        starting.serve_along(None, object(), {}, starting.Room(folder=tmp_path))
