@@ -18,7 +18,7 @@ from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend.attention import naive_attend
 from mlx_kvret.cuda_backend.pool import Pool, listing
 from mlx_kvret.cuda_backend.selection import select
-from mlx_kvret.cuda_backend.view import LayerView, Places
+from mlx_kvret.cuda_backend.view import Chunks, ChunkView, LayerView, Places
 
 Put = Callable[..., None]
 # rows, KV heads, query heads of each, query tokens, places in the window, key and value width
@@ -122,6 +122,34 @@ def check_attention(put: Put, left: Callable[[], float], few: bool = False) -> N
         put("attention", kernel=what, worst_relative_error=error)
 
 
+def check_chunks(put: Put, left: Callable[[], float], few: bool = False) -> None:
+    """Chunks of several rows in one launch; queries that are padding are NaN, and give zeros."""
+    from mlx_kvret.cuda_backend.kernels.prefill_attention import prefill_attention
+
+    rows, heads, group, dim = (5, 8, 4, 128) if GPU else (2, 2, 2, 32)
+    tokens = [300, 1, 70, 9, 128][:rows] if GPU else [9, 1]
+    ends = [n + 7 * row for row, n in enumerate(tokens)]
+    begins = np.cumsum([0, *ends]).tolist()
+    # the slabs backwards, places of padding before some rows' tokens, and a row that reads nothing
+    told = [(rows - 1 - row, begins[row], ends[row], n, row % 2, row + 1) for row, n in enumerate(tokens)]
+    for dtype in list(BOUNDS) if GPU else [torch.float32]:
+        for kv_bits in (None, 8, 4):
+            pool = poisoned_view((rows, heads, group, 1, 5, dim, dim), dtype, kv_bits).pool
+            keys, values = torch.randn(2, 1, heads, begins[-1], dim, device=DEVICE).to(dtype)
+            view = ChunkView(pool, 1, keys, values, Chunks(told, DEVICE))
+            queries = torch.full((rows + 1, heads * group, max(tokens) + 1, dim), torch.nan, device=DEVICE)
+            for _, _, _, n, first, row in told:
+                queries[row, :, first : first + n] = torch.randn(heads * group, n, dim, device=DEVICE)
+            queries = queries.to(dtype)
+            out, again = (prefill_attention(queries, view, dim**-0.5) for _ in range(2))
+            expected = torch.zeros_like(out)
+            for at, part, own in view.views():
+                expected[at, :, part] = naive_attend(queries[at, :, part], own, dim**-0.5)
+            error, same = difference(out, expected), torch.equal(out, again)
+            put("chunks of rows", ok=same and error <= BOUNDS[dtype], dtype=str(dtype), bits=kv_bits or 16,
+                worst_relative_error=error)  # fmt: skip
+
+
 def check_selection(put: Put, left: Callable[[], float], few: bool = False) -> None:
     """Radix selection with ties, infinities and NaN."""
     from mlx_kvret.cuda_backend.kernels.select import select_triton
@@ -201,7 +229,7 @@ def check_soft_size(put: Put, left: Callable[[], float], few: bool = False) -> N
 
 def check_kernels(put: Put, left: Callable[[], float], few: bool = False) -> None:
     """All of them; one that fails does not stop the others."""
-    for check in (check_attention, check_moving, check_selection, check_soft_size):
+    for check in (check_attention, check_chunks, check_moving, check_selection, check_soft_size):
         try:
             check(put, left, few)
         except Exception as error:

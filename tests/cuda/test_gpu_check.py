@@ -45,7 +45,7 @@ def test_every_part_comes_to_its_end(tmp_path: Path, parts: list[str]) -> None:
     assert [row["part"] for row in rows if row["what"] == "ended"] == parts
     known = {row["what"] for row in rows}
     if "kernels" in parts:
-        assert {"attention", "selection", "recorded step, sliding windows"} <= known
+        assert {"attention", "chunks of rows", "selection", "recorded step, sliding windows"} <= known
     else:
         assert {"bounded, captured", "full, StaticCache, captured", "compactions and gates"} <= known
         assert all(row["ms"] > 0 for row in rows if "ms" in row) and "captured: full over bounded" in page
