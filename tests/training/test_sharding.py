@@ -153,7 +153,7 @@ def test_what_accelerate_asks_for_in_vain(cases: Any) -> None:
 def test_one_that_dies_ends_the_other_and_one_alone_goes_on(cases: Any) -> None:
     folder, made = cases
     error = json.loads((folder / "dies.0.json").read_text())["error"]
-    assert error.startswith("RankError: another rank is gone")
+    assert ": another rank is gone or late" in error, error
     assert not (folder / "dies" / "gates").exists()
     alone_again = folder / "dies-alone"
     shutil.copytree(folder / "dies", alone_again)
