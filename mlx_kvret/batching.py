@@ -96,6 +96,11 @@ def stream_batch(
         raise ConfigError("budgets were decided when the caches were made; drop budget, or drop caches")
     else:
         held = [room.checked_cache(model, cache) for cache in _as_many(caches, len(asked), "caches")]
+    if images is not None and not isinstance(images, (list, tuple)):
+        raise ConfigError(
+            f"images is a {type(images).__name__}; expected a list of one for each prompt: of pictures, a "
+            "picture, or None"
+        )
     shown = [None] * len(asked) if images is None else _as_many(images, len(asked), "images")
     waiting = rows_of(room, model, tokenizer, list(zip(asked, shown, held, strict=True)), known)
     columns = {

@@ -129,7 +129,9 @@ def test_tokens_are_drawn_and_penalised_as_alone(loaded):
     ("prompts", "images", "options", "words"),
     [
         (["a", "b"], [[VISION_SAMPLE]], {}, "images has 1 values, there are 2 prompts"),
-        (["a"], VISION_SAMPLE, {}, "images is .*there are 1 prompts"),
+        (["a"], VISION_SAMPLE, {}, "images is a PosixPath; expected a list of one for each prompt"),
+        (["a"], OTHER, {}, "images is a ndarray; expected a list"),
+        (["a"], str(VISION_SAMPLE), {}, "images is a str; expected a list"),
         (["a", "<image>"], [None, []], {}, None),
         (["a", "b"], [[VISION_SAMPLE], ["none.png"]], {}, r"prompts\[1\]: images\[0\]: cannot read"),
         ([asking("a"), asking("b", None)], None, {}, r"prompts\[1\]: .*1 image parts without a picture"),
