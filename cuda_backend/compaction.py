@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from mlx_kvret.core.config import MOST_TOKENS
-from mlx_kvret.core.schedule import Move
+from mlx_kvret.core.schedule import TOGETHER, Move
 from mlx_kvret.core.state import State
 from mlx_kvret.core.types import Mask
 
@@ -21,8 +21,6 @@ from .kernels.dispatch import fill, select
 from .row import Row, run_gates
 from .selection import keydiff_score, retention_score, select_split
 
-# entries that select together; each takes some 60 bytes meanwhile
-TOGETHER = 1 << 22
 Part = tuple[torch.Tensor, torch.Tensor]
 Due = Sequence[tuple[Row, Move]]
 

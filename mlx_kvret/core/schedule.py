@@ -12,6 +12,9 @@ import numpy as np
 from .config import EvictionConfig
 from .types import Ints, Mask
 
+# entries of rows that select together; each takes some 60 bytes meanwhile
+TOGETHER = 1 << 22
+
 
 @dataclass(frozen=True)
 class Move:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.schedule import Move
+from ..core.schedule import TOGETHER, Move
 from ..core.types import Ints
 from .candidates import Due, candidates
 from .observed import known, log_beta_of, shortened
@@ -17,8 +17,6 @@ from .recent import Pair, Recent
 from .row import Row
 from .selection import Asked, select_rows
 
-# entries that select together; each takes some 60 bytes meanwhile
-TOGETHER = 1 << 22
 After = tuple[Row, dict[str, Any]]
 
 
