@@ -17,9 +17,11 @@ from mlx.utils import tree_flatten
 
 import mlx_kvret
 from mlx_kvret.cli import main
+from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.core.config import GateConfig
 from mlx_kvret.cuda_backend.gates import RetentionGates as TorchGates
 from mlx_kvret.cuda_backend.gates import to_arrays
+from mlx_kvret.cuda_backend.training import engine as torch_engine
 from mlx_kvret.cuda_backend.training.processes import Single
 from mlx_kvret.cuda_backend.training.step import gradient as torch_gradient
 from mlx_kvret.cuda_backend.training.student import Student as TorchStudent
@@ -235,6 +237,30 @@ def test_training_by_the_command_line_and_its_gates(
         prompt = "w5 <image> w6"
         assert mlx_kvret.generate(model, processor, prompt, images=[photo(1)], cache=cache, max_tokens=4)
         assert cache.entries <= 5 * 6
+
+
+def test_what_torch_began_goes_on_on_mlx_to_the_same_gates(
+    folders: dict[str, tuple[Path, Path]], album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(budget=6, length=40, width=8, steps=3)
+    records, base = Records([album]), folders["qwen3_vl"][0]
+    stock, steps = torch_engine.Engine.gradient, iter(range(9))
+
+    def stopped(self: Any, *args: Any) -> Any:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return stock(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch_engine.Engine, "gradient", stopped)
+        torch_engine.train(base, records, config, RunOptions(tmp_path / "torch", device="cpu", save_every=2))
+    shutil.copytree(tmp_path / "torch", tmp_path / "mlx")
+    how = {"device": "cpu", "save_every": 2, "resume": True}
+    for name, on in (("torch", torch_engine.train), ("mlx", train)):
+        on(base, records, config, RunOptions(tmp_path / name, **how))
+    one, other = (load_gates(tmp_path / name / "gates").tensors for name in ("torch", "mlx"))
+    for name, tensor in one.items():
+        assert np.abs(tensor.float32() - other[name].float32()).max() < 1e-5, name
 
 
 def test_a_model_of_text_takes_no_pictures(album: Path, tmp_path: Path) -> None:
