@@ -254,8 +254,9 @@ By `python benchmarks/ranks_equality.py`, on one machine: MLX over ring, torch o
 random weights ({LAYERS} layers, {HEADS} KV heads, float32) reads {TOKENS} tokens in {len(CHUNKS)} passes,
 chunks and single tokens, with a budget of {SIZES["budget"]} and a buffer of {SIZES["buffer"]}. After every
 third pass the positions that each head holds are compared with one process's, on every rank the whole;
-the least equal rank counts. With few bits a value between two codes may round to the other one, which shows
-in the logits. Nothing is timed.
+the least equal rank counts. Sums over ranks round otherwise in the last bit: entries whose scores are that
+close may change places (with look-ahead they gather at its logarithm), and with few bits a value between two
+codes may round to the other one. Nothing is timed.
 """
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def _chosen(due: Due, joined: Sequence[torch.Tensor]) -> torch.Tensor:
         heads_of = zip(due, head.split(pool.groups), strict=True)
         score = torch.cat([_keydiff(row, own, tokens) for (row, _), own in heads_of])
     if arena.share is not None:
-        return digits.select(score, position, head, first.seen, config, arena.share, _own_due(*due[0]))
+        given = score, position, head, first.seen, config, arena.share, _own_due(*due[0])
+        return digits.select(*given, first.pictures)
     if config.scope == "modality":
         split = zip(due, *(a.split(pool.groups) for a in (score, position, head)), strict=True)
         return torch.cat(
