@@ -19,6 +19,9 @@ from .threads import together
 class Cache:
     seen = entries = nbytes = 0
 
+    def settle(self) -> None:
+        """Nothing is due."""
+
 
 class Backend:
     """Counts what is asked of it, and fails where it is told to."""
