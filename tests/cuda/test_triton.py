@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is for Linux only; CI inst
 from mlx_kvret.cuda_backend.kernels import decode_attention  # noqa: E402
 
 from .launches import LIMIT, MODELS, Shape, launches, noted  # noqa: E402
-from .test_kernels import random_view  # noqa: E402
+from .views import random_view  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"

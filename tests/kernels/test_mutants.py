@@ -5,7 +5,8 @@ from metal_host import EMULATED
 
 from mlx_kvret.mlx_backend.kernels import launch
 
-from .mutants import CALLS, MUTANTS, Mutant
+from .mutants import MUTANTS
+from .planting import CALLS, Mutant
 
 SOME = MUTANTS[::9]
 pytestmark = pytest.mark.skipif(not EMULATED, reason="faults are planted for the emulator")
