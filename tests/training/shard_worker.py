@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import distributed
+from torch._subclasses import FakeTensor
 
 from mlx_kvret.cuda_backend.training import engine
 from mlx_kvret.errors import KVRetError
@@ -26,11 +27,18 @@ from mlx_kvret.training.run import RunOptions
 
 
 def held() -> int:
-    """Bytes of all tensors in this process; a file's storage counts as far as tensors reach in it."""
+    """Bytes of all tensors in this process; a file's storage counts as far as tensors reach in it.
+
+    What compiling leaves behind has shapes only.
+    """
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        found = [
+            thing
+            for thing in gc.get_objects()
+            if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor)
+        ]
     reach = dict[int, tuple[int, int]]()
     for tensor in (getattr(thing, "_local_tensor", thing) for thing in found):
         storage, size = tensor.untyped_storage(), tensor.element_size()
@@ -45,12 +53,13 @@ class Watched(engine.Engine):
     """Notes what weights of the base lie in this process, and may die in a step."""
 
     dies: int | None = None
+    before: int = 0
     seen: ClassVar[dict[str, int]] = {}
 
     def gradient(self, batch: Batch, slack: float) -> Losses:
         losses = super().gradient(batch, slack)
         self.seen["base"] = sum(weight.nbytes for weight in self.student.model.parameters())
-        self.seen["held"] = held()
+        self.seen["held"] = held() - self.before
         if self.dies is not None:
             Watched.dies = self.dies - 1
             if self.dies == 0:
@@ -66,7 +75,7 @@ def options(folder: Path, case: dict[str, Any]) -> RunOptions:
 def go(folder: Path, case: dict[str, Any], shard: bool = True) -> dict[str, int]:
     """A case's run, from its start or checkpoint; what lay in this process after its last step."""
     config, records = TrainConfig(**case["config"]), Records([case["data"]])
-    Watched.seen = {}
+    Watched.seen, Watched.before = {}, held()
     how = replace(options(folder, case), shard=shard)
     engine.Engine, stock = Watched, engine.Engine  # type: ignore[misc]
     try:
