@@ -27,7 +27,7 @@ from mlx_kvret.core.checkpoint import load_gates
 from mlx_kvret.evaluation import Grid, Results, open_bench, open_results, parse_methods, run_grid
 
 CHUNK, SEED, VALIDATION_SEED = 32, 2026, 7
-BUDGETS = ("1/4", "1/16", "1/32", "1/64")
+BUDGETS = ("1/4", "1/8", "1/16", "1/32", "1/64")
 FEW_BUDGETS = ("1/4", "1/16", "1/64")
 BASELINES = ("full", "keydiff", "snapkv", "recent", "random")
 SPLITS = tuple(f"learned:scope=modality,picture_share={share}" for share in (0.25, 0.5, 0.75))

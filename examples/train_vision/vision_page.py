@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from mlx_kvret.core.files import whole_file
@@ -161,7 +162,7 @@ def _chunks(found: Sequence[Entry]) -> list[str]:
 
 
 def _budgets(found: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(e.budget for e in found if e.budget != FULL))
+    return sorted({e.budget for e in found if e.budget != FULL}, key=Fraction, reverse=True)
 
 
 def _scale(found: Sequence[Entry]) -> str:
