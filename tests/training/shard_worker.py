@@ -1,4 +1,7 @@
-"""One of two processes that train with a base they share: shard_worker.py FOLDER, which holds cases.json."""
+"""One of two processes that train with a base they share: shard_worker.py FOLDER, which holds cases.json.
+
+Without a rank it is one process alone, which takes the cases of alone.json.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import distributed
-from torch._subclasses import FakeTensor
 
 from mlx_kvret.cuda_backend.training import engine
 from mlx_kvret.errors import KVRetError
@@ -27,18 +29,11 @@ from mlx_kvret.training.run import RunOptions
 
 
 def held() -> int:
-    """Bytes of all tensors in this process; a file's storage counts as far as tensors reach in it.
-
-    What compiling leaves behind has shapes only.
-    """
+    """Bytes of all tensors in this process; a file's storage counts as far as tensors reach in it."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = [
-            thing
-            for thing in gc.get_objects()
-            if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor)
-        ]
+        found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     reach = dict[int, tuple[int, int]]()
     for tensor in (getattr(thing, "_local_tensor", thing) for thing in found):
         storage, size = tensor.untyped_storage(), tensor.element_size()
@@ -53,13 +48,12 @@ class Watched(engine.Engine):
     """Notes what weights of the base lie in this process, and may die in a step."""
 
     dies: int | None = None
-    before: int = 0
     seen: ClassVar[dict[str, int]] = {}
 
     def gradient(self, batch: Batch, slack: float) -> Losses:
         losses = super().gradient(batch, slack)
         self.seen["base"] = sum(weight.nbytes for weight in self.student.model.parameters())
-        self.seen["held"] = held() - self.before
+        self.seen["held"] = held()
         if self.dies is not None:
             Watched.dies = self.dies - 1
             if self.dies == 0:
@@ -75,7 +69,7 @@ def options(folder: Path, case: dict[str, Any]) -> RunOptions:
 def go(folder: Path, case: dict[str, Any], shard: bool = True) -> dict[str, int]:
     """A case's run, from its start or checkpoint; what lay in this process after its last step."""
     config, records = TrainConfig(**case["config"]), Records([case["data"]])
-    Watched.seen, Watched.before = {}, held()
+    Watched.seen = {}
     how = replace(options(folder, case), shard=shard)
     engine.Engine, stock = Watched, engine.Engine  # type: ignore[misc]
     try:
@@ -86,8 +80,8 @@ def go(folder: Path, case: dict[str, Any], shard: bool = True) -> dict[str, int]
 
 
 def main(folder: Path) -> None:
-    rank = os.environ["RANK"]
-    for case in json.loads((folder / "cases.json").read_text()):
+    rank = os.environ.get("RANK", "alone")
+    for case in json.loads((folder / ("alone.json" if rank == "alone" else "cases.json")).read_text()):
         for name, value in case.get("environment", {}).items():
             os.environ[name] = value
         Watched.dies = case.get("dies") if rank == "1" else None
@@ -100,7 +94,8 @@ def main(folder: Path) -> None:
         (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(found))
         if "error" in found and "gone" in found["error"]:
             os._exit(4)
-    distributed.destroy_process_group()
+    if rank != "alone":
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

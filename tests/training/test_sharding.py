@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,13 @@ FSDP = {
 NEAR = 2e-5
 
 
+WORKER = str(HERE.parent / "training" / "shard_worker.py")
+
+
 def two(folder: Path, cases: list[dict[str, Any]], limit: float = 200) -> list[Any]:
     """Run cases in two processes; a worker's return and what it said."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker = str(HERE.parent / "training" / "shard_worker.py")
-    return run_ranks([worker, str(folder)], gloo(2, folder), limit)
+    return run_ranks([WORKER, str(folder)], gloo(2, folder), limit)
 
 
 def album(folder: Path) -> Path:
@@ -60,8 +64,8 @@ def album(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Runs of two processes, and what they are."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two processes and of one."""
     folder = tmp_path_factory.mktemp("two")
     chats = str(write_chats(folder / "chats.jsonl", 12, 64))
     text = {"model": str(MODEL), "data": chats, "config": SETTINGS}
@@ -86,7 +90,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     stopped(folder, made[1])
     first, second = two(folder, made)
     assert (first.returncode, second.returncode) == (4, 3), first.stderr + second.stderr
-    return folder, {case["name"]: case for case in made}
+    shutil.copytree(folder / "dies", folder / "dies-alone")
+    one(folder, [alone(case) for case in made if case["name"] in ("text", "pictures", "windows")])
+    one(folder, [alone(made[-1]) | {"options": {"micro_batch": 2, "resume": True}}])
+    return folder
 
 
 def stopped(folder: Path, case: dict[str, Any]) -> None:
@@ -106,11 +113,15 @@ def stopped(folder: Path, case: dict[str, Any]) -> None:
             train(case["model"], Records([case["data"]]), TrainConfig(**case["config"]), how)
 
 
-def alone(folder: Path, case: dict[str, Any]) -> tuple[Path, dict[str, int]]:
-    """The case's run in one process."""
-    options = {name: value for name, value in case.get("options", {}).items() if name != "resume"}
-    own = case | {"name": f"{case['name']}-alone", "options": options}
-    return folder / own["name"], shard_worker.go(folder, own, shard=False)
+def alone(case: dict[str, Any]) -> dict[str, Any]:
+    """The case for one process, which shares with none."""
+    return case | {"name": f"{case['name']}-alone", "shard": False, "environment": {}, "dies": None}
+
+
+def one(folder: Path, cases: list[dict[str, Any]]) -> None:
+    """Run cases in a process of their own, which holds nothing else."""
+    (folder / "alone.json").write_text(json.dumps(cases))
+    subprocess.run([sys.executable, WORKER, str(folder)], check=True)
 
 
 def compare(one: Path, other: Path) -> None:
@@ -126,40 +137,32 @@ def compare(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["text", "pictures", "windows"])
-def test_two_processes_equal_one_at_half_of_the_weights(name: str, cases: Any) -> None:
-    folder, made = cases
-    run, whole = alone(folder, made[name])
-    compare(run, folder / name)
+def test_two_processes_equal_one_at_half_of_the_weights(name: str, cases: Path) -> None:
+    compare(cases / f"{name}-alone", cases / name)
+    whole = json.loads((cases / f"{name}-alone.alone.json").read_text())
     for rank in (0, 1):
-        own = json.loads((folder / f"{name}.{rank}.json").read_text())
+        own = json.loads((cases / f"{name}.{rank}.json").read_text())
         assert own["base"] == whole["base"]
         saved = whole["held"] - own["held"]
         assert 0.45 * whole["base"] < saved < 0.51 * whole["base"]
 
 
-def test_two_processes_go_on_with_what_one_began(cases: Any) -> None:
-    folder, _ = cases
-    compare(folder / "text", folder / "resumed")
+def test_two_processes_go_on_with_what_one_began(cases: Path) -> None:
+    compare(cases / "text", cases / "resumed")
 
 
-def test_what_accelerate_asks_for_in_vain(cases: Any) -> None:
-    folder, _ = cases
+def test_what_accelerate_asks_for_in_vain(cases: Path) -> None:
     for rank in (0, 1):
-        error = json.loads((folder / f"refused.{rank}.json").read_text())["error"]
+        error = json.loads((cases / f"refused.{rank}.json").read_text())["error"]
         assert error.startswith("UnsupportedFeatureError: accelerate's configuration has fsdp_offload_params")
-    assert not (folder / "refused" / "gates").exists()
+    assert not (cases / "refused" / "gates").exists()
 
 
-def test_one_that_dies_ends_the_other_and_one_alone_goes_on(cases: Any) -> None:
-    folder, made = cases
-    error = json.loads((folder / "dies.0.json").read_text())["error"]
+def test_one_that_dies_ends_the_other_and_one_alone_goes_on(cases: Path) -> None:
+    error = json.loads((cases / "dies.0.json").read_text())["error"]
     assert ": another rank is gone or late" in error, error
-    assert not (folder / "dies" / "gates").exists()
-    alone_again = folder / "dies-alone"
-    shutil.copytree(folder / "dies", alone_again)
-    own = made["dies"] | {"name": alone_again.name, "options": {"micro_batch": 2, "resume": True}}
-    shard_worker.go(folder, own, shard=False)
-    compare(folder / "text", alone_again)
+    assert not (cases / "dies" / "gates").exists()
+    compare(cases / "text", cases / "dies-alone")
 
 
 def test_sharding_is_for_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
