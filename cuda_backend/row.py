@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.core.eviction import heads_per_group
-from mlx_kvret.core.pictures import Pictures, next_position
-from mlx_kvret.core.schedule import Schedule
+from mlx_kvret.core.pictures import next_position
+from mlx_kvret.core.row import BaseRow
 from mlx_kvret.core.slabs import Hold
 
 from .arena import Arena
@@ -29,7 +28,7 @@ class Chunk:
         self.log_beta = log_beta
 
 
-class Row:
+class Row(BaseRow):
     """A sequence that has seen ``seen`` tokens, the last ``length`` of which are not in the pool.
 
     Of these the gates have scored the first ``scored``. They stand in the slab's window, or in ``chunk``.
@@ -37,14 +36,10 @@ class Row:
     """
 
     def __init__(self, arena: Arena, config: EvictionConfig, hold: Hold) -> None:
-        self.arena, self.config, self.hold = arena, config, hold
-        # of all ranks' groups, so that all decide the same at the same time
-        size = heads_per_group(config, arena.whole.layers, arena.whole.kv_heads)
-        self.schedule = Schedule(config, arena.whole.heads // size, size)
-        self.seen = self.length = self.scored = 0
+        super().__init__(arena, config, hold)
+        self.scored = 0
         self.chunk: Chunk | None = None
         self.lost = ""
-        self.pictures: Pictures = ()
 
     @classmethod
     def new(cls, arena: Arena, config: EvictionConfig) -> Row:
@@ -70,24 +65,6 @@ class Row:
     def undecided(self) -> bool:
         """Whether no compaction has decided upon any token yet, nor is to."""
         return self.seen == self.length and self.schedule.next(self.seen, self.length) is None
-
-    @property
-    def entries(self) -> int:
-        """Cached entries over all layers, heads and ranks."""
-        return self._kept + self._newest
-
-    @property
-    def counted(self) -> int:
-        """Bytes of these entries by arithmetic, over all ranks too."""
-        return self.arena.whole.counted(self._kept, self._newest, self.config.kv_bits)
-
-    @property
-    def _kept(self) -> int:
-        return int(self.schedule.counts.sum())
-
-    @property
-    def _newest(self) -> int:
-        return self.length * self.arena.whole.heads
 
     def twin(self) -> Row:
         """The same sequence once more, on the same slab until either is written to."""

@@ -16,12 +16,12 @@ from mlx_kvret.core.picture_prompts import (
     check_no_video,
     is_processed,
     listed,
-    processor_of,
     tokenizer_of,
 )
 from mlx_kvret.core.pictures import InChunks, check_finite, runs
+from mlx_kvret.core.processors import processing, seeing_processor
 from mlx_kvret.core.vision import picture_tokens
-from mlx_kvret.errors import ConfigError, KVRetError, UnsupportedFeatureError
+from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
 
 from .attachment import attachment
 from .cache import BoundedCache, cache_argument
@@ -70,12 +70,7 @@ def prepared(model: PreTrainedModel, processor: Any, prompt: Any, images: Any, f
         if listed(images):
             raise ConfigError("the prompt has its pictures already; drop images")
         return taken(model, prompt)
-    processor = processor_of(processor)
-    if not hasattr(processor, "tokenizer"):
-        raise ConfigError(
-            f"pictures need the model's processor, and this is a {type(processor).__name__}; give what "
-            "mlx_kvret.load returns beside the model"
-        )
+    processor = seeing_processor(processor)
     return processed(model, processor, asked(processor, prompt, images, first=first), first)
 
 
@@ -103,15 +98,8 @@ def processed(model: PreTrainedModel, processor: Any, found: Asked, first: bool)
     bos = tokenizer_of(processor).bos_token
     begin = first and (bos is None or not found.text.startswith(bos))
     shown = {"images": [list(found.pictures)]} if found.pictures else {}
-    try:
+    with processing():
         made = processor(text=[found.text], **shown, add_special_tokens=begin, return_tensors="pt")
-    except KVRetError:
-        raise
-    except Exception as error:  # processors of many makes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(
-            f"the processor refuses the prompt and its pictures: {reason}; change them"
-        ) from error
     prompt = taken(model, made)
     if found.pictures and not set(prompt.tokens) & picture_tokens(model.config):
         raise ConfigError(

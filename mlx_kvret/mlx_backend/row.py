@@ -8,16 +8,16 @@ from typing import Any
 import mlx.core as mx
 
 from ..core.config import EvictionConfig
-from ..core.eviction import heads_per_group
-from ..core.pictures import Pictures, forgotten
-from ..core.schedule import Move, Schedule
+from ..core.pictures import forgotten
+from ..core.row import BaseRow
+from ..core.schedule import Move
 from ..core.slabs import Hold
 from .arena import Arena
 from .observed import Piece, shortened
 from .recent import Pair, Recent
 
 
-class Row:
+class Row(BaseRow):
     """A sequence that has ``seen`` so many tokens, of which the newest ``length`` are not in the pool yet.
 
     Those stand in the arena's recent windows, or in ``wide`` (each layer's keys and values (1, H, length or
@@ -28,39 +28,16 @@ class Row:
     """
 
     def __init__(self, arena: Arena, config: EvictionConfig, hold: Hold) -> None:
-        self.arena, self.config, self.hold = arena, config, hold
-        # of all ranks' groups, so that all decide the same at the same time
-        size = heads_per_group(config, arena.whole.layers, arena.whole.kv_heads)
-        self.schedule = Schedule(config, arena.whole.heads // size, size)
-        self.seen = self.length = 0
+        super().__init__(arena, config, hold)
         self.wide: list[Pair] | None = None
         self.pieces: list[Piece] = []
         self.taken_back = [0] * arena.shape.layers
-        self.pictures: Pictures = ()
         self.prompt: Any = None
         arena.rows.add(self)
 
     @property
     def slab(self) -> int:
         return self.hold.index
-
-    @property
-    def entries(self) -> int:
-        """Cached entries over all layers, heads and ranks, before anything that is due is carried out."""
-        return self._kept + self._newest
-
-    @property
-    def counted(self) -> int:
-        """Bytes of these entries by arithmetic, over all ranks too."""
-        return self.arena.whole.counted(self._kept, self._newest, self.config.kv_bits)
-
-    @property
-    def _kept(self) -> int:
-        return int(self.schedule.counts.sum())
-
-    @property
-    def _newest(self) -> int:
-        return self.length * self.arena.whole.heads
 
     def next(self) -> Move | None:
         """What is due of it, or None."""

@@ -17,11 +17,11 @@ from ..core.picture_prompts import (
     check_no_video,
     is_processed,
     listed,
-    processor_of,
     tokenizer_of,
 )
 from ..core.pictures import InChunks, check_finite, runs
-from ..errors import ConfigError, KVRetError
+from ..core.processors import processing, seeing_processor
+from ..errors import ConfigError
 from .cache import BoundedCache
 from .vision import can_see, family, logits_of, speaking, tokens_of_pictures
 
@@ -71,12 +71,7 @@ def prepared(model: nn.Module, processor: Any, prompt: Any, images: Any, first: 
         if listed(images):
             raise ConfigError("the prompt holds pixels already; drop images")
         return taken(prompt)
-    processor = processor_of(processor)
-    if not hasattr(processor, "tokenizer"):
-        raise ConfigError(
-            f"pictures need the model's processor, and this is a {type(processor).__name__}; give what "
-            "mlx_kvret.load returns beside the model"
-        )
+    processor = seeing_processor(processor)
     return processed(model, processor, asked(processor, prompt, images, first=first), first)
 
 
@@ -88,15 +83,8 @@ def processed(model: nn.Module, processor: Any, found: Asked, first: bool) -> Pr
     """
     bos = tokenizer_of(processor).bos_token
     begin = first and (bos is None or not found.text.startswith(bos))
-    try:
+    with processing():
         made = _made(model, processor, found, begin)
-    except KVRetError:
-        raise
-    except Exception as error:  # processors of many makes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(
-            f"the processor refuses the prompt and its pictures: {reason}; change them"
-        ) from error
     if not begin:
         made = _unbegun(made, tokenizer_of(processor), found.text)
     rest = {k: v for k, v in made.items() if k not in ("input_ids", "pixel_values", "attention_mask")}
