@@ -1,7 +1,8 @@
 """What learned eviction is worth on a real model: trains gates for SmolLM2-135M-Instruct, writes a page.
 
     python examples/real_model.py                     everything; hours on two cores, minutes on a GPU
-    python examples/real_model.py --gates FOLDER ...  with gates that were trained before
+    python examples/real_model.py --gates FOLDER ...  with gates that were trained before; those of the page
+                                                      are the package's and gates-1, gates-2 beside its cells
     python examples/real_model.py --page              only the page, from the cells that are there
     python examples/real_model.py --tiny              a piece of each kind, three training steps
 
