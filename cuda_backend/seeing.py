@@ -115,6 +115,8 @@ def taken(model: PreTrainedModel, made: Mapping[str, Any]) -> Prepared:
     Raises:
         ConfigError: it is of several prompts, or of a video, or is no array.
     """
+    # some are made whenever they are asked for
+    made = dict(made.items())
     check_no_video(made)
     found = {str(name): _tensor(model, name, value) for name, value in made.items() if value is not None}
     ids = found.pop("input_ids").long()

@@ -87,9 +87,10 @@ def rows_of(
             row = Shown(room, model, made.tokens, cache, make, made)
             check_ids(row.ids, vocabulary)
             _check_end(room, model, row.ids)
-            held += row.nbytes
-            if held > HELD:
+            if held + row.nbytes > HELD:
                 row.made = None
+            else:
+                held += row.nbytes
             found.append(row)
         else:
             ids = prompt_ids(tokenizer, prompt, first, vocabulary)

@@ -95,22 +95,25 @@ def answer_many(file: str, rows: int, options: dict[str, Any], eviction: dict[st
 
 
 class _Shown(Mapping[str, Any]):
-    """What the processor makes of a text and its pictures: large, and made whenever it is asked for."""
+    """What the processor makes of a text and its pictures: large, made whenever its items are asked for."""
+
+    # it is known by them before it is made
+    _NAMES = ("input_ids", "pixel_values")
 
     def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
-        self._make, self._names = make, list(make())
+        self._make = make
 
     def __getitem__(self, name: str) -> Any:
         return self._make()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._NAMES)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._NAMES)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._NAMES
 
     def items(self) -> Any:
         return self._make().items()
@@ -131,25 +134,24 @@ def _prompts(
                 raise ConfigError("--system-prompt has no effect on messages; write it into them, or drop it")
             prompt = line.prompt if isinstance(line.prompt, str) else placed(line.prompt, folder)
         else:
-            try:
-                prompt, beside = (
-                    _planned(model, tokenizer, Transcript(template, system), line.prompt, beside),
-                    [],
-                )
-            except ConfigError as error:
-                raise ConfigError(f"{line.where}: {error}") from error
+            transcript = Transcript(template, system)
+            prompt = _planned(model, tokenizer, transcript, line.prompt, beside, line.where)
+            beside = []
         prompts.append(prompt)
         images.append(beside)
     return prompts, images
 
 
-def _planned(model: Any, tokenizer: Any, transcript: Any, text: str, images: list[str]) -> Any:
+def _planned(model: Any, tokenizer: Any, transcript: Any, text: str, images: list[str], where: str) -> Any:
     """A text in the chat template, as ids or, with pictures, as what the processor makes of it."""
 
-    def shown() -> Any:
-        opened = [read_picture(one, f"the picture {one}") for one in images]
-        pictures, twin = Pictures(model, tokenizer, opened), transcript.copy()
-        twin.template = pictures.seeing(twin.template)
-        return pictures.asked(twin.template, text, lambda asked: twin.plan(asked).new)
+    def made() -> Any:
+        try:
+            opened = [read_picture(one, f"the picture {one}") for one in images]
+            pictures, twin = Pictures(model, tokenizer, opened), transcript.copy()
+            twin.template = pictures.seeing(twin.template)
+            return pictures.asked(twin.template, text, lambda asked: twin.plan(asked).new)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
-    return _Shown(shown) if images else transcript.plan(text).new
+    return _Shown(made) if images else made()

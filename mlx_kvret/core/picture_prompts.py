@@ -271,12 +271,13 @@ def _of_text(processor: Any, text: str, pictures: list[Image]) -> Asked:
 
 def _with_what_is_around(text: str, alone: str, around: str) -> str:
     """A text whose bare marks have around them what the template puts there: models count positions by it."""
-    begin, _, end = (part.strip() for part in around.partition(alone))
+    begin, _, end = around.partition(alone)
     parts = text.split(alone)
     for at, (before, after) in enumerate(itertools.pairwise(parts)):
-        if not (before.rstrip().endswith(begin) and after.lstrip().startswith(end)):
-            parts[at] += around.partition(alone)[0]
-            parts[at + 1] = around.partition(alone)[2] + parts[at + 1]
+        if not before.rstrip().endswith(begin.strip()):
+            parts[at] += begin
+        if not after.lstrip().startswith(end.strip()):
+            parts[at + 1] = end + parts[at + 1]
     return alone.join(parts)
 
 

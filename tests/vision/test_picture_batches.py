@@ -1,5 +1,6 @@
 """Prompts with pictures side by side: each row is what it would be alone, on both backends."""
 
+import importlib
 import json
 import re
 
@@ -89,6 +90,27 @@ def test_pictures_that_wait_are_made_again_where_there_is_no_room(loaded, alone,
     monkeypatch.setattr(rows, "HELD", 0)
     tokens, _ = batch(loaded, budget=BUDGETS, max_tokens=TOKENS, rows=2)
     assert [tokens[index] for index in range(len(PROMPTS))] == [expected for expected, _ in alone]
+
+
+def test_of_pictures_that_wait_those_are_held_that_fit(loaded, monkeypatch):
+    room = importlib.import_module(backend_of(loaded[0]).__package__ + ".batching")
+    calls, make = [], room.prepared
+
+    def counted(*given):
+        calls.append(given[3][0].shape)
+        return make(*given)
+
+    monkeypatch.setattr(room, "prepared", counted)
+    large, small = np.concatenate([OTHER] * 4), OTHER
+    given = {"images": [[large], [small]], "budget": 8, "max_tokens": 1}
+    list(mlx_kvret.stream_batch(*loaded, ["a", "b"], **given))
+    assert calls == [large.shape, small.shape]
+    size = make(*loaded, "b", [small], True)
+    row = rows.Shown(None, None, size.tokens, None, None, size)
+    monkeypatch.setattr(rows, "HELD", row.nbytes + 64)
+    calls.clear()
+    list(mlx_kvret.stream_batch(*loaded, ["a", "b"], **given))
+    assert calls == [large.shape, small.shape, large.shape]
 
 
 def test_turns_go_on_in_the_rows_caches_and_leave_them_as_they_are(loaded):
@@ -217,6 +239,24 @@ def test_a_file_of_prompts_has_pictures_beside_it(loaded, tmp_path):
         done = run("--prompts", file)
         assert done.exit_code == 1 and not done.stdout
         assert re.search(words, done.stderr), done.stderr
+
+
+def test_the_processor_sees_each_line_of_a_file_once(loaded, tmp_path, monkeypatch):
+    kind = backend_of(loaded[0])
+    calls, make = [], kind.processed
+
+    def counted(*given):
+        calls.append(given[2])
+        return make(*given)
+
+    monkeypatch.setattr(kind, "processed", counted)
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"recall {name}", "images": [str(VISION_SAMPLE)]} for name in ("Ada", "Gilda")]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    backend = "torch" if hasattr(loaded[0], "generate") else "mlx"
+    base = ["generate", "--model", "demo-vision", "--backend", backend]
+    done = CliRunner().invoke(main, [*base, "--budget", "24", "--max-tokens", "1", "--prompts", str(file)])
+    assert done.exit_code == 0 and len(calls) == 2, done.stderr
 
 
 def test_the_tokenizer_alone_knows_its_processor(loaded):

@@ -48,6 +48,8 @@ def test_a_text_has_its_pictures_where_it_says_or_first():
     assert found.text == "<v> <pad> </v><v><pad></v>"
     found = read("<pad><pad>", RED, BLUE)
     assert found.text == "<v><pad></v><v><pad></v>"
+    for half in ("a <v><pad> b", "a <pad></v> b", "a <v> <pad> b", "a <pad> </v> b"):
+        assert "".join(read(half, RED).text.split()) == "a<v><pad></v>b", "half of it is completed"
     assert colours(found.pictures) == [[255, 0, 0], [0, 0, 255]]
     assert asked(Processor(), "x", RED).text == "<v><pad></v>x", "a single picture needs no list"
     with pytest.raises(ConfigError, match=r"has 1 places for a picture .<pad>., and there are 2 pictures"):
