@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from mlx_kvret.core.config import MOST_TOKENS
-from mlx_kvret.core.schedule import TOGETHER, Move
+from mlx_kvret.core.schedule import Move, grown, together
+from mlx_kvret.core.shares import own_due
 from mlx_kvret.core.state import State
-from mlx_kvret.core.types import Mask
 
 from . import digits
 from .kernels.dispatch import fill, select
@@ -82,15 +82,14 @@ def settle(rows: Sequence[Row]) -> None:
     needed = max(move.capacity for _, move in due)
     if needed > pool.capacity:
         most = max(row.schedule.most for row, _ in due)
-        pool.grow(max(min(most, max(needed, 2 * pool.capacity)), needed), *first.newest(0, 0, 1))
+        pool.grow(grown(needed, pool.capacity, most), *first.newest(0, 0, 1))
     alike: dict[Any, list[tuple[Row, Move]]] = {}
     for row, move in due:
         rule = dataclasses.replace(row.config, budget=MOST_TOKENS, buffer=0)
         alike.setdefault((move.tokens, bool(move.due.any()), rule), []).append((row, move))
     for same in alike.values():
         entries = (pool.capacity + same[0][1].tokens) * pool.heads
-        # several ranks, whose pools differ, must all ask of the same row
-        most = max(1, TOGETHER // entries) if first.arena.share is None else 1
+        most = together(entries, first.arena.share is not None)
         for start in range(0, len(same), most):
             _compact(same[start : start + most])
 
@@ -108,10 +107,10 @@ def _compact(due: Due) -> None:
     joined = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
     keep = joined[2] < pool.heads
     if due[0][1].due.any():
-        own_due = np.concatenate([_own_due(row, move) for row, move in due])
+        selects = np.concatenate([own_due(arena.share, move.due, row.config) for row, move in due])
         chosen = _chosen(due, joined)
-        mask = torch.from_numpy(own_due).to(arena.device, non_blocking=True)[:, None]
-        keep = chosen if own_due.all() else torch.where(mask, chosen, keep)
+        mask = torch.from_numpy(selects).to(arena.device, non_blocking=True)[:, None]
+        keep = chosen if selects.all() else torch.where(mask, chosen, keep)
     stays, survives = keep[:, :capacity], keep[:, capacity:]
     if arena.share is not None:
         stays = _with_room(rows[0], stays, survives)
@@ -136,8 +135,8 @@ def _chosen(due: Due, joined: Sequence[torch.Tensor]) -> torch.Tensor:
         heads_of = zip(due, head.split(pool.groups), strict=True)
         score = torch.cat([_keydiff(row, own, tokens) for (row, _), own in heads_of])
     if arena.share is not None:
-        given = score, position, head, first.seen, config, arena.share, _own_due(*due[0])
-        return digits.select(*given, first.pictures)
+        selects = own_due(arena.share, move.due, config)
+        return digits.select(score, position, head, first.seen, config, arena.share, selects, first.pictures)
     if config.scope == "modality":
         split = zip(due, *(a.split(pool.groups) for a in (score, position, head)), strict=True)
         return torch.cat(
@@ -160,12 +159,6 @@ def _after(row: Row, move: Move, offsets: torch.Tensor) -> dict[str, Any]:
     left = row.length - move.tokens
     scored = left if row.arena.gates is not None else 0
     return {"schedule": schedule, "length": left, "scored": scored, "chunk": None}
-
-
-def _own_due(row: Row, move: Move) -> Mask:
-    """Which of this rank's groups select."""
-    share = row.arena.share
-    return move.due if share is None else move.due[share.groups(row.config)]
 
 
 def _with_room(row: Row, stays: torch.Tensor, survives: torch.Tensor) -> torch.Tensor:

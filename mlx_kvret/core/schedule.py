@@ -80,3 +80,17 @@ class Schedule:
         else:
             added = self.counts + move.tokens * self.size
             self.counts = np.where(move.due, self.config.budget * self.size, added)
+
+
+def grown(needed: int, capacity: int, most: int) -> int:
+    """To how many tokens per head a pool of ``capacity`` grows that must have room for ``needed``.
+
+    It doubles, so that a long prompt moves it seldom, but to no more than the ``most`` there will ever be.
+    """
+    return max(needed, min(most, 2 * capacity))
+
+
+def together(entries: int, shared: bool) -> int:
+    """How many rows select at once that have so many ``entries`` each, with their newest tokens."""
+    # several ranks, whose pools differ, must all ask of the same row
+    return 1 if shared else max(1, TOGETHER // entries)

@@ -133,6 +133,11 @@ class Share:
         return cls(ranks, shape, whole, layer=found.index(places[0])), found
 
 
+def own_due(share: Share | None, due: Mask, config: EvictionConfig) -> Mask:
+    """Which of this process's groups select, by those of the whole that do."""
+    return due if share is None else due[share.groups(config)]
+
+
 def by_layer(share: Share | None, heads: list[Ints], width: int) -> list[list[Ints]]:
     """Sorted positions of each flat head of this process as lists of ``width`` heads for each layer.
 

@@ -79,11 +79,11 @@ class Arena:
 
     def gate_all(self, given: Sequence[Sequence[mx.array]]) -> mx.array:
         """log β (L, N, H) of all competing layers' attention inputs, each layer's in parts (·, hidden)."""
+        assert self.gates is not None
         layers = tuple(self.gate_layers or range(self.shape.layers))
-        if getattr(self.gates, "stacked", ()) != layers:
+        if self.gates.stacked != layers:
             parts = (own[0] if len(own) == 1 else mx.concatenate(list(own)) for own in given)
             return mx.stack([self.gate(layer, x) for layer, x in enumerate(parts)])
-        assert self.gates is not None
         x = mx.concatenate([part for own in given for part in own])
         return self._own(self.gates.log_betas(x.reshape(len(layers), -1, x.shape[-1])))
 

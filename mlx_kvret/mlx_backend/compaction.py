@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.schedule import TOGETHER, Move
+from ..core.schedule import grown, together
+from ..core.shares import own_due
 from ..core.types import Ints
 from .candidates import Due, candidates
 from .observed import known, log_beta_of, shortened
@@ -31,10 +32,9 @@ def compacted(due: Due, pool: Pool, recent: Recent) -> list[After]:
     if needed > pool.capacity:
         most = max(row.schedule.most for row, _ in due)
         like = first.window(0, recent)
-        pool.grow(max(needed, min(most, 2 * pool.capacity)), *like)
+        pool.grow(grown(needed, pool.capacity, most), *like)
     entries = (pool.capacity + max(move.tokens for _, move in due)) * pool.heads
-    # several ranks, whose pools differ, must all ask of the same row
-    size = max(1, TOGETHER // entries) if first.arena.share is None else 1
+    size = together(entries, first.arena.share is not None)
     parts = [due[start : start + size] for start in range(0, len(due), size)]
     return [after for part in parts for after in _compacted(part, pool, recent)]
 
@@ -45,7 +45,10 @@ def _compacted(due: Due, pool: Pool, recent: Recent) -> list[After]:
     found = candidates(due, pool, newest)
     keep = found.head < pool.heads
     if any(move.due.any() for _, move in due):
-        asked = [Asked(row.seen, row.config, _own_due(row, move), row.pictures) for row, move in due]
+        asked = [
+            Asked(row.seen, row.config, own_due(arena.share, move.due, row.config), row.pictures)
+            for row, move in due
+        ]
         keep = select_rows(
             found.score, found.must, found.position, found.head, asked, pool.size, pool.heads, arena.share
         )
@@ -95,9 +98,7 @@ def _newest(due: Due, recent: Recent) -> list[Pair]:
             for side in (0, 1)
         ]
         keys, values = ([part.reshape(-1, part.shape[-1]) for part in side] for side in parts)
-        found.append(
-            (keys[0], values[0]) if len(due) == 1 else (mx.concatenate(keys), mx.concatenate(values))
-        )
+        found.append((_joined(keys), _joined(values)))
     return found
 
 
@@ -114,12 +115,6 @@ def _by_layer(places: mx.array, due: Due, layers: int) -> mx.array:
     wide = np.arange(places[0, 0].size).reshape(-1, tokens)
     rows = [row * wide.size + wide[:, : move.tokens].reshape(-1) for row, (_, move) in enumerate(due)]
     return places.swapaxes(0, 1).reshape(layers, -1)[:, mx.array(np.concatenate(rows).astype(np.int32))]
-
-
-def _own_due(row: Row, move: Move) -> Any:
-    """Which of this process's groups select."""
-    share = row.arena.share
-    return move.due if share is None else move.due[share.groups(row.config)]
 
 
 def _with_room(pool: Pool, keep: mx.array, due: Due) -> mx.array:

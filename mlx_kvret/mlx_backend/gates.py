@@ -67,6 +67,7 @@ class RetentionGates(nn.Module):
 
     def stack(self, layers: Sequence[int]) -> None:
         """Lay the weights of layers side by side for :meth:`log_betas`; their own become views of them."""
+        self._unstack()
         own = [self.layers[layer] for layer in layers]
         maps_of = [*self._inner, *(() if self.config.shared_projection else (self._last,))]
         # quantised ones have another product
@@ -87,7 +88,13 @@ class RetentionGates(nn.Module):
         """The layers that :meth:`log_betas` serves: none once somebody has given them other weights."""
         layers, known = self._stacked
         now = (array for layer in layers for _, array in _flat(self.layers[layer]))
-        return layers if all(a is b for a, b in zip(known, now, strict=False)) else ()
+        if not all(a is b for a, b in zip(known, now, strict=False)):
+            self._unstack()
+        return self._stacked[0]
+
+    def _unstack(self) -> None:
+        """Hold the weights of no layers any longer but where the layers themselves do."""
+        self._stacks, self._stacked = {}, ((), [])
 
     def log_betas(self, x: mx.array) -> mx.array:
         """As :meth:`log_beta` for all stacked layers in batched products: ``x`` (layers, N, hidden)."""

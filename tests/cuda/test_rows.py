@@ -11,6 +11,7 @@ import torch
 from cross import rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlx_kvret.core import schedule
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.cuda_backend import compaction
 from mlx_kvret.cuda_backend.row import run_gates
@@ -97,9 +98,9 @@ def test_what_another_row_has_left_is_not_read() -> None:
     assert all(torch.from_numpy(out).isfinite().all() for both in found for out in both)
 
 
-@pytest.mark.parametrize("room", [compaction.TOGETHER, 1])
+@pytest.mark.parametrize("room", [schedule.TOGETHER, 1])
 def test_rows_that_are_due_together_select_together(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "TOGETHER", room)
+    monkeypatch.setattr(schedule, "TOGETHER", room)
     asked: list[int] = []
 
     def counted(score: torch.Tensor, *rest: Any) -> torch.Tensor:

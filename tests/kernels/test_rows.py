@@ -8,8 +8,9 @@ from cross.rows import schedule
 from metal_host import installed
 from mlx_backend.host import OnMLX
 
+from mlx_kvret.core import schedule as schedules
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.mlx_backend import compaction, kernels
+from mlx_kvret.mlx_backend import kernels
 from mlx_kvret.mlx_backend.kernels.launch import Launch
 
 HOST = OnMLX()
@@ -87,7 +88,7 @@ def test_a_compaction_of_all_rows_costs_the_launches_of_one(count, launches):
 
 
 def test_too_many_entries_select_in_turns(monkeypatch, launches):
-    monkeypatch.setattr(compaction, "TOGETHER", 1)
+    monkeypatch.setattr(schedules, "TOGETHER", 1)
     with installed():
         for batch, alone, chunks in batch_of([EvictionConfig(budget=4, buffer=3)] * 3, [8, 1, 1, 1]):
             HOST.read(batch, chunks)

@@ -11,9 +11,9 @@ import metal_host
 import mlx.core as mx
 import numpy as np
 
+from mlx_kvret.core import schedule
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
-from mlx_kvret.mlx_backend import compaction as mlx_compaction
 from mlx_kvret.mlx_backend import kernels
 from mlx_kvret.mlx_backend.arena import Arena
 from mlx_kvret.mlx_backend.bounded import Bounded
@@ -176,7 +176,7 @@ def launches(rows, layers, kv_heads, together=True):
     """
     shape = CacheShape(layers, kv_heads, 32, 32, 4, 8)
     config = EvictionConfig(budget=8, buffer=4)
-    gates = SimpleNamespace(log_beta=lambda layer, x: -mx.abs(x[..., :kv_heads]))
+    gates = SimpleNamespace(log_beta=lambda layer, x: -mx.abs(x[..., :kv_heads]), stacked=())
     arena = Arena(shape, config, {}, gates, slabs=rows)
     batch = Bounded(arena, [new_row(arena) for _ in range(rows)], batch=True)
     for tokens in (9, 1, 1, 1):
@@ -204,6 +204,6 @@ def launches(rows, layers, kv_heads, together=True):
         stack.enter_context(patch.object(launch, "_evaluated", lambda arrays: True))
         stack.enter_context(patch.object(mx, "async_eval", lambda *arrays: None))
         if not together:
-            stack.enter_context(patch.object(mlx_compaction, "TOGETHER", 1))
+            stack.enter_context(patch.object(schedule, "TOGETHER", 1))
         mx.export_function(look, settle, mx.array(0))
     return found["CustomKernel"], sum(found.values())

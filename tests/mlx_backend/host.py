@@ -23,7 +23,7 @@ KEYS, VALUES = _table(1, SHAPE.kv_heads, SHAPE.key_dim), _table(2, SHAPE.kv_head
 QUERIES = _table(3, SHAPE.kv_heads * GROUP, SHAPE.key_dim)
 # few values, so that ties are common
 LOG_BETA = -np.random.default_rng(4).integers(0, 4, (WORDS, SHAPE.layers, SHAPE.kv_heads)).astype(np.float32)
-GATES = SimpleNamespace(log_beta=lambda layer, x: x)
+GATES = SimpleNamespace(log_beta=lambda layer, x: x, stacked=())
 
 
 class OnMLX:

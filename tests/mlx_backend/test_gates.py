@@ -55,6 +55,19 @@ def test_other_weights_are_heeded():
     assert mx.array_equal(gates.log_betas(x)[2], gates.log_beta(2, x[2]))
 
 
+@pytest.mark.parametrize("change", [nn.quantize, lambda gates: gates.set_dtype(mx.float16)])
+@pytest.mark.parametrize("again", [False, True], ids=["asked", "stacked again"])
+def test_old_weights_are_let_go(change, again):
+    gates = RetentionGates(GateConfig("rg10", 4, 64, 64, 64))
+    gates.stack(range(4))
+    change(gates)
+    if again:
+        gates.stack(range(4))
+    else:
+        assert gates.stacked == ()
+    assert [a for a in (*gates._stacks.values(), *gates._stacked[1]) if a.dtype == mx.float32] == []
+
+
 def test_quantised_gates_are_asked_one_by_one():
     gates = RetentionGates(GateConfig("rg10", 2, 3, 64, 64))
     gates.stack(range(2))
@@ -66,12 +79,22 @@ def test_quantised_gates_are_asked_one_by_one():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_cache_keeps_the_same_either_way(rows, monkeypatch):
-    model, kept = gated(), []
+    model, kept, asked = gated(), [], []
+    batched = RetentionGates.log_betas
+
+    def log_betas(self, x):
+        asked.append(x.shape[1])
+        return batched(self, x)
+
+    monkeypatch.setattr(RetentionGates, "log_betas", log_betas)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, 60, 30 + row).tolist() for row in range(rows)]
+    prompts = [rng.integers(1, 60, 60 + row).tolist() for row in range(rows)]
     for once in (True, False):
         if not once:
             monkeypatch.setattr(RetentionGates, "stacked", property(lambda self: ()))
-        found = mlx_kvret.stream_batch(model, None, prompts, budget=6, buffer=4, max_tokens=20)
+        asked.clear()
+        found = mlx_kvret.stream_batch(model, None, prompts, budget=64, buffer=8, max_tokens=30)
         kept.append([str(one.cache.kept_positions()) for one in found if one.cache is not None])
+        # several tokens wait for their gates, of which then all layers' are asked at once
+        assert (max(asked, default=0) > 1) == once
     assert len(kept[0]) == rows and kept[0] == kept[1]

@@ -4,8 +4,9 @@ import mlx.core as mx
 import pytest
 
 import mlx_kvret
-from mlx_kvret.errors import UnsupportedFeatureError
+from mlx_kvret.errors import OutOfMemoryError, UnsupportedFeatureError
 from mlx_kvret.mlx_backend import batching, hooks
+from mlx_kvret.mlx_backend.cache import BoundedCache
 
 from . import tiny_mlx as tiny
 
@@ -47,6 +48,20 @@ def test_rows_decode_together_as_each_does_alone(name):
         assert left.pictures == cache.pictures and left.seen == cache.seen
         for ours, theirs in zip(left.kept_positions(), cache.kept_positions(), strict=True):
             assert [a.tolist() for a in ours] == [b.tolist() for b in theirs]
+    assert hooks.rows_agree(model)
+
+
+def test_memory_that_is_short_says_nothing_of_a_model(monkeypatch):
+    model = tiny.build("qwen2_5_vl")
+    mlx_kvret.attach(model, None)
+
+    def short(*given):
+        raise OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BoundedCache, "extend", short)
+        with pytest.raises(OutOfMemoryError):
+            hooks.rows_agree(model)
     assert hooks.rows_agree(model)
 
 
