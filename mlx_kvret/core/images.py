@@ -12,6 +12,7 @@ import binascii
 import io
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -25,7 +26,7 @@ from .options import short
 
 # an alias: PIL is there only where pictures are
 Image = Any
-FORMS = "give a file, a data URL, an image of PIL or an array"
+FORMS = "give a file, an open file, a data URL, an image of PIL or an array"
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 # floats of pictures that were made larger or smaller come out of 0 to 1 by rounding
 _ROUNDING = 1 / 512
@@ -50,7 +51,7 @@ def open_picture(source: Any, name: str = "the picture", folder: Path | None = N
         return _decoded(io.BytesIO(bytes(source)), name)
     if isinstance(source, (str, os.PathLike)):
         return _named(os.fspath(source), name, folder)
-    if isinstance(source, (io.BufferedIOBase, io.RawIOBase)):
+    if callable(getattr(source, "read", None)):
         return _decoded(io.BytesIO(_content(source, name)), name)
     if hasattr(source, "shape") and hasattr(source, "dtype"):
         return _on_white(pil.fromarray(_bytes_of(source, name)))
@@ -109,16 +110,24 @@ def _of_file_url(url: str, name: str) -> str:
 def _content(file: Any, name: str) -> bytes:
     """All bytes of an open file, which is left where it stood."""
     try:
-        if not file.seekable():
-            return bytes(file.read())
-        at = file.tell()
-        file.seek(0)
-        try:
-            return bytes(file.read())
-        finally:
-            file.seek(at)
+        if not getattr(file, "seekable", bool)():
+            found = file.read()
+        else:
+            at = file.tell()
+            file.seek(0)
+            try:
+                found = file.read()
+            finally:
+                file.seek(at)
+    except UnicodeError:
+        found = ""
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name} is a file that cannot be read: {error}; {FORMS}") from error
+    if not isinstance(found, (bytes, bytearray, memoryview)):
+        raise ConfigError(
+            f"{name} is an open file of {type(found).__name__}; open it for bytes, open(path, 'rb')"
+        )
+    return bytes(found)
 
 
 def within(folder: Path | None, name: str) -> str:
@@ -237,6 +246,11 @@ def _bytes_of(source: Any, name: str) -> np.ndarray[Any, Any]:
 
 def _on_host(source: Any) -> np.ndarray[Any, Any]:
     try:
+        if hasattr(source, "detach"):  # of torch, maybe on another device or with a gradient
+            source = source.detach().cpu()
+        if "bfloat16" in str(source.dtype):  # which numpy lacks
+            single = getattr(sys.modules[type(source).__module__], "float32", np.float32)
+            source = source.float() if hasattr(source, "float") else source.astype(single)
         return np.asarray(source)
-    except Exception:  # on another device, needing a gradient, or of a type that numpy lacks
+    except Exception:  # of yet another make
         return np.array(source.tolist(), np.float32 if "float" in str(source.dtype) else None)

@@ -3,6 +3,8 @@
 import base64
 import io
 import sys
+import tempfile
+import tracemalloc
 
 import mlx.core as mx
 import numpy as np
@@ -101,8 +103,35 @@ def test_arrays_that_numpy_cannot_take_as_they_are():
     half = [torch.from_numpy(PIXELS / 255.0).bfloat16(), mx.array(PIXELS / 255.0).astype(mx.bfloat16)]
     for form in (*half, torch.from_numpy(PIXELS / 255.0).requires_grad_()):
         np.testing.assert_allclose(pixels(form), expected, atol=1)
+
+    class Far:
+        """A tensor on another device."""
+
+        shape, dtype = PIXELS.shape, torch.uint8
+
+        def __array__(self, *_, **__):
+            raise TypeError("use Tensor.cpu() to copy the tensor to host memory first")
+
+        detach = lambda self: self  # noqa: E731
+        cpu = lambda self: torch.from_numpy(PIXELS)  # noqa: E731
+
+    np.testing.assert_array_equal(pixels(Far()), PIXELS)
     # a picture that was made larger is a rounding error out of 0 to 1
     assert pixels(np.full((2, 2, 3), np.float32(1.0000001))).min() == 255
+
+
+@pytest.mark.parametrize("kind", ["gradient", "torch", "mlx"])
+def test_large_arrays_do_not_become_lists(kind):
+    large = np.random.default_rng(1).random((500, 500, 3), np.float32)
+    forms = {"torch": lambda: torch.from_numpy(large).bfloat16(), "mlx": lambda: mx.array(large, mx.bfloat16)}
+    source = forms.get(kind, lambda: torch.from_numpy(large).requires_grad_())()
+    tracemalloc.start()
+    try:
+        open_picture(source)
+        # a list of numbers takes 24 MB, arrays of floats 3 MB each
+        assert tracemalloc.get_traced_memory()[1] < 5 * large.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_open_file_is_read_whole_and_left_where_it_stood(file):
@@ -113,6 +142,20 @@ def test_an_open_file_is_read_whole_and_left_where_it_stood(file):
         assert opened.tell() == 7
     with pytest.raises(ConfigError, match="a file that cannot be read"):
         pixels(opened)
+    with tempfile.NamedTemporaryFile() as named, tempfile.SpooledTemporaryFile() as spooled:
+        for form in (named, spooled):
+            form.write(encoded())
+            np.testing.assert_array_equal(pixels(form), PIXELS)
+            assert form.tell() == len(encoded())
+
+
+def test_a_file_that_is_open_as_text_is_told(file):
+    for encoding in ("utf-8", "latin-1"):
+        with (
+            file.open(encoding=encoding) as opened,
+            pytest.raises(ConfigError, match=r"an open file of str; open it"),
+        ):
+            pixels(opened)
 
 
 def test_names_of_files_as_people_write_them(tmp_path, monkeypatch):
