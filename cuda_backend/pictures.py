@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mlx_kvret.core.pictures import TOKEN_TYPES
 from mlx_kvret.core.types import Mask
 from mlx_kvret.core.vision import check_vision, has_vision, picture_tokens, whole_pictures
 from mlx_kvret.errors import ConfigError, UnsupportedFeatureError, UnsupportedModelError
 
 from .cache import BoundedCache
 
-# what models call the types of their tokens: 0 is text
-TYPES = ("mm_token_type_ids", "token_type_ids")
 # what brings pictures, or what a vision tower made of them
 _BRING = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
 
@@ -97,7 +96,7 @@ def note(model: PreTrainedModel, eyes: Eyes, cache: BoundedCache, args: Any, kwa
     whole = ids if ids is not None else embeds
     if whole is None:
         return
-    tokens, name = whole.shape[1], next((n for n in TYPES if given.get(n) is not None), None)
+    tokens, name = whole.shape[1], next((n for n in TOKEN_TYPES if given.get(n) is not None), None)
     types = None if name is None else given[name][..., -tokens:]
     marks = _marks(eyes, ids, types, any(given.get(n) is not None for n in _BRING)) if tokens > 1 else None
     if eyes.whole:
@@ -155,7 +154,7 @@ def _block(
             "beside pictures), into a new cache"
         )
     known = inspect.signature(model.forward).parameters
-    name = name or next(n for n in TYPES if n in known)
+    name = name or next(n for n in TOKEN_TYPES if n in known)
     given = kwargs.get(name)
     types = torch.from_numpy(marks).long() if given is None else given
     if types.shape[-1] < places + tokens:

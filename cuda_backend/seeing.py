@@ -18,14 +18,14 @@ from mlx_kvret.core.picture_prompts import (
     listed,
     tokenizer_of,
 )
-from mlx_kvret.core.pictures import InChunks, check_finite, runs
+from mlx_kvret.core.pictures import TOKEN_TYPES, InChunks, check_finite, check_text, runs
 from mlx_kvret.core.processors import processing, seeing_processor
 from mlx_kvret.core.vision import picture_tokens
 from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
 
 from .attachment import attachment
 from .cache import BoundedCache, cache_argument
-from .pictures import TYPES, Eyes
+from .pictures import Eyes
 
 FEATURES = "mm_encoder_outputs"
 GRIDS = "image_grid_thw"
@@ -75,18 +75,9 @@ def prepared(model: PreTrainedModel, processor: Any, prompt: Any, images: Any, f
 
 
 def check_no_pictures(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Refuse tokens of pictures where there are no pictures.
-
-    Raises:
-        ConfigError: says how many there are.
-    """
+    """As :func:`mlx_kvret.core.pictures.check_text`, of a model's tokens."""
     made = attachment(model)
-    eyes = frozenset() if made is None or made.eyes is None else made.eyes.tokens
-    if count := sum(one in eyes for one in ids):
-        raise ConfigError(
-            f"the prompt holds {count} tokens that stand for pictures, and there are none; give images, or "
-            "what the processor makes of text and pictures"
-        )
+    check_text(ids, () if made is None or made.eyes is None else made.eyes.tokens)
 
 
 def processed(model: PreTrainedModel, processor: Any, found: Asked, first: bool) -> Prepared:
@@ -211,7 +202,7 @@ class Seen(InChunks):
                 f"the prompt has {count} tokens of pictures, and its pictures make {rows}; give what the "
                 "model's own processor makes of text and pictures"
             )
-        self._types = {name: prompt.given[name] for name in TYPES if name in prompt.given}
+        self._types = {name: prompt.given[name] for name in TOKEN_TYPES if name in prompt.given}
         self._grids = prompt.given.get(GRIDS)
         if self._grids is not None and len(self._grids) != len(self.spans):
             raise ConfigError(

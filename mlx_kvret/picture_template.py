@@ -15,10 +15,8 @@ import numpy as np
 from .chat_template import Template
 from .core.images import Image, open_picture
 from .core.picture_prompts import COMMON_MARK, marks, processor_of
+from .core.pictures import TOKEN_TYPES
 from .errors import ConfigError
-
-# tokens of a prompt by kind, which follow the prompt that is read and not the one that was processed
-_KINDS = ("mm_token_type_ids", "token_type_ids")
 
 
 class SeeingTemplate(Template):
@@ -100,7 +98,8 @@ class SeeingTemplate(Template):
         prompt = {name: value for name, value in self._made.items() if name != "attention_mask"}
         known = np.asarray(prompt["input_ids"])[0]
         prompt["input_ids"] = np.array([ids], np.int64)
-        for name in _KINDS:
+        # they follow the prompt that is read, and not the one that was processed
+        for name in TOKEN_TYPES:
             if name in prompt:
                 kinds = dict(zip(known.tolist(), np.asarray(prompt[name])[0].tolist(), strict=True))
                 prompt[name] = np.array([[kinds.get(token, 0) for token in ids]], np.int64)

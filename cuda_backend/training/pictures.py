@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from mlx_kvret.core.picture_prompts import Asked
+from mlx_kvret.core.pictures import TOKEN_TYPES
 from mlx_kvret.errors import ConfigError, UnsupportedModelError
-from mlx_kvret.training.pictures import Shown, ends_of
+from mlx_kvret.training.pictures import Inputs, Shown, ends_of
 
-from ..pictures import TYPES, Eyes
+from ..pictures import Eyes
 from ..seeing import FEATURES, GRIDS, Features, processed
 
 # arguments of a decoder that are put together from documents, of each token and else, and those that stay out
 _BY_TOKEN = ("inputs_embeds", "per_layer_inputs")
 _KNOWN = {*_BY_TOKEN, "position_ids", "visual_pos_masks", "deepstack_visual_embeds"}
 _PLAIN = {"input_ids", "attention_mask", "cache", "past_key_values", "use_cache", "return_dict"}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a decoder is ``given``; ``ends`` (R, T) of each token's sight, where pictures are seen whole."""
-
-    given: dict[str, Any]
-    ends: torch.Tensor | None
 
 
 class Seeing:
@@ -90,7 +82,9 @@ class Seeing:
             for a, b in piece.spans:
                 types[piece.row, piece.begin + a : piece.begin + b] = 1
         names = [
-            name for name in TYPES if name in inspect.signature(self.model.base_model.forward).parameters
+            name
+            for name in TOKEN_TYPES
+            if name in inspect.signature(self.model.base_model.forward).parameters
         ]
         masks = self._caught(input_ids=ids, **dict.fromkeys(names[:1], types)).get("attention_mask")
         return ends, {"attention_mask": masks}
@@ -104,7 +98,7 @@ class Seeing:
         rows = sum(b - a for a, b in piece.spans)
         call = {"input_ids": ids, FEATURES: {"image": features.part(piece.before, piece.before + rows)}}
         tokens = torch.tensor(sorted(self.tokens), device=device)
-        call |= {name: torch.isin(ids, tokens).long() for name in TYPES if name in piece.pixels}
+        call |= {name: torch.isin(ids, tokens).long() for name in TOKEN_TYPES if name in piece.pixels}
         if (grids := piece.pixels.get(GRIDS)) is not None:
             call[GRIDS] = grids[piece.earlier : piece.earlier + len(piece.spans)]
         return self._caught(**call)

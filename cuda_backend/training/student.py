@@ -23,13 +23,14 @@ from mlx_kvret.core.probing import agrees, distance
 from mlx_kvret.core.types import Array
 from mlx_kvret.errors import UnsupportedModelError
 from mlx_kvret.training.packing import Batch, in_rows
+from mlx_kvret.training.pictures import Inputs
 
 from ..agreement import as_array, rounded_cache, tokens_of
 from ..cache import cache_argument
 from ..gates import RetentionGates
 from ..modules import attention_modules, competing_layers
 from .attention import PackedMask
-from .pictures import Inputs, Seeing
+from .pictures import Seeing
 from .registry import CALL, IMPLEMENTATION, Call
 from .sharding import Shards
 

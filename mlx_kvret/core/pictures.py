@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import CacheError, CheckpointError, UnsupportedFeatureError
+from ..errors import CacheError, CheckpointError, ConfigError, UnsupportedFeatureError
 from .types import Ints, Mask
 
 Modality = Literal["text", "picture"]
 MODALITIES = ("text", "picture")
+# what models call the types of their tokens: 0 is text
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,19 @@ def chunk_ends(length: int, step: int, pictures: Iterable[tuple[int, int]]) -> l
         ends.append(end)
         at = end
     return ends
+
+
+def check_text(ids: Iterable[int], eyes: Collection[int]) -> None:
+    """Refuse the tokens ``eyes`` of pictures where there are no pictures.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    if count := sum(one in eyes for one in ids):
+        raise ConfigError(
+            f"the prompt holds {count} tokens that stand for pictures, and there are none; give images, or "
+            "what the processor makes of text and pictures"
+        )
 
 
 def check_finite(finite: bool) -> None:

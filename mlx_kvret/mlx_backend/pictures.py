@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..core.pictures import Picture, Pictures, joined, next_position, runs
+from ..core.pictures import TOKEN_TYPES, Picture, Pictures, joined, next_position, runs
 from ..core.state import State
 from ..core.types import Ints
 from ..errors import ConfigError, UnsupportedFeatureError
@@ -26,7 +26,7 @@ from .entry import BoundedKVCache
 from .forward import leaves, run
 
 # what mlx-vlm gives for all tokens of a prompt at once, (1, P, ...), with each of its chunks
-_BY_TOKEN = ("visual_pos_masks", "per_layer_inputs", "mm_token_type_ids", "token_type_ids")
+_BY_TOKEN = ("visual_pos_masks", "per_layer_inputs", *TOKEN_TYPES)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..core.picture_prompts import (
     listed,
     tokenizer_of,
 )
-from ..core.pictures import InChunks, check_finite, runs
+from ..core.pictures import InChunks, check_finite, check_text, runs
 from ..core.processors import processing, seeing_processor
 from ..errors import ConfigError
 from .cache import BoundedCache
@@ -161,17 +161,8 @@ def _array(name: Any, value: Any) -> Any:
 
 
 def check_no_pictures(model: nn.Module, ids: Sequence[int]) -> None:
-    """Refuse tokens of pictures where there are no pictures.
-
-    Raises:
-        ConfigError: says how many there are.
-    """
-    eyes = tokens_of_pictures(model) if can_see(model) else frozenset[int]()
-    if count := sum(one in eyes for one in ids):
-        raise ConfigError(
-            f"the prompt holds {count} tokens that stand for pictures, and there are none; give images, or "
-            "what the processor makes of text and pictures"
-        )
+    """As :func:`mlx_kvret.core.pictures.check_text`, of a model's tokens."""
+    check_text(ids, tokens_of_pictures(model) if can_see(model) else ())
 
 
 class Seen(InChunks):

@@ -50,6 +50,14 @@ class Shown:
     start: int = 0
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a decoder is ``given``; ``ends`` (R, T) of each token's sight, where pictures are seen whole."""
+
+    given: dict[str, Any]
+    ends: Any
+
+
 def places_of(starts: Ints) -> Ints:
     """Each token's place in its document, given ``starts`` (R, T): where the document begins."""
     return np.arange(starts.shape[1]) - starts

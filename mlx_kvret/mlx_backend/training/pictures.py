@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,26 +10,18 @@ import mlx.nn as nn
 import numpy as np
 
 from ...core.picture_prompts import Asked
+from ...core.pictures import TOKEN_TYPES
 from ...core.types import Ints
 from ...errors import UnsupportedModelError
-from ...training.pictures import Shown, ends_of, places_of
+from ...training.pictures import Inputs, Shown, ends_of, places_of
 from ..both_ways import looks_both_ways
 from ..seeing import Seen, processed, taken
 from ..vision import can_see, family, forgetful, speaking, tokens_of_pictures
 
 # what embeddings come with: for each token, for each token of a picture, and what is of no use here
-_TYPES = ("mm_token_type_ids", "token_type_ids")
-_BY_TOKEN = ("per_layer_inputs", *_TYPES)
+_BY_TOKEN = ("per_layer_inputs", *TOKEN_TYPES)
 _DEEP, _MARKS = "deepstack_visual_embeds", "visual_pos_masks"
 _ELSE = {"attention_mask", "attention_mask_4d", "rope_deltas", "position_ids", _DEEP, _MARKS}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a language model is ``given``; ``ends`` (R, T) of each token's sight, where pictures are whole."""
-
-    given: dict[str, Any]
-    ends: Ints | None
 
 
 class Seeing:
@@ -83,7 +74,7 @@ class Seeing:
             given |= {_MARKS: mx.array(marks), _DEEP: mx.concatenate(deep, 1)}
         mx.eval(list(given.values()))
         # without the types of tokens its own mask is causal too
-        whole = looks_both_ways(speaking(self.model)) and any(name in given for name in _TYPES)
+        whole = looks_both_ways(speaking(self.model)) and any(name in given for name in TOKEN_TYPES)
         return Inputs(given, ends_of(starts, shown) if whole else None)
 
     def _document(self, piece: Shown) -> Seen:

@@ -22,7 +22,7 @@ from ...core.probing import agrees, distance
 from ...core.types import Array, Ints
 from ...errors import UnsupportedModelError
 from ...training.packing import Batch, in_rows
-from ...training.pictures import places_of
+from ...training.pictures import Inputs, places_of
 from .. import hooks
 from ..agreement import RoundedDifferently, as_array, tokens_of
 from ..gates import RetentionGates
@@ -30,7 +30,7 @@ from ..vision import family, forgetful, logits_of, speaking
 from .attention import PackedMask
 from .blocks import recomputed
 from .entries import Entry, entries_for, entries_in
-from .pictures import Inputs, Seeing
+from .pictures import Seeing
 
 # far enough for a scale that grows with the position to show
 _FAR = 1 << 17
