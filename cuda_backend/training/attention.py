@@ -235,6 +235,8 @@ class PackedMask:
         self.ahead = ends is not None
         self._first: Sequence[int] = starts.amin(0).tolist()
         self._last: Sequence[int] = [] if ends is None else ends.amax(0).tolist()
+        # where each token's picture begins, for it is seen whole, however narrow a window
+        self._whole: Sequence[int] = [] if ends is None else torch.searchsorted(ends, ends).amin(0).tolist()
 
     def block(self, queries: range, keys: range) -> torch.Tensor:
         device = self.starts.device
@@ -245,8 +247,11 @@ class PackedMask:
         row = torch.arange(queries.start, queries.stop, device=device)[:, None]
         return (column <= row) & (column >= begin)
 
-    def first_key(self, queries: range) -> int:
-        return self._first[queries.start]
+    def first_key(self, queries: range, window: int | None = None) -> int:
+        reach = queries.start - window + 1 if window else 0
+        if self.ahead:
+            reach = min(reach, self._whole[queries.start])
+        return max(self._first[queries.start], reach)
 
     def last_key(self, queries: range) -> int:
         return max(self._last[queries.start : queries.stop]) if self.ahead else queries.stop

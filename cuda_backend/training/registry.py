@@ -51,8 +51,7 @@ class _BlockMask:
         return mask & self._documents.block(queries, keys)
 
     def first_key(self, queries: range) -> int:
-        reach = queries.start - self._window + 1 if self._window else 0
-        return max(self._documents.first_key(queries), reach)
+        return self._documents.first_key(queries, self._window)
 
     def last_key(self, queries: range) -> int:
         return self._documents.last_key(queries) if self.ahead else queries.stop

@@ -8,7 +8,7 @@ import pytest
 from metal_host import check
 
 from mlx_kvret.mlx_backend.attention import attend_rows
-from mlx_kvret.mlx_backend.kernels import TYPES
+from mlx_kvret.mlx_backend.kernels import TYPES, prefill_attention
 from mlx_kvret.mlx_backend.kernels.launch import rows as host_rows
 from mlx_kvret.mlx_backend.kernels.prefill_attention import chunk_rows, tiled_rows
 from mlx_kvret.mlx_backend.view import Chunk, ChunkView
@@ -101,6 +101,19 @@ def test_nothing_kept_yet():
     chunks = chunks_with([[0, 0]] * 2, [9, 4], [9, 4])
     empty = chunks.pool.__class__(1, 4, 3)
     compare(ChunkView(empty, 1, chunks.keys, chunks.values, chunks.rows), 2)
+
+
+def test_where_rows_stand_is_told_once_for_all_layers(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        prefill_attention, "host_rows", lambda rows: told.append(len(rows)) or host_rows(rows)
+    )
+    prefill_attention._told.cache_clear()
+    # both layers' heads have entries
+    chunks = chunks_with([[3, 2], [4, 1]], [5, 2], [5, 2])
+    for layer in (0, 1):
+        compare(ChunkView(chunks.pool, layer, chunks.keys, chunks.values, chunks.rows), 2)
+    assert told == [2]
 
 
 @pytest.mark.parametrize("rows", [2, 16])

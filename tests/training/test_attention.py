@@ -4,6 +4,7 @@ import pytest
 import torch
 from rounding import assert_near, assert_norm_near
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.masking_utils import causal_mask_function, or_masks, sliding_window_causal_mask_function
 
 from mlx_kvret.cuda_backend.training.attention import (
     PackedMask,
@@ -12,6 +13,7 @@ from mlx_kvret.cuda_backend.training.attention import (
     naive_decay_attention,
     pieces,
 )
+from mlx_kvret.cuda_backend.training.registry import _BlockMask
 from training.attention_terms import attention_terms
 
 SCALE = 0.3
@@ -88,6 +90,20 @@ def test_later_tokens_of_a_picture_have_not_faded(dtype, tolerance, rows):
     out = decay_attention(query, key, value, gone, with_pictures(50), SCALE, rows)
     alone = torch.softmax(SCALE * query[0, 0, 3] @ key[0, 0, 3:12].T, -1) @ value[0, 0, 3:12]
     assert_near(out[0, 0, 3], alone, 32)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_block_takes_the_keys_that_it_sees_and_no_others(window):
+    ends = torch.arange(1, 51)[None]
+    ends[0, 20:33] = 33
+    starts = torch.tensor([0] * 18 + [18] * 32)[None]
+    causal = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    both_ways = or_masks(causal, lambda row, head, query, key: ends[row, query] == ends[row, key])
+    mask = _BlockMask({"batch_size": 1, "mask_function": both_ways}, PackedMask(starts, ends), window)
+    for at in range(50):
+        query = range(at, at + 1)
+        seen = mask.block(query, range(50)).flatten().nonzero()
+        assert (mask.first_key(query), mask.last_key(query)) == (seen[0], seen[-1] + 1)
 
 
 def test_bfloat16_carries_float32_columns():

@@ -91,6 +91,17 @@ def test_later_tokens_of_a_picture_have_not_faded(elements, window):
     assert np.abs(np.array(out[0, 0, 3] - alone)).max() < 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_block_takes_the_keys_that_it_sees_and_no_others(window):
+    ends = np.arange(1, 51)[None].copy()
+    ends[0, 20:33] = 33
+    mask = PackedMask(np.repeat([0, 18], [18, 32])[None], window, ends)
+    for at in range(50):
+        query = slice(at, at + 1)
+        seen, keys = np.flatnonzero(mask.block(query, slice(0, 50))), mask.keys(query)
+        assert (keys.start, keys.stop) == (seen[0], seen[-1] + 1)
+
+
 @pytest.mark.parametrize("decays", [True, False])
 def test_sinks_and_no_gates(decays):
     rest = (packed(50), SCALE, mx.linspace(-3, 5, 6))

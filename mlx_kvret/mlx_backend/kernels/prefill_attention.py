@@ -5,6 +5,8 @@ Several rows take one launch, each its own tokens of it.
 
 from __future__ import annotations
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 
@@ -99,6 +101,14 @@ def tiled(
     return tiled_rows(queries, chunks, scale, causal, sinks)
 
 
+@functools.lru_cache(1)
+def _told(rows: tuple[Chunk, ...]) -> mx.array:
+    """Where rows stand, which is the same for all layers."""
+    return host_rows(
+        np.array([[row.slab, row.begin, row.end, row.tokens, row.index] for row in rows], np.int32)
+    )
+
+
 def tiled_rows(
     queries: mx.array,
     chunks: ChunkView,
@@ -112,14 +122,12 @@ def tiled_rows(
     heads, value_dim = chunks.keys.shape[1], chunks.values.shape[3]
     entry = (key_dim + value_dim) * queries.dtype.size
     whole = len(rows) == count and all(row.tokens == tokens for row in rows)
-    numbers = np.array([[row.slab, row.begin, row.end, row.tokens, row.index] for row in rows], np.int32)
+    told = _told(rows)
     # of an empty pool nothing is read
-    stored_rows = (
-        (pool.keys, pool.values, lookup.table) if pool.capacity else (*chunks.pair(rows[0]), numbers)
-    )
+    stored_rows = (pool.keys, pool.values, lookup.table) if pool.capacity else (*chunks.pair(rows[0]), told)
     (attended,) = _attend(
         [
-            *(queries, *stored_rows, lookup.offsets, chunks.keys, chunks.values, host_rows(numbers)),
+            *(queries, *stored_rows, lookup.offsets, chunks.keys, chunks.values, told),
             constant(chunks.layer * heads, pool.heads + 1),
             constant(scale, dtype=mx.float32),
             constant(0, dtype=mx.float32) if sinks is None else sinks,

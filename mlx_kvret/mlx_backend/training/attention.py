@@ -48,11 +48,13 @@ class PackedMask:
 
     def keys(self, queries: slice) -> slice:
         """The keys from the first to the last one that any of these queries may see."""
-        begin = int(self.starts[:, queries.start].min())
-        if self.ends is not None:
-            return slice(begin, int(self.ends[:, queries].max()))
+        begin, end = int(self.starts[:, queries.start].min()), queries.stop
         reach = queries.start - self.window + 1 if self.window else 0
-        return slice(max(begin, reach), queries.stop)
+        if self.ends is not None:
+            # a picture is seen whole, however narrow the window
+            whole = self.ends == self.ends[:, queries.start, None]
+            reach, end = min(reach, int(whole.argmax(1).min())), int(self.ends[:, queries].max())
+        return slice(max(begin, reach), end)
 
     def blocks(self, elements: int) -> Iterator[tuple[slice, slice]]:
         """Slices of queries and of the keys they may see; ``elements`` pairs of a query and a key in each."""
