@@ -27,6 +27,7 @@ from mlx_kvret.zoo import auto
 
 from . import hooks, snapshots
 from .attaching import attach, attach_any, detach, make_cache
+from .attachment import share_of
 from .cache import BoundedCache
 from .compiling import want
 from .generation import generate, stop_tokens, stream_generate, vocabulary
@@ -127,15 +128,13 @@ def save_cache(
 
 def load_cache(model: PreTrainedModel, path: str | Path) -> tuple[BoundedCache, dict[str, str]]:
     """As :func:`mlx_kvret.load_cache`."""
-    attached = hooks.attachment(model)
-    snapshot = read_alike(path, None if attached is None else attached.layout.share)
+    snapshot = read_alike(path, share_of(model))
     return hooks.reopened_cache(model, snapshot), snapshot.notes
 
 
 def ranks_of(model: PreTrainedModel) -> Ranks | None:
     """The processes that hold a model together; None if one does."""
-    attached = hooks.attachment(model)
-    share = None if attached is None else attached.layout.share
+    share = share_of(model)
     return None if share is None else share.ranks
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mlx_kvret.core.config import EvictionConfig, GateConfig
 from mlx_kvret.core.fingerprint import identity
+from mlx_kvret.core.shares import Share
 
 from .gates import RetentionGates
 from .pictures import Eyes
@@ -47,6 +48,12 @@ def attachment(model: nn.Module) -> Attachment | None:
     """The attachment of a model, or None."""
     found: Attachment | None = vars(model).get("_kvret")
     return found
+
+
+def share_of(model: nn.Module) -> Share | None:
+    """This process's share of an attached model, or None where it holds all of it."""
+    attached = attachment(model)
+    return None if attached is None else attached.layout.share
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:

@@ -24,6 +24,7 @@ from .attaching import make_cache
 from .cache import BoundedCache, cache_argument
 from .generation import Processor, vocabulary
 from .prompt import Group, Prompt, PromptResponse, Response
+from .ranks import together
 from .sampling import Sampler
 from .step import Step, decoder_step
 from .tokens import Told
@@ -228,7 +229,8 @@ class BatchGenerator:
             vars(self).update(_next=following, _said=said, _turn=turn)
         assert self._said is not None
         (tokens, logprobs), responses, keep = self._said, [], []
-        values = tokens.tolist() if self._turn is None else self._told.get(self._turn, len(tokens))
+        with together(group.cache.share, "the next tokens"):
+            values = tokens.tolist() if self._turn is None else self._told.get(self._turn, len(tokens))
         for at, (one, value) in enumerate(zip(group.sequences, values, strict=True)):
             one.tokens.append(value)
             one.count += 1

@@ -24,6 +24,7 @@ from .attaching import make_cache
 from .cache import BoundedCache, cache_argument
 from .loops import end_text
 from .memory import explained
+from .ranks import together
 from .sampling import Processor, Sampler, alike, of_first, processors_of, sampler_of
 from .seeing import Prepared, Seen, prepared
 from .step import decoder_step
@@ -162,7 +163,8 @@ def _responses(
             # the next step is on its way before this token is looked at, and reads the last one too
             turn = told.ask(token)
             following = step(token[:, None], choose if count != max_tokens else _nothing)
-            (value,) = told.get(turn, 1)
+            with together(cache.share, "the next token"):
+                (value,) = told.get(turn, 1)
             if count == 1:
                 prompt_time = time.perf_counter() - start
                 start = time.perf_counter()

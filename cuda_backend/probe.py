@@ -24,7 +24,7 @@ from .bounded import Bounded
 from .cache import BoundedCache, BoundedKVCache, cache_argument
 from .gates import CODES, RetentionGates
 from .memory import out_of_memory
-from .ranks import share_of
+from .ranks import split_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def probe(model: PreTrainedModel, hooked: Callable[[], None], hidden: dict[int, 
         UnsupportedModelError: the hooked model does not give the same logits from a bounded cache.
     """
     name, layout = model.config.model_type, layout_of(model, hidden)
-    layout = replace(layout, share=share_of(model, layout.shape))
+    layout = replace(layout, share=split_of(model, layout.shape))
     ids = tokens_of(model)
     plain, cut = chunkings(ids.shape[1])
     with refusals(name):

@@ -43,7 +43,7 @@ class TorchRanks(Ranks):
         return [part.view(array.dtype).reshape(array.shape) for part in found]
 
     def token(self, token: torch.Tensor) -> torch.Tensor:
-        """The first rank's token (1,), on its device."""
+        """The first rank's tokens (R,), on its device."""
         with watched("a token of the first rank"), connected():
             found = token.clone()
             distributed.broadcast(found, group=self._group, group_src=0)
@@ -74,20 +74,28 @@ def split(how: str) -> Any:
     return DistributedConfig(tp_plan="auto", tp_size=size)
 
 
+@contextmanager
+def together(share: Share | None, what: str) -> Iterator[None]:
+    """Wait for ``what``, which several ranks have a part in where there is a share, and not in vain."""
+    if share is None:
+        yield
+    else:
+        with watched(what), connected():
+            yield
+
+
 def patient(run: Callable[[Any, Callable[[], Any]], Any]) -> Callable[[Any, Callable[[], Any]], Any]:
     """A method of a cache that makes a forward pass, watched where several ranks make it."""
 
     @functools.wraps(run)
     def call(cache: Any, forward: Callable[[], Any]) -> Any:
-        if cache.share is None:
-            return run(cache, forward)
-        with watched("a forward pass"), connected():
+        with together(cache.share, "a forward pass"):
             return run(cache, forward)
 
     return call
 
 
-def ranks_of(model: PreTrainedModel) -> TorchRanks | None:
+def tensor_ranks(model: PreTrainedModel) -> TorchRanks | None:
     """Those over which transformers has split the heads, or None.
 
     Raises:
@@ -108,16 +116,16 @@ def ranks_of(model: PreTrainedModel) -> TorchRanks | None:
 
 def is_split(model: PreTrainedModel) -> bool:
     """Whether several processes hold a model."""
-    return ranks_of(model) is not None
+    return tensor_ranks(model) is not None
 
 
-def share_of(model: PreTrainedModel, shape: CacheShape) -> Share | None:
+def split_of(model: PreTrainedModel, shape: CacheShape) -> Share | None:
     """This process's share, where several hold the model, by the ``shape`` of what it caches; all must ask.
 
     Raises:
         UnsupportedModelError: its heads do not divide by the ranks.
     """
-    ranks = ranks_of(model)
+    ranks = tensor_ranks(model)
     if ranks is None:
         return None
     text = model.config.get_text_config()

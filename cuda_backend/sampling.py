@@ -21,7 +21,7 @@ from transformers import (
 
 from mlx_kvret.core.sampling import Sampling
 
-from .attachment import attachment
+from .attachment import share_of
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,20 +29,20 @@ Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def alike(model: PreTrainedModel, asked: Sampling) -> Sampling:
     """How tokens are drawn, on several ranks by a seed of the first one's where none is given."""
-    attached = attachment(model)
-    if attached is None or attached.layout.share is None or asked.temp == 0 or asked.seed is not None:
+    share = share_of(model)
+    if share is None or asked.temp == 0 or asked.seed is not None:
         return asked
     seed = torch.randint(2**31 - 1, (1,)).numpy()
-    return replace(asked, seed=int(attached.layout.share.ranks.first(seed)[0]))
+    return replace(asked, seed=int(share.ranks.first(seed)[0]))
 
 
 def of_first(model: PreTrainedModel, draw: Sampler | None) -> Sampler | None:
     """The first rank's tokens for all, where several hold a model: others may round to another choice."""
-    attached = attachment(model)
-    if attached is None or attached.layout.share is None:
+    share = share_of(model)
+    if share is None:
         return draw
-    ranks: Any = attached.layout.share.ranks
-    return lambda logprobs: ranks.token(logprobs.argmax(-1) if draw is None else draw(logprobs))
+    ranks = share.ranks
+    return ranks.likeliest if draw is None else lambda logprobs: ranks.token(draw(logprobs))
 
 
 def sampler_of(asked: Sampling) -> Sampler | None:

@@ -9,25 +9,33 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from ..conversation import Turn
 from ..core.launched import launched
 from ..core.line import PAUSE, Line
 from ..core.ranks import Ranks
 from ..core.watch import STATUS
-from ..errors import ConfigError, KVRetError, RankError, RankLost
+from ..errors import ConfigError, KVRetError, RankLost
 from .ending import stoppable, tell
+
+# tokens between two questions whether to stop, for an answer waits for the device of all
+SELDOM = 8
 
 
 class Company:
-    """The processes that hold a model together, or this one alone where ``ranks`` is None."""
+    """The processes that hold a model together, or this one alone where ``ranks`` is None.
+
+    ``every`` is after how many tokens of an answer to ask whether to stop.
+    """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._line = None if ranks is None else Line(ranks)
         self.first = ranks is None or ranks.rank == 0
+        self.every = 1 if ranks is None else SELDOM
         if not self.first:
             # ctrl-C is the first one's affair
             with contextlib.suppress(ValueError):  # not the main thread
@@ -81,26 +89,23 @@ class Company:
         """What an action of the first process gives, text say, to all of them. Raises what it raises."""
         return action() if self._line is None else self._line.told(action)
 
-    def agree(self, ids: Sequence[int]) -> None:
-        """Refuse to read what is not the same everywhere.
+    def agree(self, plan: Callable[[], Turn]) -> Turn:
+        """A turn that all have planned, of the same tokens everywhere.
 
         Raises:
-            RankError: it is not.
+            RankError: it is not, or another one refuses it. What this one's ``plan`` raises.
         """
         if self._line is None:
-            return
-        ranks, mark = self._line.ranks, zlib.crc32(np.array(ids, np.int32).tobytes())
-        words = np.array([mark & 0xFFFF, mark >> 16], np.int32)
-        alike = bool((ranks.first(words) == words).all())
-
-        def check() -> None:
-            if not alike:
-                raise RankError(
-                    "the chat template gives other tokens than on the first machine; set the clocks alike, "
-                    "and have the same model everywhere"
-                )
-
-        ranks.agreed(check)
+            return plan()
+        ranks, found = self._line.ranks, list[Turn]()
+        ranks.agreed(lambda: found.append(plan()))
+        (turn,) = found
+        ranks.alike(
+            zlib.crc32(np.array(turn.new, np.int32).tobytes()),
+            "the chat template gives other tokens than on the first machine; set the clocks alike, and have "
+            "the same model everywhere",
+        )
+        return turn
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:

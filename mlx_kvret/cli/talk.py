@@ -211,8 +211,7 @@ class Conversation:
     def _begin(self, text: str | None, plan: Callable[[Transcript, Any], Turn]) -> Last:
         self._check()
         base = self.transcript.copy()
-        turn = plan(base, text)
-        self.company.agree(turn.new)
+        turn = self.company.agree(lambda: plan(base, text))
         return Last(copied(self.cache), self.transcript.copy(), text, base, turn)
 
     def _speak(self, ids: list[int], options: dict[str, Any]) -> None:
@@ -248,7 +247,8 @@ class Conversation:
                     piece = "" if ended else text.add(response.token)
                     last.answer, last.ended = last.answer + piece, ended
                     show(words.add(piece))
-                    if response.finish_reason is None and stop():
+                    asking = response.finish_reason is None and len(last.said) % self.company.every == 0
+                    if asking and stop():
                         break
             except Stopped:
                 pass

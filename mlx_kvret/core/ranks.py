@@ -8,8 +8,10 @@ digit are summed over the ranks, so that all go the same way. No score, key or p
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +77,30 @@ class Ranks(abc.ABC):
             raise error
         if refused.any():
             raise RankError(f"rank {int(refused.argmax())} refuses, and says why; no rank goes on without it")
+
+    def alike(self, mark: int, message: str) -> None:
+        """Refuse what is not the same on all ranks, by a checksum of 32 bits.
+
+        Raises:
+            RankError: with the ``message`` where it differs from the first rank's.
+        """
+        words = np.array([mark & 0xFFFF, mark >> 16], np.int32)
+        same = bool((self.first(words) == words).all())
+
+        def check() -> None:
+            if not same:
+                raise RankError(message)
+
+        self.agreed(check)
+
+    @functools.cached_property
+    def likeliest(self) -> Callable[[Any], Any]:
+        """The first rank's tokens (R,) by log probabilities (R, V); one sampler, so rows choose at once."""
+        return lambda logprobs: self.token(logprobs.argmax(-1))
+
+    def token(self, token: Any) -> Any:
+        """The first rank's tokens (R,), in an array of its backend."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def _sum(self, counts: Ints) -> Ints: ...

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import RankError
 from .packed import Packed
 from .shares import Share
 from .snapshot import Snapshot, read_snapshot, write_snapshot
@@ -81,14 +80,8 @@ def read_alike(path: str | os.PathLike[str], share: Share | None) -> Snapshot:
     ]
     if snapshot.packed is not None:
         arrays += [snapshot.packed.keys.bits, snapshot.packed.values.bits]
-    mark = 0
+    mark = snapshot.seen
     for array in arrays:
         mark = zlib.crc32(np.ascontiguousarray(array).data, mark)
-
-    def same() -> None:
-        words = np.array([mark & 0xFFFF, mark >> 16, snapshot.seen], np.int32)
-        if (share.ranks.first(words) != words).any():
-            raise RankError(f"{path} is not the same file on all machines; copy the first rank's to them")
-
-    share.ranks.agreed(same)
+    share.ranks.alike(mark, f"{path} is not the same file on all machines; copy the first rank's to them")
     return snapshot

@@ -25,6 +25,7 @@ from ..zoo import auto
 from . import hooks, snapshots
 from .adapters import add_adapter
 from .attaching import attach, attach_best_known, attach_these, detach, make_cache
+from .attachment import share_of
 from .cache import BoundedCache
 from .generation import generate, stream_generate, vocabulary
 from .loading import TOKENIZERS, load_network, read_gates, read_tokenizer
@@ -130,8 +131,7 @@ def load(
 
 def ranks_of(model: nn.Module) -> Ranks | None:
     """The processes that hold a model together; None if one does."""
-    attached = hooks.attachment(model)
-    share = None if attached is None else attached.layout.share
+    share = share_of(model)
     return None if share is None else share.ranks
 
 
@@ -207,12 +207,10 @@ def save_cache(
 ) -> None:
     """As :func:`mlx_kvret.save_cache`."""
     snapshot = snapshots.take(hooks.checked_cache(model, cache), notes or {})
-    attached = hooks.attachment(model)
-    write_once(path, snapshot, None if attached is None else attached.layout.share)
+    write_once(path, snapshot, share_of(model))
 
 
 def load_cache(model: nn.Module, path: str | Path) -> tuple[BoundedCache, dict[str, str]]:
     """As :func:`mlx_kvret.load_cache`."""
-    attached = hooks.attachment(model)
-    snapshot = read_alike(path, None if attached is None else attached.layout.share)
+    snapshot = read_alike(path, share_of(model))
     return hooks.reopened_cache(model, snapshot), snapshot.notes

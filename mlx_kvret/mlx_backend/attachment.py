@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..core.config import EvictionConfig, GateConfig
 from ..core.fingerprint import identity
+from ..core.shares import Share
 from .dispatch import Namespace, User
 from .gates import RetentionGates
 from .probe import Layout
@@ -62,6 +63,12 @@ def attachment(model: nn.Module) -> Attachment | None:
     """The attachment of a model, or of the language model of one that sees; or None."""
     found: Attachment | None = speaking(model).__dict__.get("_kvret")
     return found
+
+
+def share_of(model: nn.Module) -> Share | None:
+    """This process's share of an attached model, or None where it holds all of it."""
+    attached = attachment(model)
+    return None if attached is None else attached.layout.share
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:

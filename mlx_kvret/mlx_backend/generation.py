@@ -26,6 +26,7 @@ from ..core.watch import watched_steps
 from ..errors import ConfigError, UnsupportedFeatureError
 from . import hooks
 from .attaching import make_cache
+from .attachment import share_of
 from .cache import BoundedCache
 from .loops import Text
 from .sampling import alike, behind, of_first, processors_of, sampler_of
@@ -167,8 +168,7 @@ def _responses(
     """mlx-lm's loop; what was asked has been checked."""
     alone = options["draft_model"] is None
     stream: Any = mlx_lm.stream_generate(model, reader, mx.array(ids), **options)
-    attached = hooks.attachment(model)
-    if attached is not None and attached.layout.share is not None:
+    if share_of(model) is not None:
         stream = watched_steps(stream, "the next token")
     text, given, count = Text(model, cache, len(ids)), list[int](), 0
     # mlx-lm's own drops a space at the beginning

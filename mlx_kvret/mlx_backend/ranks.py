@@ -55,7 +55,7 @@ class MLXRanks(Ranks):
         return [part.view(array.dtype).reshape(array.shape) for part in parts]
 
     def token(self, token: mx.array) -> mx.array:
-        """The first rank's token (1,), in the graph of whatever pass it is of."""
+        """The first rank's tokens (R,), in the graph of whatever pass it is of."""
         own = token * mx.array(self.rank == 0, token.dtype)
         return mx.distributed.all_sum(own, group=self._group)
 

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ..core.sampling import Sampling
-from .attachment import attachment
+from .attachment import share_of
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -21,20 +21,20 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 
 def alike(model: nn.Module, asked: Sampling) -> Sampling:
     """How tokens are drawn, on several ranks by a seed of the first one's where none is given."""
-    attached = attachment(model)
-    if attached is None or attached.layout.share is None or asked.temp == 0 or asked.seed is not None:
+    share = share_of(model)
+    if share is None or asked.temp == 0 or asked.seed is not None:
         return asked
     seed = np.array([mx.random.randint(0, 2**31 - 1).item()])
-    return dataclasses.replace(asked, seed=int(attached.layout.share.ranks.first(seed)[0]))
+    return dataclasses.replace(asked, seed=int(share.ranks.first(seed)[0]))
 
 
 def of_first(model: nn.Module, draw: Sampler | None) -> Sampler | None:
     """The first rank's tokens for all, where several hold a model: others may round to another choice."""
-    attached = attachment(model)
-    if attached is None or attached.layout.share is None:
+    share = share_of(model)
+    if share is None:
         return draw
-    ranks: Any = attached.layout.share.ranks
-    return lambda logprobs: ranks.token(mx.argmax(logprobs, -1) if draw is None else draw(logprobs))
+    ranks = share.ranks
+    return ranks.likeliest if draw is None else lambda logprobs: ranks.token(draw(logprobs))
 
 
 def sampler_of(asked: Sampling) -> Sampler | None:

@@ -16,8 +16,9 @@ from .drawing import Drawer, Drawing
 class Rooms:
     """A backend's own: modules and functions of the same names and meanings.
 
-    ``greedy`` takes the likeliest of log probabilities (1, V), ``alone`` draws for one row; ``batches`` tells
-    whether all layers of a cache can stand in a batch.
+    ``greedy`` takes the likeliest of log probabilities (1, V), ``alone`` draws for one row, ``of_first`` has
+    all ranks take what the first one draws, or None for the likeliest; ``batches`` tells whether all layers
+    of a cache can stand in a batch.
     """
 
     hooks: Any
@@ -27,6 +28,7 @@ class Rooms:
     vocabulary: Callable[[Any], int | None]
     generator: Callable[..., Any]
     alone: Callable[[Any], Any]
+    of_first: Callable[[Any, Any], Any]
     greedy: Callable[[Any], Any]
     batches: Callable[[Any], bool]
 
@@ -80,8 +82,12 @@ class Common:
         return found[0]
 
     def chooser(self, asked: Drawing) -> Any:
+        return self.rooms.of_first(self.model, self._drawn(asked)) or self.rooms.greedy
+
+    def _drawn(self, asked: Drawing) -> Any:
+        """How this process draws; None for the likeliest."""
         if asked.greedy:
-            return self.rooms.greedy
+            return None
         if asked.plain:
             return self.rooms.alone(asked.sampling)
         draw = Drawer(asked)

@@ -60,14 +60,11 @@ class Deeds:
         cache.settle()
 
     def _join(self, number: int, token: int, asked: dict[str, Any]) -> int:
-        drawing = drawing_of(asked)
-        choose, ranks = self._backend.chooser(drawing), self._backend.ranks
-        assert ranks is not None
-        # the first rank's token is everyone's: machines that round differently may choose differently
-        return self._engine.join(self.caches[number], token, lambda logprobs: ranks.token(choose(logprobs)))
+        return self._engine.join(self.caches[number], token, self._backend.chooser(drawing_of(asked)))
 
     def _leave(self, row: int, made: int) -> None:
-        self.caches[made] = self._engine.leave(row)
+        cache = self.caches[made] = self._engine.leave(row)
+        cache.settle()
 
     def _look(self, row: int, made: int) -> None:
         cache = self.caches[made] = self._engine.look(row)

@@ -17,7 +17,7 @@ from ..mlx_backend.batching import BatchGenerator
 from ..mlx_backend.cache import BoundedCache
 from ..mlx_backend.generation import vocabulary
 from ..mlx_backend.memory import free_bytes
-from ..mlx_backend.sampling import alone
+from ..mlx_backend.sampling import alone, of_first
 from ..mlx_backend.seeing import Seen, Speaker, reader_of, taken
 from ..mlx_backend.vision import can_see, is_vision, speaking, tokens_of_pictures
 from .channels import Splitter
@@ -29,9 +29,8 @@ class OnMLX(Common):
     """As :class:`.backend.Backend`."""
 
     def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
-        rooms = Rooms(
-            hooks, snapshots, make_cache, competing, vocabulary, BatchGenerator, alone, greedy, _batches
-        )
+        draw = alone, of_first, greedy
+        rooms = Rooms(hooks, snapshots, make_cache, competing, vocabulary, BatchGenerator, *draw, _batches)
         super().__init__(rooms, model, options)
         self._processor, self._marked, reader = processor_of(tokenizer), tokenizer, tokenizer
         self._speaker = model

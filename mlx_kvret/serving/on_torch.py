@@ -17,7 +17,7 @@ from mlx_kvret.cuda_backend.batch import BatchGenerator
 from mlx_kvret.cuda_backend.cache import BoundedCache, cache_argument
 from mlx_kvret.cuda_backend.generation import stop_tokens, vocabulary
 from mlx_kvret.cuda_backend.memory import free_bytes
-from mlx_kvret.cuda_backend.sampling import alone
+from mlx_kvret.cuda_backend.sampling import alone, of_first
 from mlx_kvret.cuda_backend.seeing import Seen, taken
 from mlx_kvret.cuda_backend.step import decoder_step
 
@@ -34,9 +34,8 @@ class OnTorch(Common):
     """As :class:`.backend.Backend`."""
 
     def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
-        rooms = Rooms(
-            hooks, snapshots, make_cache, competing, vocabulary, BatchGenerator, alone, greedy, _batches
-        )
+        draw = alone, of_first, greedy
+        rooms = Rooms(hooks, snapshots, make_cache, competing, vocabulary, BatchGenerator, *draw, _batches)
         super().__init__(rooms, model, options)
         self.ends = frozenset(stop_tokens(model, tokenizer))
         self._processor, attached = processor_of(tokenizer), attachment(model)

@@ -49,7 +49,7 @@ class Serving(uvicorn.Server):
 
         Raises:
             ConfigError: the address is taken, or not this machine's.
-            RankLost: of several ranks one is gone.
+            RankLost: of several ranks one is gone, or the first one's generation thread has ended.
         """
         try:
             listening = listen(self._service.settings.host, self._service.settings.port)

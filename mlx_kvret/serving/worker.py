@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from ..core.line import PAUSE
+from ..errors import RankLost
 from .failures import Refusal, failed, stopping
 from .job import Job
 from .scheduler import Scheduler
@@ -136,6 +137,9 @@ class Worker:
         except BaseException as error:  # a fault of ours: nobody may wait for ever
             log.exception("the generation thread ends")
             self.error = error
+            if scheduler.beat is not None and not isinstance(error, RankLost):
+                # the other ranks would wait for this one's next word
+                self.error = RankLost(f"the first rank failed ({error!r}); start all of them again")
             with self._lock:
                 self._stop_at = 0.0
             self._end(scheduler, failed(error))

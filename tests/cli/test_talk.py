@@ -1,5 +1,7 @@
 """Taking back, asking again, going on and reading in a chat: transcript and cache always agree."""
 
+from contextlib import nullcontext
+
 import pytest
 from click.testing import CliRunner
 
@@ -45,6 +47,24 @@ def test_undo_goes_back_to_before_the_turn(loaded, policy, capsys):
     with pytest.raises(ConfigError, match="nothing to take back"):
         talk.undo()
     assert state(talk) == before
+
+
+@pytest.mark.parametrize(("every", "asked"), [(1, 16), (8, 2)])
+def test_several_processes_ask_seldom_whether_to_stop(loaded, every, asked, monkeypatch, capsys):
+    talk, times = begun(loaded), []
+    monkeypatch.setattr(talk.company, "every", every)
+    monkeypatch.setattr(talk.company, "stoppable", lambda: nullcontext(lambda: times.append(1)))
+
+    def asks(tokens, step):
+        talk.reset()
+        times.clear()
+        talk.turn(FILLER, {"max_tokens": tokens, "prefill_step_size": step, "logit_bias": {0: -100, 1: -100}})
+        assert len(talk.last.said) == tokens
+        return len(times)
+
+    assert asks(17, 64) - asks(1, 64) == asked
+    # between chunks of a prompt always
+    assert asks(1, 2) >= 5
 
 
 def test_retry_asks_the_same_again(loaded, capsys):

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_kvret.cli.company import Company
+from mlx_kvret.conversation import Turn
 from mlx_kvret.errors import ConfigError, RankError
 
 from .processes import HERE, gloo, ring
@@ -96,7 +98,7 @@ def test_nobody_waits_long_for_one_who_types() -> None:
         time.sleep(0.6)
         return "hello"
 
-    def wrong() -> str:
+    def wrong() -> Any:
         raise ConfigError("no UTF-8")
 
     def work(ranks: Any) -> Any:
@@ -105,9 +107,13 @@ def test_nobody_waits_long_for_one_who_types() -> None:
         for ask in (wrong, None):
             with pytest.raises(ConfigError, match="no UTF-8"):
                 company.hear(ask) if ask else company.told(wrong)
-        company.agree([1, 2, 3])
-        with pytest.raises(RankError):
-            company.agree([ranks.rank])
+        turn = Turn("hello", [1, 2, 3], 0, 3)
+        with pytest.raises(RankError, match=r"other tokens|rank 1 refuses"):
+            company.agree(lambda: replace(turn, ids=[ranks.rank]))
+        # a template that refuses on one of them
+        with pytest.raises(RankError if ranks.rank == 0 else ConfigError, match=r"rank 1 refuses|no UTF-8"):
+            company.agree(wrong if ranks.rank else lambda: turn)
+        assert company.agree(lambda: turn) is turn
         return heard, rounds >= 4, company.hear(lambda: None)
 
     assert together(2, work) == [("hello", True, None)] * 2

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_kvret.errors import ConfigError, KVRetError, RankLost
 from mlx_kvret.serving import starting
+from mlx_kvret.serving.drawing import Drawing
 from mlx_kvret.serving.leading import Leader, follow
 
 from .threads import together
@@ -21,6 +23,22 @@ class Cache:
 
     def settle(self) -> None:
         """Nothing is due."""
+
+
+class Due(Cache):
+    """Has something to carry out, which needs all ranks."""
+
+    def __init__(self, ranks: Any) -> None:
+        self._ranks, self._settled = ranks, False
+
+    def settle(self) -> None:
+        self._ranks.sum(np.zeros(1, np.int32))
+        self._settled = True
+
+    @property
+    def entries(self) -> int:  # type: ignore[override]
+        assert self._settled
+        return 1
 
 
 class Backend:
@@ -48,6 +66,15 @@ class Backend:
     def read(self, cache: Cache, ids: list[int]) -> None:
         self._note("read")
 
+    def chooser(self, asked: Any) -> Any:
+        return lambda logprobs: int(self.ranks.likeliest(logprobs)[0])
+
+    def decoder(self, cache: Cache) -> Any:
+        return lambda token: np.eye(8, dtype=np.float32)[np.atleast_1d(token) + 1]
+
+    def array(self, token: int) -> Any:
+        return np.array([token])
+
 
 @pytest.mark.parametrize("whose", [0, 1])
 def test_a_copy_that_fails_on_one_rank_fails_once(whose: int) -> None:
@@ -72,6 +99,25 @@ def test_a_copy_that_fails_on_one_rank_fails_once(whose: int) -> None:
     (first, left), (second, _) = together(2, work)
     assert first == second == ["new", "copy", "copy", "read"]
     assert left == 0
+
+
+def test_a_row_that_leaves_alone_is_settled_by_all() -> None:
+    """Rows one by one: what is due is carried out before the first rank looks at it."""
+
+    def work(ranks: Any) -> Any:
+        backend = Backend(ranks)
+        backend.new_cache = lambda budget: Due(ranks)  # type: ignore[method-assign]
+        if ranks.rank:
+            return follow(backend, 4)
+        leader = Leader(backend, 4)
+        cache = leader.new_cache(8)
+        row = leader.join(cache, 3, Drawing())
+        tokens = [step.token for _ in range(2) for step in leader.step()]
+        left = leader.leave(row)
+        leader.close()
+        return tokens, left.entries
+
+    assert together(2, work)[0] == ([4, 5], 1)
 
 
 def test_a_pass_that_fails_on_one_rank_ends_it() -> None:

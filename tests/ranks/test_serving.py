@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.running import CHAT, TEXT, running, user
+from serving.running import CHAT, OPTIONS, ROOM, SETTINGS, TEXT, running, user
 
 import mlx_kvret
 from mlx_kvret.core import watch
 from mlx_kvret.core.line import WORDS, Line
+from mlx_kvret.errors import RankLost
 from mlx_kvret.serving.deeds import drawing_of, told_of
 from mlx_kvret.serving.drawing import Drawing
+from mlx_kvret.serving.server import Serving
+from mlx_kvret.serving.starting import start
 
 from .processes import HERE, gloo, ring
 from .threads import together
@@ -152,6 +156,25 @@ def test_a_rank_dies(whom: int, tmp_path: Path) -> None:
                 assert asked.result(60)[0] == 500
     assert statuses[1 - whom] == watch.STATUS, said
     assert "another rank is gone" in said[1 - whom]
+
+
+def test_a_fault_of_the_first_rank_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is: the others would wait for its next word, while the front answers 503."""
+    service, _ = start(*mlx_kvret.load("demo", backend="mlx"), OPTIONS, SETTINGS, ROOM)
+    worker, scheduler = service.worker, service.scheduler
+
+    def fault() -> None:
+        raise ZeroDivisionError("a fault")
+
+    # as of a leader
+    scheduler.beat = lambda: None
+    monkeypatch.setattr(scheduler, "turn", fault)
+    serving = Serving(service, lambda _: worker.wake())
+    late = threading.Timer(20, serving.stop)
+    late.start()
+    with pytest.raises(RankLost, match="a fault"):
+        serving.run_until_told()
+    late.cancel()
 
 
 def test_a_message_of_any_length():

@@ -24,6 +24,9 @@ class Thread(Ranks):
         super().__init__(rank, len(table.parts))
         self.table = table
 
+    def token(self, token: Any) -> Any:
+        return self.first(np.asarray(token))
+
     def _sum(self, counts: Any) -> Any:
         return np.sum(self._gather(counts), axis=0, dtype=np.int32)
 
