@@ -10,44 +10,26 @@ each part. Building is what the host does before anything is computed.
 from __future__ import annotations
 
 import argparse
-import collections
 import datetime
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_kvret.core.budget import CacheShape
-from mlx_kvret.core.config import EvictionConfig, GateConfig
-from mlx_kvret.mlx_backend.arena import Arena
-from mlx_kvret.mlx_backend.gates import RetentionGates
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from kernels.traffic import operations  # noqa: E402
+
+from mlx_kvret.core.budget import CacheShape  # noqa: E402
+from mlx_kvret.core.config import EvictionConfig, GateConfig  # noqa: E402
+from mlx_kvret.mlx_backend.arena import Arena  # noqa: E402
+from mlx_kvret.mlx_backend.gates import RetentionGates  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "mlx_gates.md"
 LAYERS, HEADS, HIDDEN, WIDTH, TOKENS = 36, 8, 128, 64, 32
-VIEWS = {
-    "Transpose",
-    "Reshape",
-    "ExpandDims",
-    "Squeeze",
-    "Slice",
-    "Broadcast",
-    "Flatten",
-    "Unflatten",
-    "AsStrided",
-}
-
-
-def launches(function: Any, inputs: list[mx.array]) -> collections.Counter[str]:
-    """Primitives of a call that do work."""
-    found: collections.Counter[str] = collections.Counter()
-
-    def look(entry: dict[str, Any]) -> None:
-        if entry.get("type") == "primitive" and entry["name"] not in VIEWS:
-            found[entry["name"]] += len(entry["inputs"]) if entry["name"] == "Concatenate" else 1
-
-    mx.export_function(look, lambda *arrays: function(list(arrays)), *inputs)
-    return found
 
 
 def least(call: Any, turns: int = 30) -> float:
@@ -89,7 +71,7 @@ def main() -> None:
     for name in ("layer by layer", "all at once"):
         if name == "all at once":
             gates.stack(range(LAYERS))
-        counts = launches(call, inputs)
+        counts = operations(lambda *arrays: call(list(arrays)), *inputs)
         total = sum(counts.values())
         build, whole = least(lambda: call(inputs)), least(lambda: mx.eval(call(inputs)), 10)
         found.append(call(inputs))

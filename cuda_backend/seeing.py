@@ -161,14 +161,20 @@ class Features:
 
     @classmethod
     def of(cls, model: PreTrainedModel, given: Mapping[str, Any]) -> Features | None:
-        """None where there are no pictures."""
+        """None where there are no pictures.
+
+        Raises:
+            UnsupportedFeatureError: the tower makes no numbers of them.
+        """
         own = {name: given[name] for name in _tower_names(model) if name in given}
         if not any("pixel" in name for name in own):
             return None
         out = _tower(model)(**own, return_dict=True)
         pooled, deep = out.pooler_output, getattr(out, "deepstack_features", None)
         listed = not isinstance(pooled, torch.Tensor)
-        return cls(type(out), _rows(pooled), listed, None if deep is None else [_rows(one) for one in deep])
+        rows, further = _rows(pooled), None if deep is None else [_rows(one) for one in deep]
+        check_finite(all(bool(one.isfinite().all()) for one in (rows, *(further or ()))))
+        return cls(type(out), rows, listed, further)
 
     def part(self, start: int, end: int) -> Any:
         """Of the tokens ``start`` to ``end`` - 1 of pictures, as the model takes them."""
@@ -196,7 +202,6 @@ class Seen(InChunks):
             self._features = Features.of(model, prompt.given)
         count = sum(b - a for a, b in self.spans)
         rows = 0 if self._features is None else len(self._features.rows)
-        check_finite(self._features is None or bool(self._features.rows.isfinite().all()))
         if rows != count:
             raise ConfigError(
                 f"the prompt has {count} tokens of pictures, and its pictures make {rows}; give what the "

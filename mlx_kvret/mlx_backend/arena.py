@@ -82,8 +82,7 @@ class Arena:
         assert self.gates is not None
         layers = tuple(self.gate_layers or range(self.shape.layers))
         if self.gates.stacked != layers:
-            parts = (own[0] if len(own) == 1 else mx.concatenate(list(own)) for own in given)
-            return mx.stack([self.gate(layer, x) for layer, x in enumerate(parts)])
+            return mx.stack([self.gate(layer, mx.concatenate(list(own))) for layer, own in enumerate(given)])
         x = mx.concatenate([part for own in given for part in own])
         return self._own(self.gates.log_betas(x.reshape(len(layers), -1, x.shape[-1])))
 

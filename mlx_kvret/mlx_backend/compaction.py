@@ -98,12 +98,8 @@ def _newest(due: Due, recent: Recent) -> list[Pair]:
             for side in (0, 1)
         ]
         keys, values = ([part.reshape(-1, part.shape[-1]) for part in side] for side in parts)
-        found.append((_joined(keys), _joined(values)))
+        found.append((mx.concatenate(keys), mx.concatenate(values)))
     return found
-
-
-def _joined(parts: list[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
 def _by_layer(places: mx.array, due: Due, layers: int) -> mx.array:

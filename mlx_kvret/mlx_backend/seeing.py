@@ -173,8 +173,9 @@ class Seen(InChunks):
         out = model.get_input_embeddings(
             prompt.ids, prompt.pixels, mask=mx.ones_like(prompt.ids), **prompt.given
         )
-        check_finite(bool(mx.isfinite(out.inputs_embeds).all()))
         rest = {k: v for k, v in out.to_dict().items() if k != "inputs_embeds" and v is not None}
+        features = [out.inputs_embeds, *rest.get("deepstack_visual_embeds", ())]
+        check_finite(all(bool(mx.isfinite(one).all()) for one in features))
         # positions that are left on the model are another conversation's at the next chunk
         if "position_ids" not in rest and getattr(lm, "_position_ids", None) is not None:
             rest["position_ids"] = lm._position_ids

@@ -69,6 +69,7 @@ def test_rows_that_are_due_together(options, count, launches):
             for row, (cache, chunk) in enumerate(zip(alone, chunks, strict=True)):
                 HOST.read(cache, [chunk])
                 assert HOST.kept(batch, row) == HOST.kept(cache, 0)
+    assert launches["candidates"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])

@@ -169,14 +169,21 @@ def test_wrong_use_is_refused(opened: Any, tmp_path: Path) -> None:
         processor.video_processor([])
 
 
-def test_a_tower_that_makes_no_numbers_is_told(opened: Any) -> None:
-    model, processor = opened("llava")
-    tower = model.model.vision_tower.embeddings.patch_embedding
-    before = tower.weight.data
-    tower.weight.data = torch.full_like(before, torch.inf)
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("llava", "vision_tower.embeddings.patch_embedding"),
+        ("qwen3_vl", "visual.deepstack_merger_list.0.linear_fc2"),
+    ],
+)
+def test_a_tower_that_makes_no_numbers_is_told(
+    name: str, part: str, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = opened(name)
+    weight = model.model.get_submodule(part).weight
+    monkeypatch.setattr(weight, "data", torch.full_like(weight, torch.inf))
     with pytest.raises(UnsupportedFeatureError, match="bfloat16 or float32"):
         tokens(model, processor, "w5 <image> w6", images=picture(1), **LARGE)
-    tower.weight.data = before
 
 
 @pytest.mark.parametrize("name", NAMES)

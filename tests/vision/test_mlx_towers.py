@@ -118,10 +118,12 @@ def test_logits_by_both_oracles(talk):
     assert tiny_mlx.apart(found, expected) < CLOSE[talk.name] and len(ANSWER) == 5
 
 
-@pytest.mark.parametrize("name", ["pixtral"])
-def test_a_tower_that_makes_no_numbers_is_told(tmp_path, name):
-    model, processor = mlx_kvret.load(folders_mlx.folder(name, tmp_path), None, backend="mlx")
-    tower = model.vision_tower.vision_model.patch_conv
-    tower.weight = mx.full(tower.weight.shape, mx.inf)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_tower_that_makes_no_numbers_is_told(folder, tmp_path, deep):
+    path = folder if deep else folders_mlx.folder("pixtral", tmp_path)
+    model, processor = mlx_kvret.load(path, None, backend="mlx")
+    tower = model.vision_tower
+    part = tower.deepstack_merger_list[0].linear_fc2 if deep else tower.vision_model.patch_conv
+    part.weight = mx.full(part.weight.shape, mx.inf)
     with pytest.raises(UnsupportedFeatureError, match="bfloat16 or float32"):
-        mlx_kvret.generate(model, processor, TEXTS[0], images=PICTURES[:1], budget=64, policy="recent")
+        mlx_kvret.generate(model, processor, "<image>", images=PICTURES[:1], budget=64, policy="recent")
