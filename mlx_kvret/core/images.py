@@ -75,15 +75,7 @@ def _named(text: str | bytes, name: str, folder: Path | None) -> Image:
         return _decoded(io.BytesIO(of_data_url(text, name)), name)
     if not text.strip():
         raise ConfigError(f"{name} is an empty text; {FORMS}")
-    scheme = _SCHEME.match(text)
-    if scheme and text[:5].lower() == "file:":
-        text = _of_file_url(text, name)
-    elif scheme and len(scheme[0]) > 2:
-        raise ConfigError(
-            f"{name} is {short(text)}, and nothing is fetched; download it, and give the file or a data URL"
-        )
-    path = Path(text).expanduser()
-    path = path if folder is None else folder / path
+    path = path_of(text, name, folder)
     try:
         with path.open("rb") as file:
             return _decoded(file, f"{name} ({path})")
@@ -94,6 +86,23 @@ def _named(text: str | bytes, name: str, folder: Path | None) -> Image:
         if len(text) > 500:
             reason += "; base64 begins with data:image/png;base64,"
         raise ConfigError(f"{name}: cannot read {short(str(path))}: {reason}; {FORMS}") from error
+
+
+def path_of(text: str, name: str, folder: Path | None) -> Path:
+    """The file that a path or a ``file:`` URL means.
+
+    Raises:
+        ConfigError: it would have to be fetched.
+    """
+    scheme = _SCHEME.match(text)
+    if scheme and text[:5].lower() == "file:":
+        text = _of_file_url(text, name)
+    elif scheme and len(scheme[0]) > 2:
+        raise ConfigError(
+            f"{name} is {short(text)}, and nothing is fetched; download it, and give the file or a data URL"
+        )
+    path = Path(text).expanduser()
+    return path if folder is None else folder / path
 
 
 def _of_file_url(url: str, name: str) -> str:

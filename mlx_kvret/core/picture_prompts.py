@@ -328,7 +328,13 @@ def _part(part: Any, number: int) -> dict[str, Any]:
     if kind in TEXTS and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in _PICTURES:
-        return {"type": "image", "source": _source(part, number)}
+        source = source_of(part, f"message {number}")
+        if source is None and (unknown := [one for one in part if one not in (*_SOURCES, *_BESIDE)]):
+            raise ConfigError(
+                f"message {number} holds an image with {str(unknown[0])!r}; give the picture as image, path, "
+                "url or base64, or as images beside the messages"
+            )
+        return {"type": "image", "source": source}
     if kind in _VIDEOS:
         raise ConfigError(f"message {number} holds a video; give its frames as image parts, in their order")
     raise ConfigError(f"message {number} holds the part {short(part)}; expected parts of type text or image")
@@ -341,23 +347,23 @@ def _kind(part: Mapping[str, Any]) -> Any:
     return next((name for name in ("image", "image_url", "video", "text") if name in part), None)
 
 
-def _source(part: Mapping[str, Any], number: int) -> Any:
-    """A part's picture; None for one that is to be filled."""
+def source_of(part: Mapping[str, Any], owner: str) -> Any:
+    """A part's picture, as :func:`..images.open_picture` takes one; None for one that is to be filled.
+
+    Raises:
+        ConfigError: it is told in no known way.
+    """
     name = next((name for name in _SOURCES if part.get(name) is not None), None)
     if name is None:
-        if unknown := [str(one) for one in part if one not in (*_SOURCES, *_BESIDE)]:
-            raise ConfigError(
-                f"message {number} holds an image with {unknown[0]!r}; give the picture as image, path, url "
-                "or base64, or as images beside the messages"
-            )
         return None
     source = part[name]
     if isinstance(source, Mapping):
         if isinstance(data := source.get("data"), str):
             return f"data:{source.get('media_type', 'image/png')};base64,{data}"
-        found = source.get("url")
+        # data sets hold pictures as their bytes, or as a path
+        found = next((source[one] for one in ("url", "bytes", "path") if source.get(one) is not None), None)
         if found is None:
-            raise ConfigError(f"message {number} holds an image whose {name} is {short(source)}; give a url")
+            raise ConfigError(f"{owner} holds an image whose {name} is {short(source)}; give a url")
         return found
     return f"data:image/png;base64,{source}" if name == "base64" and isinstance(source, str) else source
 

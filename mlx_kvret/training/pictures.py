@@ -9,14 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..core.images import Image, open_picture
-from ..core.picture_prompts import COMMON_MARK
+from ..core.images import Image, open_picture, path_of
+from ..core.picture_prompts import COMMON_MARK, source_of
 from ..core.pictures import runs
 from ..core.types import Ints, Mask
 from ..errors import ConfigError, DataError
-
-# where a part of a message may have its picture
-_SOURCES = ("image", "path", "url")
 
 
 class Sees(Protocol):
@@ -84,21 +81,22 @@ def placed(
     """
     if images is not None and not isinstance(images, list):
         raise DataError(f"{where}: images is {images!r:.40}; expected a list of files")
-    rest, found = list(images or ()), list[Any]()
-    places, made = 0, list[dict[str, Any]]()
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str) and rest and COMMON_MARK in content:
-            content = _parts(content)
-        if isinstance(content, list):
-            content = [dict(part) for part in content]
-            for part in content:
-                if part.get("type") != "image":
-                    continue
-                own = next((part.pop(name) for name in _SOURCES if part.get(name) is not None), None)
-                places += own is None
-                found.append(own)
-        made.append(message | {"content": content} if content is not None else message)
+    made = list[dict[str, Any]]()
+    try:
+        rest = [source_of({"image": one}, f"images[{n}]") for n, one in enumerate(images or ())]
+        found = list[Any]()
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, str) and rest and COMMON_MARK in content:
+                content = _parts(content)
+            if isinstance(content, list):
+                pictures = [part for part in content if part.get("type") == "image"]
+                found += [source_of(part, f"message {number}") for part in pictures]
+                content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
+            made.append(message | {"content": content} if content is not None else message)
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}") from error
+    places = sum(own is None for own in found)
     if places != len(rest):
         raise DataError(
             f"{where} has {len(rest)} images and {places} places for them; give one for each "
@@ -126,7 +124,10 @@ def check_files(images: Sequence[Any], folder: Path, where: str) -> int:
     size = 0
     for number, image in enumerate(images):
         if isinstance(image, str) and not image.lower().startswith("data:"):
-            path = folder / Path(image.removeprefix("file://")).expanduser()
+            try:
+                path = path_of(image, f"image {number}", folder)
+            except ConfigError as error:
+                raise DataError(f"{where}: {error}") from error
             if not path.is_file():
                 raise DataError(f"{where}: there is no file {path} (image {number}); mend its path")
             size += path.stat().st_size
@@ -140,16 +141,9 @@ def opened(images: Sequence[Any], folder: Path | None, where: str) -> list[Image
         DataError: one cannot be read.
     """
     try:
-        return [open_picture(_source(one), f"image {n}", folder) for n, one in enumerate(images)]
+        return [open_picture(one, f"image {n}", folder) for n, one in enumerate(images)]
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from error
-
-
-def _source(image: Any) -> Any:
-    """Data sets hold pictures as their bytes, or as a path."""
-    if isinstance(image, dict):
-        return image.get("bytes") or image.get("path")
-    return image
 
 
 def spread(

@@ -26,10 +26,11 @@ from mlx_kvret.cuda_backend.training.processes import Single
 from mlx_kvret.cuda_backend.training.step import gradient
 from mlx_kvret.cuda_backend.training.student import Student
 from mlx_kvret.errors import DataError
+from mlx_kvret.training import pictures
 from mlx_kvret.training.config import TrainConfig
 from mlx_kvret.training.documents import Document, document
 from mlx_kvret.training.packing import Packer
-from mlx_kvret.training.pictures import spread
+from mlx_kvret.training.pictures import Shown, spread
 from mlx_kvret.training.records import Records
 
 from .folders_torch import folder
@@ -215,9 +216,7 @@ def test_a_document_in_pieces_gives_each_its_own_pictures(folders: dict[str, Pat
     student.detach()
 
 
-def _all_of(long: Document) -> Any:
-    from mlx_kvret.training.pictures import Shown
-
+def _all_of(long: Document) -> Shown:
     return Shown(0, 0, long.ids, long.spans, long.pixels, 0, 0, long.ids)
 
 
@@ -258,7 +257,15 @@ def test_training_by_the_command_line_and_its_gates(
         ({"messages": said("<image>", "w30"), "images": ["gone.png"]}, "there is no file .*gone.png"),
         ({"messages": said("<image>", "w30"), "images": "a.png"}, "expected a list of files"),
         ({"messages": said([{"type": "video", "video": "a.mp4"}], "w30")}, "neither text nor image"),
+        ({"messages": said("<image>", "w30"), "images": ["http://a.org/a.png"]}, "nothing is fetched"),
+        (
+            {"messages": said([{"type": "image", "image": {"file": "a.png"}}], "w30")},
+            "message 0 holds.*give a url",
+        ),
         ({"messages": said([{"type": "image", "image": "a.png"}], "w30")}, None),
+        ({"messages": said([{"type": "image", "image_url": {"url": "a.png"}}], "w30")}, None),
+        ({"messages": said([{"type": "image", "index": 0}], "w30"), "images": [{"path": "a.png"}]}, None),
+        ({"messages": said("<image>", "w30"), "images": ["file:%61.png"]}, None),
     ],
 )
 def test_records_that_cannot_be_right_are_refused(row: Any, match: str | None, tmp_path: Path) -> None:
@@ -266,7 +273,8 @@ def test_records_that_cannot_be_right_are_refused(row: Any, match: str | None, t
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(row))
     if match is None:
-        assert len(Records([path])) == 1
+        record = Records([path]).read(0)
+        assert len(pictures.opened(record.images, record.folder, record.where)) == ("png" in str(row))
         return
     with pytest.raises(DataError, match=match):
         Records([path])
