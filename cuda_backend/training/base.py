@@ -19,8 +19,10 @@ from ..ranks import connected
 from .attention import ROWS
 from .loss import CHUNK_ELEMENTS
 from .sharding import load_sharded
+from .student import Student
 
-# bytes of logits per element: student, teacher, their softmax and gradients in float32
+# bytes of logits per element: student, teacher, their softmax and gradients in float32; blocks of attention
+# that looks both ways take less than a chunk of them, and are never there together with it
 _LOGIT_COPIES = 5 * 4
 
 
@@ -69,13 +71,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def memory_of(
-    model: PreTrainedModel, heads: int, gate_parameters: int, width: int, recompute: bool
-) -> Memory:
+def memory_of(student: Student, gate_parameters: int, width: int, recompute: bool) -> Memory:
     """What a step needs beside the model; within a fifth of what was measured on a CPU.
 
-    ``heads`` is L·H of the layers with gates.
+    Of a model that several processes share what is gathered in a step counts, for it is let go between steps.
     """
+    model, heads = student.model, student.layers * student.kv_heads
     config, size = model.config.get_text_config(), model.dtype.itemsize
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * hidden)
@@ -86,7 +87,7 @@ def memory_of(
     small = 5 * ROWS + 40 * heads
     return Memory(
         # weights, gradients and two moments of the gates
-        fixed=16 * gate_parameters,
+        fixed=16 * gate_parameters + student.shards.gathered,
         per_token=(layers * kept + 6 * hidden) * size + layer + small,
         logits_per_token=_LOGIT_COPIES * config.vocab_size,
         chunk=_LOGIT_COPIES * CHUNK_ELEMENTS,

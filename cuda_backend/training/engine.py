@@ -63,9 +63,8 @@ class Engine:
 
     def __init__(self, found: Base, config: TrainConfig, options: RunOptions, processes: Processes):
         self.config, self.options, self.processes = config, options, processes
-        where = processes.count, processes.device
-        sharding = sharded_over(processes.count) if wanted(options, *where) else None
-        loaded, processor = base.load(found.folder, config.dtype, processes.device, sharding)
+        # what one process alone may refuse, before the probe gathers weights from all
+        loaded, processor = processes.agreed(lambda: _opened(found, config, options, processes))
         self.tokenizer, seeing = spoken_by(processor), Seeing.of(loaded, processor)
         self.sees: Sees | None = seeing
         self.student = Student(loaded, seeing)
@@ -79,7 +78,7 @@ class Engine:
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), weight_decay=config.weight_decay)
         self.versions = {name: version(name) for name in ("torch", "transformers")}
         parameters = sum(p.numel() for p in self.gates.parameters())
-        self.memory = base.memory_of(loaded, shape[0] * shape[1], parameters, config.width, options.recompute)
+        self.memory = base.memory_of(self.student, parameters, config.width, options.recompute)
         rows = min(options.micro_batch, config.batch)
         self.memory.require(config.length * rows, free_bytes(processes.device), str(processes.device))
 
@@ -152,6 +151,13 @@ class Engine:
             assert log_beta is not None
             size = soft_size(log_beta, starts)
         return profile(log_beta.cpu().numpy(), size.cpu().numpy(), batch.position[rows], self.student.layers)
+
+
+def _opened(found: Base, config: TrainConfig, options: RunOptions, processes: Processes) -> tuple[Any, Any]:
+    """The base model, or this process's share of it, and its tokenizer."""
+    count, device = processes.count, processes.device
+    sharding = sharded_over(count) if wanted(options, count, device) else None
+    return base.load(found.folder, config.dtype, device, sharding)
 
 
 def _generators() -> dict[str, torch.Tensor]:

@@ -134,6 +134,7 @@ class Shards:
     """The sharded modules of a model that are no layers; none of a model that one process holds whole."""
 
     def __init__(self, model: PreTrainedModel):
+        self._model = model
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         inside: set[nn.Module] = {part for layer in layers for part in layer.modules()}
         self._outer: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule) and m not in inside]
@@ -144,6 +145,18 @@ class Shards:
 
     def __bool__(self) -> bool:
         return bool(self._outer)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes that lie here in a step beside this process's share: all that is no layer, and two layers.
+
+        Of a layer there are its weights and, for a moment, what they were gathered in.
+        """
+        if not self._outer:
+            return 0
+        inner = [m for m in self._model.modules() if isinstance(m, FSDPModule) and m not in self._outer]
+        layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in inner]
+        return sum(weight.nbytes for weight in self._model.parameters()) - sum(layers) + 2 * max(layers)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

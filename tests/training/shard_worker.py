@@ -54,6 +54,13 @@ class Watched(engine.Engine):
         losses = super().gradient(batch, slack)
         self.seen["base"] = sum(weight.nbytes for weight in self.student.model.parameters())
         self.seen["held"] = held()
+        shards = self.student.shards
+        with shards.whole():
+            self.seen["outer"] = held() - self.seen["held"]
+        layer = self.student.model.get_decoder().layers[0]
+        self.seen["layer"] = sum(weight.nbytes for weight in layer.parameters())
+        self.seen["gathered"] = shards.gathered
+        self.seen["fixed"] = self.memory.fixed
         if self.dies is not None:
             Watched.dies = self.dies - 1
             if self.dies == 0:
@@ -73,7 +80,8 @@ def go(folder: Path, case: dict[str, Any], shard: bool = True) -> dict[str, int]
     how = replace(options(folder, case), shard=shard)
     engine.Engine, stock = Watched, engine.Engine  # type: ignore[misc]
     try:
-        engine.train(case["model"], records, config, how)
+        model = case.get("second", case["model"]) if os.environ.get("RANK") == "1" else case["model"]
+        engine.train(model, records, config, how)
     finally:
         engine.Engine = stock  # type: ignore[misc]
     return Watched.seen
