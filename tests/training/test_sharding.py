@@ -53,7 +53,7 @@ def two(folder: Path, cases: list[dict[str, Any]], limit: float = 200) -> list[A
 
 def album(folder: Path) -> Path:
     """Records of text and of pictures, unevenly spread over the rows of a batch."""
-    from vision.test_training_torch import photo, said
+    from vision.records import photo, said
 
     photo(0, 84, 56).save(folder / "a.png")
     rows = [{"messages": said("<image> w20 <image>", "w30 w31"), "images": ["a.png", "a.png"]}]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 
 import mlx_kvret
@@ -14,6 +13,7 @@ from mlx_kvret.api import backend_of
 from mlx_kvret.errors import ConfigError
 
 from .folders_torch import MARKS, family, folder
+from .records import photo
 
 # it sees keys, so that a wrong rotation or a wrong mask shows
 OPTIONS: list[dict[str, Any]] = [
@@ -21,10 +21,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"policy": "keydiff", "scope": "head"},
     {"policy": "keydiff", "scope": "modality", "picture_share": 0.5},
 ]
-
-
-def photo(seed: int, high: int, wide: int) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (high, wide, 3), np.uint8))
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

@@ -6,8 +6,6 @@ from functools import cache as once
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 
@@ -19,15 +17,12 @@ from mlx_kvret.cuda_backend.seeing import Seen, prepared
 from mlx_kvret.errors import ConfigError, MissingDependencyError, UnsupportedFeatureError
 
 from .folders_torch import folder
+from .records import photo
 from .tiny_torch import IMAGE
 
 NAMES = ("qwen2_5_vl", "qwen3_vl", "glm4v", "gemma3", "gemma4", "llava", "idefics3", "internvl")
 LARGE: dict[str, Any] = {"budget": 4096, "policy": "recent"}
 WORDS = "w5 w6 <image> w7 w8 <image> w9"
-
-
-def picture(seed: int, high: int = 84, wide: int = 84) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (high, wide, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +62,7 @@ def stops_at(model: Any, listed: list[int]) -> list[int]:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_pictures_in_a_text_in_chunks(name: str, opened: Any) -> None:
     model, processor = opened(name)
-    pictures = [picture(1), picture(2, 60, 90)]
+    pictures = [photo(1), photo(2, 60, 90)]
     made = prepared(model, processor, WORDS, pictures, True)
     expected = stops_at(model, greedy(model, {"input_ids": made.ids, **made.given}))
     for step in (2048, 9):
@@ -82,19 +77,19 @@ def test_two_pictures_in_a_text_in_chunks(name: str, opened: Any) -> None:
 def test_turns_with_pictures_go_on_in_a_cache_that_was_saved(name: str, opened: Any, tmp_path: Path) -> None:
     model, processor = opened(name)
     first = [
-        {"role": "user", "content": [{"type": "image", "image": picture(3)}, {"type": "text", "text": "w21"}]}
+        {"role": "user", "content": [{"type": "image", "image": photo(3)}, {"type": "text", "text": "w21"}]}
     ]
     cache = mlx_kvret.make_cache(model, **LARGE)
     said = tokens(model, processor, first, cache=cache)
     mlx_kvret.save_cache(model, cache, tmp_path / "talk.kv")
-    second = {"images": [picture(4, 56, 84)], "prefill_step_size": 5}
+    second = {"images": [photo(4, 56, 84)], "prefill_step_size": 5}
     found = tokens(model, processor, "w30 <image> w31 w32", cache=cache, **second)
     reopened, _ = mlx_kvret.load_cache(model, tmp_path / "talk.kv")
     assert tokens(model, processor, "w30 <image> w31 w32", cache=reopened, **second) == found
     assert reopened.pictures == cache.pictures and len(cache.pictures) == 2
 
     one = prepared(model, processor, first, None, True)
-    two = prepared(model, processor, "w30 <image> w31 w32", [picture(4, 56, 84)], False)
+    two = prepared(model, processor, "w30 <image> w31 w32", [photo(4, 56, 84)], False)
     whole: dict[str, Any] = {"input_ids": torch.cat([one.ids, torch.tensor([said]), two.ids], 1)}
     for key in one.given:
         parts = [one.given[key], two.given[key]]
@@ -108,9 +103,7 @@ def test_turns_with_pictures_go_on_in_a_cache_that_was_saved(name: str, opened: 
 def test_a_reading_with_pictures_and_text_after_it(opened: Any) -> None:
     model, processor = opened("qwen2_5_vl")
     cache = mlx_kvret.make_cache(model, budget=8, policy="keydiff")
-    made = api.processed(
-        model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|> w6", [picture(5)]
-    )
+    made = api.processed(model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|> w6", [photo(5)])
     api.read_tokens(model, cache, made, 4)
     assert cache.seen == made["input_ids"].shape[1]
     beside = mlx_kvret.make_cache(model, budget=8, policy="keydiff")
@@ -133,7 +126,7 @@ def test_batches_go_on_where_pictures_were_read(opened: Any) -> None:
                 model,
                 processor,
                 "w5 <|vision_start|> <|image_pad|> <|vision_end|> w6",
-                [picture(at, 84, 28 * (at + 1))],
+                [photo(at, 84, 28 * (at + 1))],
             ),
             64,
         )
@@ -149,12 +142,10 @@ def test_batches_go_on_where_pictures_were_read(opened: Any) -> None:
 def test_wrong_use_is_refused(opened: Any, tmp_path: Path) -> None:
     model, processor = opened("qwen3_vl")
     with pytest.raises(ConfigError, match="2 places for a picture"):
-        tokens(model, processor, WORDS, images=[picture(1)], **LARGE)
+        tokens(model, processor, WORDS, images=[photo(1)], **LARGE)
     with pytest.raises(ConfigError, match="has its pictures already"):
-        made = api.processed(
-            model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|>", [picture(1)]
-        )
-        tokens(model, processor, made, images=[picture(1)], **LARGE)
+        made = api.processed(model, processor, "w5 <|vision_start|> <|image_pad|> <|vision_end|>", [photo(1)])
+        tokens(model, processor, made, images=[photo(1)], **LARGE)
     with pytest.raises(ConfigError, match="tokens of pictures and no pictures"):
         tokens(model, processor, [5, IMAGE, IMAGE, 6, 7], **LARGE)
     with pytest.raises(ConfigError, match="its pictures make 9"):
@@ -162,7 +153,7 @@ def test_wrong_use_is_refused(opened: Any, tmp_path: Path) -> None:
         tokens(model, processor, short, **LARGE)
     text, tokenizer = mlx_kvret.load("demo", backend="torch")
     with pytest.raises(ConfigError, match="reads text only"):
-        tokens(text, tokenizer, "recall", images=[picture(1)])
+        tokens(text, tokenizer, "recall", images=[photo(1)])
     with pytest.raises(ConfigError, match="text_only"):
         mlx_kvret.load(tmp_path, None, backend="torch", text_only=True)
     with pytest.raises(MissingDependencyError, match="torchvision"):
@@ -183,14 +174,14 @@ def test_a_tower_that_makes_no_numbers_is_told(
     weight = model.model.get_submodule(part).weight
     monkeypatch.setattr(weight, "data", torch.full_like(weight, torch.inf))
     with pytest.raises(UnsupportedFeatureError, match="bfloat16 or float32"):
-        tokens(model, processor, "w5 <image> w6", images=picture(1), **LARGE)
+        tokens(model, processor, "w5 <image> w6", images=photo(1), **LARGE)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_with_and_without_pictures(name: str, opened: Any) -> None:
     model, processor = opened(name)
     prompts = [WORDS, "w5 w6 w7 w8", "w9 <image> w6"]
-    images = [[picture(1), picture(2, 60, 90)], None, picture(3)]
+    images = [[photo(1), photo(2, 60, 90)], None, photo(3)]
     options: dict[str, Any] = {"budget": 8, "buffer": 2, "policy": "keydiff", "prefill_step_size": 16}
     expected = []
     for prompt, own in zip(prompts, images, strict=True):
@@ -212,7 +203,7 @@ def test_rows_with_and_without_pictures(name: str, opened: Any) -> None:
 def test_the_users_own_calls_with_what_the_processor_makes(opened: Any) -> None:
     model, processor = opened("qwen3_vl")
     made = processor(
-        text=["w5 <|vision_start|> <|image_pad|> <|vision_end|> w6"], images=[picture(1)], return_tensors="pt"
+        text=["w5 <|vision_start|> <|image_pad|> <|vision_end|> w6"], images=[photo(1)], return_tensors="pt"
     )
     cache = mlx_kvret.make_cache(model, **LARGE)
     out = model.generate(**made, **cache_argument(model, cache), max_new_tokens=6, do_sample=False)

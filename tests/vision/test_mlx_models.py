@@ -68,6 +68,16 @@ class Conversation:
                 seen += 1
         return mx.concatenate(found)
 
+    def dense(self, kept):
+        """The same of the model itself, whose attention is over what was ``kept`` at each pass."""
+        plain = tiny.stock_cache(self.lm)
+        with tiny.masked(self.lm, plain, kept) as state:
+
+            def count(_):
+                state["pass"] += 1
+
+            return self.stock(plain, before=count)
+
     def _positions(self, start, end):
         return {} if self.positions is None else {"position_ids": self.positions[..., start:end]}
 
@@ -117,14 +127,7 @@ def test_logits_are_those_of_dense_attention_over_what_was_kept(talk, policy, sc
         assert cache.entries == sum(lengths) <= 10 * len(lengths) < talk.ids.shape[1] * len(lengths)
     finally:
         mlx_kvret.detach(talk.model)
-    plain = tiny.stock_cache(talk.lm)
-    with tiny.masked(talk.lm, plain, kept) as state:
-
-        def count(_):
-            state["pass"] += 1
-
-        expected = talk.stock(plain, before=count)
-    assert tiny.apart(found, expected) < CLOSE[talk.name]
+    assert tiny.apart(found, talk.dense(kept)) < CLOSE[talk.name]
 
 
 @pytest.mark.parametrize("name", ["paligemma", "mllama"])

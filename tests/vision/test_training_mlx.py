@@ -39,7 +39,8 @@ from mlx_kvret.training.records import Records
 from mlx_kvret.training.run import Base, RunOptions
 from vision import folders_mlx
 from vision.folders_torch import folder
-from vision.test_training_torch import documents, opened, photo, said
+from vision.records import photo, standing
+from vision.test_training_torch import documents, opened
 from vision.tiny_torch import IMAGE
 
 pytest.importorskip("mlx_vlm")
@@ -67,23 +68,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
     found = {name: (folder(name, made / name), made / name) for name in ("qwen2_5_vl", "qwen3_vl")}
     own = found["qwen2_5_vl"][0]
     return found | {"qwen2_5_vl": (own, as_published(own, made / "published"))}
-
-
-@pytest.fixture
-def album(tmp_path: Path) -> Path:
-    """Records with one picture, with none, and with two."""
-    for number in range(3):
-        photo(number, 84, 56 + 28 * (number % 2)).save(tmp_path / f"{number}.png")
-    part = [{"type": "image"}, {"type": "text", "text": "w20 w21"}]
-    rows = [
-        {"messages": said(part, "w30 w31"), "images": ["0.png"]},
-        {"messages": said("w22 <image> w23", "w32 w33 w34"), "images": ["1.png"]},
-        {"messages": said("w24 w25 w26", "w35")},
-        {"messages": said("<image> w27 <image>", "w36 w37"), "images": ["2.png", "0.png"]},
-    ]
-    path = tmp_path / "albums.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def both_gates(student: Student) -> tuple[RetentionGates, TorchGates]:
@@ -209,17 +193,11 @@ def compare(
     student: Student, whole: list[Document], alone: list[np.ndarray], batch: Batch, hidden: mx.array
 ) -> None:
     """Each document's logits in the rows of a batch against its own alone."""
-    found = 0
-    for row, column in zip(*np.nonzero(batch.position == 0), strict=True):
-        number = next(
-            n
-            for n, one in enumerate(whole)
-            if one.ids.tolist() == batch.ids[row, column : column + len(one.ids)].tolist()
-        )
-        logits = np.array(student.logits(hidden[int(row), int(column) : int(column) + len(alone[number])]))
+    found = list(standing(batch, whole))
+    for number, row, own in found:
+        logits = np.array(student.logits(hidden[row, own]))
         assert np.abs(logits - alone[number]).max() < 5e-6 * np.abs(alone[number]).max()
-        found += 1
-    assert found == len(whole)
+    assert len(found) == len(whole)
 
 
 def test_training_by_the_command_line_and_its_gates(

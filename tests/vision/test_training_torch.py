@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
@@ -34,35 +33,10 @@ from mlx_kvret.training.pictures import Shown, spread
 from mlx_kvret.training.records import Records
 
 from .folders_torch import folder
+from .records import photo, said, standing
 from .tiny_torch import IMAGE
 
 NEAR = 2e-6
-
-
-def photo(seed: int, high: int = 84, wide: int = 84) -> PIL.Image.Image:
-    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (high, wide, 3), np.uint8))
-
-
-def said(*content: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": content[0]}, {"role": "assistant", "content": content[1]}]
-
-
-@pytest.fixture
-def album(tmp_path: Path) -> Path:
-    """Records of both forms, one of text, and one of two pictures."""
-    (tmp_path / "pictures").mkdir()
-    for number in range(3):
-        photo(number, 84, 56 + 28 * (number % 2)).save(tmp_path / "pictures" / f"{number}.png")
-    part = [{"type": "image"}, {"type": "text", "text": "w20 w21"}]
-    rows = [
-        {"messages": said(part, "w30 w31"), "images": ["pictures/0.png"]},
-        {"messages": said("w22 <image> w23", "w32 w33 w34"), "images": ["pictures/1.png"]},
-        {"messages": said("w24 w25 w26", "w35")},
-        {"messages": said("<image> w27 <image>", "w36 w37"), "images": ["pictures/2.png", "pictures/0.png"]},
-    ]
-    path = tmp_path / "albums.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -100,27 +74,18 @@ def test_packed_documents_are_as_each_alone_in_the_stock_model(
     records = Records([album])
     length = 1024 if name in ("llava", "internvl", "gemma4") else 48
     packer = Packer(records, lambda n: whole[n], length, 2, seed=3, epochs=1)
-    student, found = Student(model, seeing), dict[str, torch.Tensor]()
+    student, found = Student(model, seeing), dict[int, torch.Tensor]()
     calls = _counted(model)
     while (batch := packer.batch()) is not None:
         ids, starts = torch.from_numpy(batch.ids), torch.from_numpy(batch.starts)
         seen, before = student.see(ids, starts, batch, range(len(ids))), len(calls)
         hidden = student.teach(ids, starts, seen).hidden
         assert len(calls) == before and len(calls) <= 3
-        for row, column in zip(*np.nonzero(batch.position == 0), strict=True):
-            begin = int(column)
-            count = int((batch.starts[row] == begin).sum())
-            logits = student.logits(hidden[row, begin : begin + count])
-            match = next(
-                n
-                for n, one in enumerate(whole)
-                if one.ids.tolist() == ids[row, begin : begin + len(one.ids)].tolist()
-            )
-            found[str(match)] = logits[: len(whole[match].ids)]
+        for number, row, own in standing(batch, whole):
+            found[number] = student.logits(hidden[row, own])
     assert len(found) == len(whole)
     for number, expected in enumerate(alone):
-        got = found[str(number)]
-        assert float((got - expected).abs().max() / expected.abs().max()) < NEAR
+        assert float((found[number] - expected).abs().max() / expected.abs().max()) < NEAR
     # the tower has seen each document once
     assert len(calls) == 3
     student.detach()
