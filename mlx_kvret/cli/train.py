@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 
 from ..training.config import PAPER, TrainConfig
 
+SELF_RECORDS = 200
 EXAMPLES = """
 \b
 Examples:
@@ -53,7 +55,11 @@ def _setting(name: str, text: str, metavar: str | None = None) -> Any:
     help="A .txt file (one document) or .jsonl file (per line an object with text or messages); or self: "
     "the model writes the texts, going on with those of other files if there are any. Repeatable.",
 )
-@click.option("--self-records", default=200, show_default=True, help="Texts to write for --data self.")
+@click.option(
+    "--self-records",
+    type=click.IntRange(1),
+    help="Texts to write for --data self (one a sequence, at most 200).",
+)
 @click.option(
     "--dataset",
     "datasets",
@@ -127,7 +133,7 @@ def _setting(name: str, text: str, metavar: str | None = None) -> Any:
 def command(
     model: str | None,
     files: tuple[str, ...],
-    self_records: int,
+    self_records: int | None,
     export: Path | None,
     preset: str,
     datasets: tuple[str, ...],
@@ -167,6 +173,7 @@ def command(
     config = TrainConfig(**settings)
     chosen = _choose_backend(backend, model)
     if "self" in files:
+        self_records = self_records or min(SELF_RECORDS, (config.steps or SELF_RECORDS) * config.batch)
         files = _own_words(model, chosen, files, folder, self_records, config, resume)
     records = Records(files, datasets, split, skip_bad)
     if backend == "torch" and device == "auto":
@@ -218,8 +225,7 @@ def _own_words(
     resume: bool,
 ) -> tuple[str, ...]:
     """The file of texts the model wrote, beside the run's folder; written first if it is not there."""
-    from tqdm import tqdm
-
+    from ..evaluation.progress import Progress
     from ..training.own_words import own_words
     from ..training.records import Records
 
@@ -229,6 +235,9 @@ def _own_words(
         texts = Records(others, (), "train", False) if others else None
         seeds = [texts.read(index) for index in range(len(texts))] if texts else []
         written = own_words(model, backend, seeds, path, count, config.length, config.seed, resume)
-        for _ in tqdm(written, f"writing {path.name}", count, unit="text", mininterval=1):
-            pass
+        first = next(written)
+        with Progress(count, first - 1, unit="text") as told:
+            told.starts(f"writing {path.name}")
+            for _ in chain([first], written):
+                told.done()
     return (str(path),)

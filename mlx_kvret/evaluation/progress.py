@@ -12,17 +12,23 @@ EVERY = 60.0
 
 
 class Progress:
-    """Cells done of ``total``, of which ``already`` were there; with a bar, or lines every minute.
+    """Units done of ``total``, of which ``already`` were there; with a bar, or lines every minute.
 
     ``line`` takes the lines; they go to stderr unless given.
     """
 
     def __init__(
-        self, total: int, already: int, shown: bool = True, line: Callable[[str], None] | None = None
+        self,
+        total: int,
+        already: int,
+        shown: bool = True,
+        line: Callable[[str], None] | None = None,
+        unit: str = "cell",
     ) -> None:
+        self._unit = unit
         self._total, self._already, self._done, self._last = total, already, 0, 0
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=already, disable=not (shown and terminal), unit="cell")
+        self._bar = tqdm(total=total, initial=already, disable=not (shown and terminal), unit=unit)
         self._line: Callable[[str], None] | None = (line or _to_stderr) if shown and not terminal else None
         self._start = time.monotonic()
         self._told = -EVERY
@@ -37,7 +43,7 @@ class Progress:
             self._tell()
 
     def starts(self, text: str) -> None:
-        """A cell begins."""
+        """A unit begins."""
         self._bar.set_postfix_str(text)
         self._current = text
 
@@ -52,11 +58,11 @@ class Progress:
 
     def _tell(self) -> None:
         passed, self._last = time.monotonic() - self._start, self._done
-        cells = self._already + self._done
-        left = passed / self._done * (self._total - cells)
+        there = self._already + self._done
+        left = passed / self._done * (self._total - there)
         times = f"{_span(passed)} gone, about {_span(left)} left"
         assert self._line
-        self._line(f"{cells} of {self._total} cells, {times} ({self._current})")
+        self._line(f"{there} of {self._total} {self._unit}s, {times} ({self._current})")
 
 
 def _span(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Training data by the base model itself: it goes on with texts, and talks about them.
 
 Gates learn what the model will need in its own answers, so nothing but the model has to be at hand. Records
-are written one by one; a process that was killed goes on behind the last whole one.
+are written some at a time; a process that was killed goes on behind the last whole one.
 """
 
 from __future__ import annotations
@@ -9,17 +9,30 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.picture_prompts import spoken_by
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedFeatureError
 from .records import Record
 
-# prompt token ids and the most new tokens, to the answer's text
-Answer = Callable[[list[int], int], str]
 
+class Asked(NamedTuple):
+    """A prompt's token ids, the most new tokens, and the seed they are drawn with."""
+
+    ids: list[int]
+    most: int
+    seed: int
+
+
+# the answers' texts
+Answer = Callable[[Sequence[Asked]], Sequence[str]]
+# a record that comes to be: asks, is answered, and is returned
+Writing = Generator[Asked, str, dict[str, Any]]
+
+# records that are written side by side
+ROWS = 8
 # tokens for which an answer is worth asking
 LEAST = 16
 OPENERS = tuple(
@@ -75,26 +88,47 @@ def write_records(
     if not resume:
         part.unlink(missing_ok=True)
     while done < count:
-        rng = random.Random(f"{seed} {done}")
-        text = _text(rng.choice(seeds)) if seeds else rng.choice(OPENERS)
-        talks = bool(tokenizer.chat_template) and (not seeds or rng.random() < 0.5)
-        record = (
-            _talk(rng, text, length, tokenizer, answer) if talks else _go_on(text, length, tokenizer, answer)
-        )
-        with part.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        done += 1
-        yield done
+        writing = [
+            _record(random.Random(f"{seed} {number}"), seeds, length, tokenizer)
+            for number in range(done, min(done + ROWS, count))
+        ]
+        for record in _together(writing, answer):
+            with part.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            done += 1
+            yield done
     os.replace(part, path)
 
 
-def _go_on(text: str, length: int, tokenizer: Any, answer: Answer) -> dict[str, Any]:
+def _together(writing: Sequence[Writing], answer: Answer) -> list[dict[str, Any]]:
+    """The records, all that ask at a time answered at once."""
+    records: dict[int, dict[str, Any]] = {}
+    asking = {place: next(one) for place, one in enumerate(writing)}
+    while asking:
+        said = dict(zip(asking, answer(list(asking.values())), strict=True))
+        asking = {}
+        for place, text in said.items():
+            try:
+                asking[place] = writing[place].send(text)
+            except StopIteration as end:
+                records[place] = end.value
+    return [records[place] for place in range(len(writing))]
+
+
+def _record(rng: random.Random, seeds: Sequence[Record], length: int, tokenizer: Any) -> Writing:
+    text = _text(rng.choice(seeds)) if seeds else rng.choice(OPENERS)
+    talks = bool(tokenizer.chat_template) and (not seeds or rng.random() < 0.5)
+    return (yield from (_talk if talks else _go_on)(rng, text, length, tokenizer))
+
+
+def _go_on(rng: random.Random, text: str, length: int, tokenizer: Any) -> Writing:
     """The first half of a record is the text's, the rest the model's."""
     ids = tokenizer.encode(text)[: max(1, length // 2)]
-    return {"text": tokenizer.decode(ids, skip_special_tokens=True) + answer(ids, length - len(ids))}
+    said = yield Asked(ids, length - len(ids), rng.getrandbits(32))
+    return {"text": tokenizer.decode(ids, skip_special_tokens=True) + said}
 
 
-def _talk(rng: random.Random, text: str, length: int, tokenizer: Any, answer: Answer) -> dict[str, Any]:
+def _talk(rng: random.Random, text: str, length: int, tokenizer: Any) -> Writing:
     """Questions on a text, answered by the model, until the record is long enough."""
     ids = tokenizer.encode(text, add_special_tokens=False)[: max(1, length // 2)]
     told = tokenizer.decode(ids)
@@ -102,11 +136,12 @@ def _talk(rng: random.Random, text: str, length: int, tokenizer: Any, answer: An
     messages: list[dict[str, str]] = []
     while True:
         asked = [*messages, {"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        room = length - len(prompt)
-        said = answer(list(prompt), min(room, length // 4)).strip() if room >= LEAST else ""
+        prompt = list(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+        said, room = "", length - len(prompt)
+        if room >= LEAST:
+            said = (yield Asked(prompt, min(room, length // 4), rng.getrandbits(32))).strip()
         if not said:
-            return {"messages": messages} if messages else _go_on(text, length, tokenizer, answer)
+            return {"messages": messages} if messages else (yield from _go_on(rng, text, length, tokenizer))
         messages = [*asked, {"role": "assistant", "content": said}]
         question = rng.choice(LATER)
 
@@ -143,7 +178,7 @@ def own_words(
     Raises:
         ConfigError: the file is there already, or the model has no tokenizer.
     """
-    from ..api import load, stream_generate
+    from ..api import load
 
     if path.exists():
         raise ConfigError(f"{path} exists already; train on it with --data {path}, or remove it")
@@ -152,9 +187,24 @@ def own_words(
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so it cannot write texts; give --data FILE")
 
-    def answer(ids: list[int], most: int) -> str:
-        draw = {"temp": 1.0, "seed": seed + len(ids)}
-        stream = stream_generate(network, tokenizer, ids, max_tokens=most, policy="full", **draw)
-        return "".join(response.text for response in stream)
+    def answer(asked: Sequence[Asked]) -> Sequence[str]:
+        return _answers(network, tokenizer, asked, length)
 
     yield from write_records(path, seeds, count, length, seed, tokenizer, answer, resume)
+
+
+def _answers(network: Any, tokenizer: Any, asked: Sequence[Asked], length: int) -> Sequence[str]:
+    """Side by side in caches that hold all of ``length`` tokens, or one by one where rows are refused."""
+    from ..api import generate
+    from ..batching import generate_batch
+
+    ids, most, seeds = map(list, zip(*asked, strict=True))
+    try:
+        return generate_batch(
+            network, tokenizer, ids, budget=length, policy="recent", max_tokens=most, seed=seeds, temp=1.0
+        )
+    except UnsupportedFeatureError:
+        return [
+            generate(network, tokenizer, one.ids, policy="full", max_tokens=one.most, seed=one.seed, temp=1.0)
+            for one in asked
+        ]

@@ -5,8 +5,10 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from mlx_kvret import batching
 from mlx_kvret.demo import MODEL
-from mlx_kvret.errors import ConfigError
+from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
+from mlx_kvret.training import own_words as module
 from mlx_kvret.training.own_words import own_words, write_records
 from mlx_kvret.training.records import Record, Records
 
@@ -15,8 +17,8 @@ TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 SEEDS = [Record("a", text="Stella likes salmon . " * 20), Record("b", text="Ivan likes copper . " * 20)]
 
 
-def answer(ids, most):
-    return TOKENIZER.decode(ids[:most])
+def answer(asked):
+    return [TOKENIZER.decode(one.ids[: one.most]) for one in asked]
 
 
 def write(path, count=6, seeds=SEEDS, **options):
@@ -64,3 +66,30 @@ def test_only_a_model_is_needed(tmp_path, backend):
         assert json.loads(line).keys() <= {"text", "messages"}
     with pytest.raises(ConfigError, match="exists already"):
         list(own_words("demo", backend, [], path, 2, 32, 0))
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_side_by_side_as_one_by_one(tmp_path, backend, monkeypatch):
+    def refused(*_, **__):
+        raise UnsupportedFeatureError("no rows")
+
+    monkeypatch.setattr(module, "OPENERS", ("remember Ada amber", "the weary miller", "recall Ada"))
+    list(own_words("demo", backend, [], tmp_path / "rows", 5, 48, 3))
+    # a process that was killed in the middle, and a model of which rows are refused
+    lines = (tmp_path / "rows").read_text().splitlines(keepends=True)
+    (tmp_path / "alone.part").write_text(lines[0])
+    monkeypatch.setattr(batching, "generate_batch", refused)
+    assert list(own_words("demo", backend, [], tmp_path / "alone", 5, 48, 3, resume=True)) == [2, 3, 4, 5]
+    assert (tmp_path / "alone").read_text() == "".join(lines)
+    assert len(set(lines)) == 5
+
+
+def test_as_many_ask_at_a_time_as_there_are_rows(tmp_path):
+    asked = []
+
+    def told(those):
+        asked.append(len(those))
+        return answer(those)
+
+    list(write_records(tmp_path / "own", SEEDS, module.ROWS + 3, LENGTH, 0, TOKENIZER, told))
+    assert asked[0] == module.ROWS and 3 in asked
