@@ -15,6 +15,7 @@ from mlx_kvret.core.config import MOST_TOKENS
 from mlx_kvret.core.schedule import Move, grown, together
 from mlx_kvret.core.shares import own_due
 from mlx_kvret.core.state import State
+from mlx_kvret.core.types import Ints
 
 from . import digits
 from .kernels.dispatch import fill, select
@@ -116,7 +117,8 @@ def _compact(due: Due) -> None:
         stays = _with_room(rows[0], stays, survives)
     slots = pool.destinations(stays, survives, slabs)
     arrays = pool.admitted(stays, slots, survives, *new, slabs)
-    after = State((row, _after(row, move, arrays["offsets"][at])) for at, (row, move) in enumerate(due))
+    counts = _counts(rows, arrays["offsets"])
+    after = State((row, _after(row, move, own)) for (row, move), own in zip(due, counts, strict=True))
     rest = [part for row in rows for part in _remaining(row, tokens)]
     arena.put(Compaction(rows, _moves(rows, slots, survives, tokens), arrays, rest, after))
 
@@ -148,12 +150,17 @@ def _chosen(due: Due, joined: Sequence[torch.Tensor]) -> torch.Tensor:
     return select(score, position, head, clock, config, arena.size, pool.heads, budget)
 
 
-def _after(row: Row, move: Move, offsets: torch.Tensor) -> dict[str, Any]:
-    """What becomes of a row whose heads' entries are now listed from ``offsets`` (heads + 1,) on."""
-    share, counts = row.arena.share, None
-    if row.config.threshold is not None:
-        counts = np.diff(offsets.cpu().numpy()[:: row.arena.size])
-        counts = counts if share is None else share.totals(counts, row.config)
+def _counts(rows: Sequence[Row], offsets: torch.Tensor) -> Sequence[Ints | None]:
+    """Entries of each row's groups, by where its heads' are listed (R, heads + 1), if a threshold asks."""
+    arena, config = rows[0].arena, rows[0].config
+    if config.threshold is None:
+        return [None] * len(rows)
+    counts = np.diff(offsets.cpu().numpy()[:, :: arena.size])
+    return [own if arena.share is None else arena.share.totals(own, config) for own in counts]
+
+
+def _after(row: Row, move: Move, counts: Ints | None) -> dict[str, Any]:
+    """What becomes of a row whose groups now have so many entries."""
     schedule = copy.copy(row.schedule)
     schedule.done(move, row.seen - row.length, counts)
     left = row.length - move.tokens
