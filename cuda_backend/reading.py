@@ -43,9 +43,9 @@ class Reading:
         if tokens == 1 and len(rows) > 1 and fits and self.whole:
             self.places = Places(arena.pool, self.numbers(rows), arena.device)
         self._chunks = [self._chunk(row, n) for row, n in zip(rows, counts, strict=True)]
-        # of several rows: where they stand, and each layer's tokens one row after another
+        # of several rows: where they stand, and the tokens of the layer at hand one row after another
         self._rows = None if self.places is not None else self._together()
-        self._joined: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._joined: ChunkView | None = None
 
     def _together(self) -> Chunks | None:
         """Where the rows that read stand if they are several."""
@@ -171,7 +171,7 @@ class Reading:
             if n:
                 parts.append(tuple(a[at : at + 1, :, begin:end] for a in (keys, values)))
         joined = [torch.cat(side, 2) for side in zip(*parts, strict=True)]
-        self._joined[layer] = joined[0], joined[1]
+        self._joined = ChunkView(self.arena.pool, layer, joined[0], joined[1], chunks)
         active = [at for at, n in enumerate(self.counts) if n]
         for at, (_, begin, length, tokens, _, _) in zip(active, chunks.numbers, strict=True):
             own = tuple(a[:, :, begin : begin + length] for a in joined)
@@ -208,9 +208,8 @@ class Reading:
 
     def chunks(self, layer: int) -> ChunkView | None:
         """What several rows' chunks attend to, after :meth:`append`; None where a row or a step is alone."""
-        if self._rows is None:
-            return None
-        return ChunkView(self.arena.pool, layer, *self._joined[layer], self._rows)
+        assert self._joined is None or self._joined.layer == layer
+        return self._joined
 
     def _each(self) -> zip[tuple[Row, int, tuple[int, int]]]:
         return zip(self.rows, self.counts, self.ends, strict=True)

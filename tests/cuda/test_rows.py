@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -128,6 +129,17 @@ def test_rows_that_are_due_together_select_together(room: int, monkeypatch: pyte
     assert sum(together) == sum(asked)
     # unless they are too many entries to be looked at at once
     assert (max(together), len(together) < len(asked)) == ((1, False) if room == 1 else (2, True))
+
+
+def test_tokens_joined_of_several_rows_go_with_their_layer() -> None:
+    batch, joined = HOST.new(SMALL), list[Any]()
+    batch.extend(HOST.new(SMALL))
+    batch.prepare([2, 1])
+    batch.begin(2, 2)
+    for layer in range(2):
+        batch.reading.append(layer, torch.zeros(2, 2, 2, 3), torch.zeros(2, 2, 2, 5))
+        joined.append(weakref.ref(batch.reading.chunks(layer).keys))
+    assert [one() is None for one in joined] == [True, False]
 
 
 class Worked(TorchDispatchMode):
