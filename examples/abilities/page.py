@@ -148,17 +148,24 @@ def _place(entry: Entry) -> str:
     return f"{entry.task}, {entry.length:,} tokens" if entry.length else entry.task
 
 
+def _digits(entry: Entry) -> int:
+    # shares of attention are small
+    return 4 if entry.task.startswith("attention: attention") else 3
+
+
 def _shown(entry: Entry) -> str:
-    error = "" if math.isnan(entry.error) else f" ± {entry.error:.3f}"
-    return f"{entry.mean:.3f}{error}"
+    digits = _digits(entry)
+    error = "" if math.isnan(entry.error) else f" ± {entry.error:.{digits}f}"
+    return f"{entry.mean:.{digits}f}{error}"
 
 
 def _against(entry: Entry, full: Entry | None) -> str:
     if full is None:
         return _shown(entry)
     gain, error = _above(entry, full)
-    told = "" if math.isnan(error) else f" ± {error:.3f}"
-    return f"{entry.mean:.3f} ({gain:+.3f}{told})"
+    digits = _digits(entry)
+    told = "" if math.isnan(error) else f" ± {error:.{digits}f}"
+    return f"{entry.mean:.{digits}f} ({gain:+.{digits}f}{told})"
 
 
 def _above(entry: Entry, other: Entry) -> tuple[float, float]:
@@ -179,11 +186,11 @@ def _losses(found: Sequence[Entry]) -> list[str]:
                 continue
             gain, error = ours.ahead(theirs)
             if not math.isnan(error) and gain < -2 * error:
+                digits = _digits(ours)
                 names = (name_of(method).replace("*", "") for method in (ours.method, theirs.method))
-                means = (f"{name} {e.mean:.3f}" for name, e in zip(names, (ours, theirs), strict=True))
-                line = (
-                    f"- {_place(ours)}, {ours.budget}: {', '.join(means)} ({-gain:.3f} ± {error:.3f} behind)"
-                )
+                means = (f"{name} {e.mean:.{digits}f}" for name, e in zip(names, (ours, theirs), strict=True))
+                behind = f"{-gain:.{digits}f} ± {error:.{digits}f} behind"
+                line = f"- {_place(ours)}, {ours.budget}: {', '.join(means)} ({behind})"
                 told.append((gain / max(error, 1e-9), line))
     return [line for _, line in sorted(told)] or ["Nowhere."]
 
