@@ -74,6 +74,7 @@ class Arena:
         self.pool = Pool(1, shape.heads // self.size, self.size, device, forms)
         self.recent = Recent(shape, 1, self.defer, device)
         self.passes, self.identity = Passes(), ""
+        self.reach: int | None = None
         # whose pass is under way
         self.reader = 0
         self._decided: Change | None = None
@@ -93,7 +94,7 @@ class Arena:
         twin = Arena(
             self.shape, self.config, self.owner, self.device, self.gates, self.gate_layers, self.share
         )
-        twin.identity = self.identity
+        twin.identity, twin.reach = self.identity, self.reach
         return twin
 
     # ------------------------------------------------------------------ changes, whole or not at all

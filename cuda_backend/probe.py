@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from mlx_kvret.core.advice import reach_of
 from mlx_kvret.core.budget import CacheShape
 from mlx_kvret.core.config import EvictionConfig
 from mlx_kvret.core.fitting import fit_gates
@@ -43,6 +44,8 @@ class Layout:
     windows: dict[int, WindowShape] = field(default_factory=dict)
     # where several processes hold the model together
     share: Share | None = None
+    # tokens that the model was made for, where it says so
+    reach: int | None = None
 
     @property
     def whole(self) -> CacheShape:
@@ -69,10 +72,11 @@ class Layout:
 
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model."""
-        if config.policy != "learned" or gates is None:
-            return Bounded.single(self.shape, config, owner, self.device, share=self.share)
-        told = gates, self.check_gates(gates), self.share
-        return Bounded.single(self.shape, config, owner, self.device, *told)
+        scoring = gates if config.policy == "learned" else None
+        layers = None if scoring is None else self.check_gates(scoring)
+        made = Bounded.single(self.shape, config, owner, self.device, scoring, layers, self.share)
+        made.arena.reach = self.reach
+        return made
 
 
 def stock_layers(model: PreTrainedModel) -> list[Any]:
@@ -90,7 +94,7 @@ def probe(model: PreTrainedModel, hooked: Callable[[], None], hidden: dict[int, 
         UnsupportedModelError: the hooked model does not give the same logits from a bounded cache.
     """
     name, layout = model.config.model_type, layout_of(model, hidden)
-    layout = replace(layout, share=split_of(model, layout.shape))
+    layout = replace(layout, share=split_of(model, layout.shape), reach=reach_of(model.config.to_dict()))
     ids = tokens_of(model)
     plain, cut = chunkings(ids.shape[1])
     with refusals(name):

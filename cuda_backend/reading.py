@@ -229,6 +229,7 @@ class Reading:
         """The tokens are part of their rows."""
         for (row, n, _), chunk in zip(self._each(), self._chunks, strict=True):
             if n:
+                row.tell_reach(n)
                 row.seen += n
                 row.length += n
                 row.scored = row.length if self._direct else row.scored

@@ -102,10 +102,9 @@ def verdict(found: Plan, smallest: int | None, label: str) -> str:
 
 def longest(config: dict[str, Any]) -> int:
     """Tokens that a model was made for; 32,768 where its config does not say."""
-    from ..core.fingerprint import text_config
+    from ..core.advice import reach_of
 
-    found = text_config(config).get("max_position_embeddings")
-    return found if isinstance(found, int) and 0 < found < 2**31 else 32768
+    return reach_of(config) or 32768
 
 
 def weight_bytes(folder: Path) -> int:

@@ -1,14 +1,16 @@
-"""How gates want to be used, joined with what the user said."""
+"""What a model and its gates were made for: joined with what the user said, or told where it is left."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from .config import GateConfig
+from .fingerprint import text_config
 
 _LOG = logging.getLogger("mlx_kvret")
-_warned: set[tuple[GateConfig, int]] = set()
+_warned: set[tuple[Any, int]] = set()
 
 
 def advised(options: dict[str, Any], gates: GateConfig | None, budget: int) -> dict[str, Any]:
@@ -34,3 +36,30 @@ def advised(options: dict[str, Any], gates: GateConfig | None, budget: int) -> d
         # a budget that is split already takes no minimum
         wished.pop("min_per_head", None)
     return options | wished | said
+
+
+def reach_of(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a model was made for, by its ``config.json``; None where it does not say."""
+    text = text_config(dict(config))
+    most = text.get("max_position_embeddings")
+    if not isinstance(most, int) or not 0 < most < 2**31:
+        return None
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    # YaRN's models state what they had before it
+    factor, before = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    stretched = factor * before if isinstance(factor, (int, float)) and isinstance(before, int) else 0
+    return max(most, int(stretched))
+
+
+def tell_reach(model: str, reach: int | None, before: int, after: int) -> None:
+    """Warn, once of each ``model``, when a sequence goes from ``before`` to ``after`` tokens, past its reach.
+
+    A budget bounds memory; positions go on, and a model gets worse beyond those that it has learnt.
+    """
+    if reach is not None and before <= reach < after and (model, reach) not in _warned:
+        _warned.add((model, reach))
+        _LOG.warning(
+            "the text is longer than the %d tokens this model was made for (max_position_embeddings); expect "
+            "worse answers from here on, with any cache",
+            reach,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .advice import tell_reach
 from .config import EvictionConfig
 from .eviction import heads_per_group
 from .pictures import Pictures
@@ -34,6 +35,10 @@ class BaseRow:
     def counted(self) -> int:
         """Bytes of these entries by arithmetic, over all ranks too."""
         return int(self.arena.whole.counted(self._kept, self._newest, self.config.kv_bits))
+
+    def tell_reach(self, coming: int) -> None:
+        """Warn where the tokens that come go beyond what the model was made for."""
+        tell_reach(self.arena.owner.get("model", ""), self.arena.reach, self.seen, self.seen + coming)
 
     @property
     def _kept(self) -> int:

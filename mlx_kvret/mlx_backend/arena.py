@@ -61,6 +61,7 @@ class Arena:
         self.shape, self.config, self.owner, self.share = shape, config, owner, share
         self.gates, self.gate_layers = gates, gate_layers
         self.identity = ""
+        self.reach: int | None = None
         self.size = heads_per_group(config, shape.layers, shape.kv_heads)
         forms = packings(config.kv_bits, shape.key_dim, shape.value_dim)
         self.pool = Pool(shape.heads // self.size, self.size, slabs, forms)
@@ -200,7 +201,7 @@ class Arena:
         """An empty arena for the same model and gates."""
         told = self.owner, self.gates, self.gate_layers, slabs, self.share
         made = Arena(self.shape, config or self.config, *told)
-        made.identity = self.identity
+        made.identity, made.reach = self.identity, self.reach
         return made
 
     # ------------------------------------------------------------------ looking

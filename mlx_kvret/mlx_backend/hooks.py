@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as mlx_cache
 
+from ..core.advice import reach_of
 from ..core.config import EvictionConfig
 from ..core.fingerprint import check_identity
 from ..core.machine import check_fits
@@ -109,7 +110,8 @@ def _install(
         latent = any(hasattr(attention, "kv_lora_rank") for attention in attentions)
         layout = probe(model, _stock_cache(model), name, latent)
         places = [index for index, _ in layout.places]
-        layout = replace(layout, split=split_of(model, layout.shape, layout.latent, places, name))
+        split = split_of(model, layout.shape, layout.latent, places, name)
+        layout = replace(layout, split=split, reach=reach_of(_arguments(model)))
         if gates is not None:
             gates.stack(layout.check_gates(gates))
         own = own_eviction(layout.whole, None if gates is None else gates.config, options or {})
@@ -130,6 +132,12 @@ def _install(
             remove(model)
             raise
     return made
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """What the model's part that speaks was made from."""
+    found = getattr(model, "args", None) or getattr(model, "config", None)
+    return {} if found is None else vars(found)
 
 
 def remove(model: nn.Module) -> None:

@@ -48,6 +48,8 @@ class Layout:
     others: dict[Place, Other] = field(default_factory=dict)
     # where several processes hold the model together
     split: Split | None = None
+    # tokens that the model was made for, where it says so
+    reach: int | None = None
 
     @property
     def share(self) -> Share | None:
@@ -107,9 +109,11 @@ class Layout:
     def shared(self, config: EvictionConfig, gates: RetentionGates | None, owner: dict[str, str]) -> Bounded:
         """An empty pool for this model. Raises as :meth:`check_bits`."""
         self.check_bits(config.kv_bits)
-        if config.policy != "learned" or gates is None:
-            return Bounded.single(self.shape, config, owner, share=self.share)
-        return Bounded.single(self.shape, config, owner, gates, self.check_gates(gates), self.share)
+        scoring = gates if config.policy == "learned" else None
+        layers = None if scoring is None else self.check_gates(scoring)
+        made = Bounded.single(self.shape, config, owner, scoring, layers, self.share)
+        made.arena.reach = self.reach
+        return made
 
     def join(self, cache: list[Any], gates: RetentionGates | None, owner: dict[str, str]) -> Bounded | None:
         """Turn layers read from a prompt file into a working cache, in place; None if there are none.

@@ -205,6 +205,7 @@ class Reading:
                 waiting = [one for one in self.arena.unscored if one() is not None]
                 changed.append((self.arena, {"unscored": [*waiting, ref(observed)]}))
         for place, (_, row, n) in enumerate(self.active):
+            row.tell_reach(n)
             after: dict[str, Any] = {"seen": row.seen + n, "length": row.length + n}
             if observed is not None:
                 after["pieces"] = [*row.pieces, (observed, first, first + n)]
