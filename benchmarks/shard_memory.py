@@ -1,22 +1,26 @@
 """What `train --shard` saves: memory of one process, and of each of two that share the base, on a CPU.
 
-python benchmarks/shard_memory.py        makes a random model of 400 MB, trains two steps, prints a table
+python benchmarks/shard_memory.py        makes a random model of 400 MB and trains two steps
 
-The base is saved in half precision and opened in float32: so its weights are the process's own memory, and
-not pages of a file that processes share.
+Prints a table, and writes it to benchmarks/results/shard_memory.md. The base is saved in half precision and
+opened in float32: so its weights are the process's own memory, and not pages of a file that processes share.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results" / "shard_memory.md"
 SIZES: dict[str, Any] = {
     "vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
     "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 256,
@@ -99,11 +103,21 @@ def main() -> None:
         make(folder)
         for count in (1, 2):
             launch(folder, count)
-        print("| processes | rank | base | after a step | at most |\n|---|---|---|---|---|")
+        lines = [
+            "# Memory of a process that trains, by how many share the base",
+            f"\n`python benchmarks/shard_memory.py`, {datetime.date.today()}, CPU ({platform.machine()}), "
+            f"torch {version('torch')}, a llama of random weights in float32. `base`: its weights. The "
+            "others are this process's memory beyond what was there before: its own after a step, and all "
+            "of it at most, while the model was opened or in a step.\n",
+            "| processes | rank | base | after a step | at most |\n|---|---|---|---|---|",
+        ]
         for path in sorted(folder.glob("?-?.json")):
             found = json.loads(path.read_text())
-            count, rank = path.stem.split("-")
-            print(f"| {count} | {rank} | " + " | ".join(f"{v / 1e6:.0f} MB" for v in found.values()) + " |")
+            sizes = " | ".join(f"{size / 1e6:.0f} MB" for size in found.values())
+            lines.append(f"| {path.stem[0]} | {path.stem[2]} | {sizes} |")
+        text = "\n".join(lines) + "\n"
+        print(text)
+        RESULTS.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
