@@ -35,7 +35,7 @@ from mlx_kvret.zoo.names import smollm2_folder
 
 # what is of most interest comes first, for a run may be stopped
 METHODS = (
-    "full", "learned-global", "h2o", "recent", "learned-head", "learned-layer", "snapkv", "keydiff", "knorm",
+    "learned-global", "h2o", "recent", "learned-head", "learned-layer", "snapkv", "keydiff", "knorm",
     "random",
 )  # fmt: skip
 # the shipped gates are seed 0 of this with "tighten": 0 and "warmup": 0.03, see benchmarks/LOG.md
@@ -63,7 +63,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Job:
-    """The cells of one results file: every method at one length and budget."""
+    """The cells of one results file: the full cache at one length, or every other method at a budget too."""
 
     part: Part
     budget: str
@@ -182,17 +182,11 @@ def measure(options: Any) -> None:
 
 
 def jobs_of(part: Part, gates: Any, model: Path, texts: Path, folder: Path) -> list[Job]:
+    told = [("full", part.budgets[0], ("full",), ())]
+    told += [(budget.replace("/", "of"), budget, METHODS, gates[: part.seeds]) for budget in part.budgets]
     return [
-        Job(
-            part,
-            budget,
-            METHODS,
-            gates[: part.seeds],
-            model,
-            texts,
-            folder / f"{part.length}-{budget.replace('/', 'of')}.json",
-        )
-        for budget in part.budgets
+        Job(part, budget, methods, used, model, texts, folder / f"{part.length}-{name}.json")
+        for name, budget, methods, used in told
     ]
 
 

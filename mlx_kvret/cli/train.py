@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +234,8 @@ def _own_words(
         texts = Records(others, (), "train", False) if others else None
         seeds = [texts.read(index) for index in range(len(texts))] if texts else []
         written = own_words(model, backend, seeds, path, count, config.length, config.seed, resume)
-        first = next(written)
-        with Progress(count, first - 1, unit="text") as told:
+        with Progress(count, next(written), unit="text") as told:
             told.starts(f"writing {path.name}")
-            for _ in chain([first], written):
+            for _ in written:
                 told.done()
     return (str(path),)

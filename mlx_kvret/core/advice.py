@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +45,12 @@ def reach_of(config: Mapping[str, Any]) -> int | None:
     most = text.get("max_position_embeddings")
     if not isinstance(most, int) or not 0 < most < 2**31:
         return None
-    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    # YaRN's models state what they had before it
-    factor, before = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    stretched = factor * before if isinstance(factor, (int, float)) and isinstance(before, int) else 0
-    return max(most, int(stretched))
+    scaling = text.get("rope_scaling") or text.get("rope_parameters")
+    # configs state the length before or after stretching
+    scaling = scaling if isinstance(scaling, dict) else {}
+    factor, before = scaling.get("factor"), scaling.get("original_max_position_embeddings", most)
+    numbers = isinstance(factor, (int, float)) and math.isfinite(factor) and isinstance(before, int)
+    return max(most, int(factor * before)) if numbers else most
 
 
 def tell_reach(model: str, reach: int | None, before: int, after: int) -> None:

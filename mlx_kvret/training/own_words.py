@@ -74,8 +74,9 @@ def write_records(
     answer: Answer,
     resume: bool = False,
 ) -> Iterator[int]:
-    """Write ``count`` records of about ``length`` tokens as JSON lines; yields how many there are.
+    """Write ``count`` records of about ``length`` tokens as JSON lines.
 
+    Yields how many there are, before the first and after each.
     They stand in ``path`` once all are there, in a file beside it (``.part``) until then.
 
     Args:
@@ -87,6 +88,7 @@ def write_records(
     done = _whole_lines(part) if resume else 0
     if not resume:
         part.unlink(missing_ok=True)
+    yield done
     while done < count:
         writing = [
             _record(random.Random(f"{seed} {number}"), seeds, length, tokenizer)

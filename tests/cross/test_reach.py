@@ -42,6 +42,8 @@ def test_a_text_that_is_too_long(backend, caplog, monkeypatch):
             "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
         ({"max_position_embeddings": 131072, "rope_scaling": {
             "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4}}, 16384),
+        ({"max_position_embeddings": 64, "rope_parameters": {"full_attention": {"factor": 8}}}, 64),
         ({"max_position_embeddings": 100, "rope_scaling": None}, 100),
         ({"max_position_embeddings": "many"}, None),
         ({"max_position_embeddings": None}, None),

@@ -26,7 +26,7 @@ def write(path, count=6, seeds=SEEDS, **options):
 
 
 def test_records_are_read_back(tmp_path):
-    assert write(tmp_path / "own.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert write(tmp_path / "own.jsonl") == [0, 1, 2, 3, 4, 5, 6]
     records = Records([tmp_path / "own.jsonl"])
     assert len(records) == 6
     kinds = {"text" if records.read(i).text else "messages" for i in range(6)}
@@ -46,22 +46,29 @@ def test_goes_on_behind_the_last_whole_line(tmp_path):
     text = (tmp_path / "whole.jsonl").read_text()
     lines = text.splitlines(keepends=True)
     path.with_name("own.jsonl.part").write_text(lines[0] + lines[1] + lines[2][:9])
-    assert write(path, resume=True) == [3, 4, 5, 6]
+    assert write(path, resume=True) == [2, 3, 4, 5, 6]
     assert path.read_text() == text
     assert not path.with_name("own.jsonl.part").exists()
+
+
+def test_nothing_is_left_to_write(tmp_path):
+    write(tmp_path / "own.jsonl")
+    (tmp_path / "own.jsonl").rename(tmp_path / "own.jsonl.part")
+    assert write(tmp_path / "own.jsonl", resume=True) == [6]
+    assert (tmp_path / "own.jsonl").exists()
 
 
 def test_a_new_run_begins_anew(tmp_path):
     path = tmp_path / "own.jsonl"
     path.with_name("own.jsonl.part").write_text('{"text": "of another run"}\n')
-    assert write(path) == [1, 2, 3, 4, 5, 6]
+    assert write(path) == [0, 1, 2, 3, 4, 5, 6]
     assert "of another run" not in path.read_text()
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_only_a_model_is_needed(tmp_path, backend):
     path = tmp_path / "own.jsonl"
-    assert list(own_words("demo", backend, [], path, 2, 32, 0)) == [1, 2]
+    assert list(own_words("demo", backend, [], path, 2, 32, 0)) == [0, 1, 2]
     for line in path.read_text().splitlines():
         assert json.loads(line).keys() <= {"text", "messages"}
     with pytest.raises(ConfigError, match="exists already"):
@@ -79,7 +86,7 @@ def test_side_by_side_as_one_by_one(tmp_path, backend, monkeypatch):
     lines = (tmp_path / "rows").read_text().splitlines(keepends=True)
     (tmp_path / "alone.part").write_text(lines[0])
     monkeypatch.setattr(batching, "generate_batch", refused)
-    assert list(own_words("demo", backend, [], tmp_path / "alone", 5, 48, 3, resume=True)) == [2, 3, 4, 5]
+    assert list(own_words("demo", backend, [], tmp_path / "alone", 5, 48, 3, resume=True)) == [1, 2, 3, 4, 5]
     assert (tmp_path / "alone").read_text() == "".join(lines)
     assert len(set(lines)) == 5
 
