@@ -150,10 +150,7 @@ class Reading:
             pair = keys[real], values[real]
             chunk = self._chunks[at]
             if chunk is None:
-                recent.reserve(row.length + n, limit, *pair)
-                places = recent.slices(layer, row.hold.index, row.length, row.length + n)
-                for place, own in zip(places, pair, strict=True):
-                    place.copy_(own)
+                self._put(layer, row, n, *pair)
             else:
                 old = row.newest(layer, 0, row.length) if row.length else [a[:, :, :0] for a in pair]
                 # a copy also of what is new, which may be part of a larger array
@@ -179,10 +176,14 @@ class Reading:
             if chunk is not None:
                 chunk.keys[layer], chunk.values[layer] = own
                 continue
-            self.arena.recent.reserve(length, self.arena.limit, *own)
-            places = self.arena.recent.slices(layer, row.hold.index, length - tokens, length)
-            for place, part in zip(places, own, strict=True):
-                place.copy_(part[:, :, length - tokens :])
+            self._put(layer, row, tokens, *(part[:, :, length - tokens :] for part in own))
+
+    def _put(self, layer: int, row: Row, count: int, *pair: torch.Tensor) -> None:
+        """New keys and values behind those in a row's window."""
+        recent, end = self.arena.recent, row.length + count
+        recent.reserve(end, self.arena.limit, *pair)
+        for place, own in zip(recent.slices(layer, row.hold.index, row.length, end), pair, strict=True):
+            place.copy_(own)
 
     def _newest(self, layer: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         row, chunk = self.rows[at], self._chunks[at]
