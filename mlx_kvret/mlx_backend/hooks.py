@@ -136,8 +136,7 @@ def _install(
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
     """What the model's part that speaks was made from."""
-    found = getattr(model, "args", None) or getattr(model, "config", None)
-    return {} if found is None else vars(found)
+    return getattr(getattr(model, "args", None) or getattr(model, "config", None), "__dict__", {})
 
 
 def remove(model: nn.Module) -> None:
