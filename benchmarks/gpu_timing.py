@@ -100,6 +100,6 @@ def device_line() -> str:
 
     import transformers
 
-    tiny = f"no GPU: tiny shapes on the CPU ({platform.machine()}), captured steps called by a stand-in, "
-    card = torch.cuda.get_device_name() if GPU else f"{tiny}so that times say only that it runs"
+    none = f"no GPU: on the CPU ({platform.machine()}), captured steps called by a stand-in"
+    card = torch.cuda.get_device_name() if GPU else f"{none}: times say nothing of a GPU"
     return f"{card}, torch {torch.__version__}, transformers {transformers.__version__}, {DTYPE}"
