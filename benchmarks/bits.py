@@ -167,7 +167,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def _told(scores: Floats, base: Floats) -> str:
     error = standard_error(scores - base)
-    return f"{scores.mean():.3f}" + (f" ± {error:.3f}" if error else "")
+    return f"{scores.mean():.3f}" + (f" ± {error:.3f}" if error > 0 else "")
 
 
 def main() -> None:

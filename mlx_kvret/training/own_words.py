@@ -13,6 +13,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..api import generate, load
+from ..batching import ROWS, generate_batch
 from ..core.picture_prompts import spoken_by
 from ..errors import ConfigError, UnsupportedFeatureError
 from .records import Record
@@ -30,9 +32,6 @@ class Asked(NamedTuple):
 Answer = Callable[[Sequence[Asked]], Sequence[str]]
 # a record that comes to be: asks, is answered, and is returned
 Writing = Generator[Asked, str, dict[str, Any]]
-
-# records that are written side by side
-ROWS = 8
 # tokens for which an answer is worth asking
 LEAST = 16
 OPENERS = tuple(
@@ -180,8 +179,6 @@ def own_words(
     Raises:
         ConfigError: the file is there already, or the model has no tokenizer.
     """
-    from ..api import load
-
     if path.exists():
         raise ConfigError(f"{path} exists already; train on it with --data {path}, or remove it")
     network, processor = load(model, None, backend=backend)  # type: ignore[arg-type]
@@ -197,9 +194,6 @@ def own_words(
 
 def _answers(network: Any, tokenizer: Any, asked: Sequence[Asked], length: int) -> Sequence[str]:
     """Side by side in caches that hold all of ``length`` tokens, or one by one where rows are refused."""
-    from ..api import generate
-    from ..batching import generate_batch
-
     ids, most, seeds = map(list, zip(*asked, strict=True))
     try:
         return generate_batch(

@@ -46,6 +46,14 @@ def test_an_error_is_one_line_and_status_1():
     assert errors.startswith("error: budget is 0") and errors.count("\n") == 1
 
 
+def test_bars_of_others_stay_out_of_files():
+    process = start(
+        MODULE, "--model", "demo", "--budget", "16", "--prompt", "recall Ada", "--backend", "torch"
+    )
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+
+
 def wait_for_output(process):
     assert process.stdout.read(3)
     time.sleep(0.3)

@@ -26,7 +26,8 @@ def test_a_text_that_is_too_long(backend, caplog, monkeypatch):
     mlx_kvret.generate(model, tokenizer, [5] * 20, cache=cache, max_tokens=1)
     assert not warnings(caplog)
     other = cache.copy()
-    mlx_kvret.generate(model, tokenizer, [5] * 30, cache=cache, max_tokens=4)
+    answer = list(mlx_kvret.stream_generate(model, None, [5] * 17, cache=cache, max_tokens=8))
+    assert cache.seen == 21 + 17 + len(answer) > 40
     assert len(warnings(caplog)) == 1 and "longer than the 40 tokens" in warnings(caplog)[0]
     mlx_kvret.generate(model, tokenizer, [5] * 30, cache=other, max_tokens=4)
     mlx_kvret.generate_batch(model, tokenizer, [[5] * 60, [6] * 50], budget=8, max_tokens=2)

@@ -5,7 +5,6 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from mlx_kvret import batching
 from mlx_kvret.demo import MODEL
 from mlx_kvret.errors import ConfigError, UnsupportedFeatureError
 from mlx_kvret.training import own_words as module
@@ -85,7 +84,7 @@ def test_side_by_side_as_one_by_one(tmp_path, backend, monkeypatch):
     # a process that was killed in the middle, and a model of which rows are refused
     lines = (tmp_path / "rows").read_text().splitlines(keepends=True)
     (tmp_path / "alone.part").write_text(lines[0])
-    monkeypatch.setattr(batching, "generate_batch", refused)
+    monkeypatch.setattr(module, "generate_batch", refused)
     assert list(own_words("demo", backend, [], tmp_path / "alone", 5, 48, 3, resume=True)) == [1, 2, 3, 4, 5]
     assert (tmp_path / "alone").read_text() == "".join(lines)
     assert len(set(lines)) == 5
