@@ -1,5 +1,7 @@
 """Texts beyond the positions that a model was made for: said once, on either backend."""
 
+import copy
+
 import pytest
 
 import mlx_kvret
@@ -16,11 +18,16 @@ def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "mlx_kvret"]
 
 
+def demo(backend, monkeypatch):
+    """The demo as if made for 40 tokens."""
+    module = "mlx_kvret.mlx_backend.hooks" if backend == "mlx" else "mlx_kvret.cuda_backend.probe"
+    monkeypatch.setattr(f"{module}.reach_of", lambda config: reach_of(dict(config)) and 40)
+    return mlx_kvret.load("demo", backend=backend)
+
+
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_a_text_that_is_too_long(backend, caplog, monkeypatch):
-    module = f"mlx_kvret.{backend}_backend.hooks" if backend == "mlx" else "mlx_kvret.cuda_backend.probe"
-    monkeypatch.setattr(f"{module}.reach_of", lambda config: reach_of(dict(config)) and 40)
-    model, tokenizer = mlx_kvret.load("demo", backend=backend)
+    model, tokenizer = demo(backend, monkeypatch)
     assert not warnings(caplog)
     cache = mlx_kvret.make_cache(model, budget=8)
     mlx_kvret.generate(model, tokenizer, [5] * 20, cache=cache, max_tokens=1)
@@ -31,6 +38,21 @@ def test_a_text_that_is_too_long(backend, caplog, monkeypatch):
     assert len(warnings(caplog)) == 1 and "longer than the 40 tokens" in warnings(caplog)[0]
     mlx_kvret.generate(model, tokenizer, [5] * 30, cache=other, max_tokens=4)
     mlx_kvret.generate_batch(model, tokenizer, [[5] * 60, [6] * 50], budget=8, max_tokens=2)
+    assert len(warnings(caplog)) == 1
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda cache: cache.copy(), None], ids=["deep", "copy", "rows"]
+)
+def test_copies_and_rows_know_it_too(backend, copied, caplog, monkeypatch):
+    model, tokenizer = demo(backend, monkeypatch)
+    cache = mlx_kvret.make_cache(model, budget=8)
+    mlx_kvret.generate(model, tokenizer, [5] * 30, cache=cache, max_tokens=1)
+    if copied is None:
+        mlx_kvret.generate_batch(model, tokenizer, [[5] * 20, [6] * 3], caches=[cache, cache], max_tokens=2)
+    else:
+        mlx_kvret.generate(model, tokenizer, [5] * 20, cache=copied(cache), max_tokens=2)
     assert len(warnings(caplog)) == 1
 
 
